@@ -1,0 +1,155 @@
+//! Device providers: they make, keep and destroy the block device behind a volume.
+//!
+//! # Design
+//! A provider never looks at what a guest wrote. It writes partition tables and never reads one, and it asks the file
+//! system *whether* the pool's region holds anything, never *what* (DESIGN: the host never reads a tenant's bytes).
+//! Only [`Backing::destroy`] removes or shortens anything.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId};
+
+/// What a provider is asked to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceSpec {
+    /// The volume.
+    pub id: VolumeId,
+    /// Sizes of partition and disk.
+    pub layout: DiskLayout,
+    /// Thin or thick.
+    pub provisioning: Provisioning,
+}
+
+/// What a step changed. A step that finds its work done says so and changes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was done now.
+    Changed,
+    /// It had been done before.
+    Unchanged,
+}
+
+/// Room for volumes on a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Capacity {
+    /// What the volumes of this node may take together, over-commit included.
+    pub total: Bytes,
+    /// What can still be promised: space for partitions.
+    pub available: Bytes,
+    /// The largest partition one volume can get.
+    pub largest: Bytes,
+}
+
+/// A proof that nobody else has the device open, for as long as it lives.
+///
+/// The provider holds a lease or lock of the kernel in it where it can.
+pub trait Exclusive: Send + fmt::Debug {}
+
+/// A device provider on one node. Calls may block: run them off the async threads. Every call is idempotent and can be
+/// killed at any point and repeated. Calls for one volume don't overlap (the node holds a lock per volume).
+pub trait Backing: Send + Sync + fmt::Debug {
+    /// Makes the device: disk and partition table. Refuses to over-commit.
+    ///
+    /// # Errors
+    /// [`BackingError::NoRoom`], [`BackingError::Mismatch`] where a device of that id and other sizes exists.
+    fn create(&self, spec: &DeviceSpec) -> Result<Outcome, BackingError>;
+
+    /// Removes the device. The only call that does.
+    ///
+    /// # Errors
+    /// [`BackingError::InUse`] while anybody has it open.
+    fn destroy(&self, id: VolumeId) -> Result<Outcome, BackingError>;
+
+    /// Promises room for a larger partition, and makes the disk larger where the new one asks for it. Never shrinks;
+    /// the table is written by [`Backing::write_table`]. May be called while a guest runs.
+    ///
+    /// # Errors
+    /// [`BackingError::NoRoom`].
+    fn grow(&self, spec: &DeviceSpec) -> Result<Outcome, BackingError>;
+
+    /// Proves that nobody has the device open.
+    ///
+    /// # Errors
+    /// [`BackingError::InUse`] otherwise.
+    fn exclusive(&self, id: VolumeId) -> Result<Box<dyn Exclusive>, BackingError>;
+
+    /// Writes the partition table for this layout, blind. Only with a proof that no guest runs on it.
+    fn write_table(&self, spec: &DeviceSpec, proof: &dyn Exclusive) -> Result<(), BackingError>;
+
+    /// Whether the pool's region has ever been written to. Reads no data. An answer of `true` forbids to make a pool.
+    fn ever_written(&self, spec: &DeviceSpec) -> Result<bool, BackingError>;
+
+    /// What the shim is given: a block device or a regular file.
+    fn device(&self, id: VolumeId) -> Result<PathBuf, BackingError>;
+
+    /// Space the device takes on the host now.
+    fn allocated(&self, id: VolumeId) -> Result<Bytes, BackingError>;
+
+    /// Room on this node.
+    fn capacity(&self) -> Result<Capacity, BackingError>;
+
+    /// For a person: where the devices are.
+    fn location(&self) -> &Path;
+}
+
+/// Why a provider refused or failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BackingError {
+    /// The promise would exceed what the node has.
+    #[error(
+        "no room at {location} for {wanted}: {available} can still be promised; free space, pick another node, or raise \
+         the over-commit ratio (--overprovision)"
+    )]
+    NoRoom {
+        /// Directory or pool.
+        location: String,
+        /// What was asked for.
+        wanted: Bytes,
+        /// What is left.
+        available: Bytes,
+    },
+    /// Somebody has the device open.
+    #[error(
+        "volume {id}: {device} is open in another process ({detail}); a virtual machine may still run on it: wait until \
+         its pod is gone"
+    )]
+    InUse {
+        /// The volume.
+        id: VolumeId,
+        /// Its device.
+        device: PathBuf,
+        /// What was found.
+        detail: String,
+    },
+    /// There is no device.
+    #[error("volume {id}: its device {device} does not exist; the backing directory may not be mounted")]
+    Missing {
+        /// The volume.
+        id: VolumeId,
+        /// Where it should be.
+        device: PathBuf,
+    },
+    /// There is a device, of another shape.
+    #[error("volume {id}: its device {device} has {found} where {wanted} was expected; nothing was changed")]
+    Mismatch {
+        /// The volume.
+        id: VolumeId,
+        /// Its device.
+        device: PathBuf,
+        /// The size found.
+        found: Bytes,
+        /// The size expected.
+        wanted: Bytes,
+    },
+    /// The operating system refused.
+    #[error("{what} {path}: {source}")]
+    Io {
+        /// What was tried, such as `create`.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}

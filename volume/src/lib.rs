@@ -1,0 +1,22 @@
+//! What host and guest agree on about a volume. Pure: no gRPC, no Kubernetes, no processes, no I/O.
+//!
+//! * [`VolumeId`], [`PoolName`], [`Bytes`]: typed ids and sizes.
+//! * [`VolumeParameters`]: what a StorageClass may say, parsed at the edge.
+//! * [`DiskLayout`] and [`gpt`]: what the virtual disk looks like.
+//! * [`VolumeSpec`]: what the node tells the guest about one volume, in the `zpod=` mount option.
+
+mod bytes;
+mod id;
+mod layout;
+mod parameters;
+mod property;
+mod spec;
+
+pub mod gpt;
+
+pub use bytes::{Bytes, ParseBytesError};
+pub use id::{ParseNameError, PoolName, VolumeId};
+pub use layout::{DiskLayout, Headroom, ParseHeadroomError, SECTOR};
+pub use parameters::{Backing, ParameterError, Provisioning, QuotaMode, VolumeParameters};
+pub use property::{Property, PropertyKind};
+pub use spec::{DecodeSpecError, MountFlag, OPTION_PREFIX, Version, VolumeSpec};

@@ -1,0 +1,241 @@
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Bytes, Headroom, Property, PropertyKind};
+
+/// Which provider makes the volume's block device on its node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backing {
+    /// A sparse file in a directory of the node.
+    #[default]
+    File,
+}
+
+/// Whether a volume's space is taken at once or as it fills.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Provisioning {
+    /// Space is promised, and taken as the volume fills.
+    #[default]
+    Thin,
+    /// Space is taken (`fallocate`) before the volume exists.
+    Thick,
+}
+
+/// What the volume's capacity limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QuotaMode {
+    /// Files only; ZFS snapshots inside the guest use the room the partition leaves.
+    #[default]
+    Refquota,
+    /// Files and snapshots together.
+    Quota,
+    /// Nothing: the partition alone is the bound.
+    None,
+}
+
+/// A word of a fixed list.
+trait Word: Sized + Copy + 'static {
+    const WORDS: &'static [(&'static str, Self)];
+
+    fn parse(key: &str, value: &str) -> Result<Self, ParameterError> {
+        Self::WORDS.iter().find(|(word, _)| *word == value).map(|(_, parsed)| *parsed).ok_or_else(|| {
+            let words: Vec<_> = Self::WORDS.iter().map(|(word, _)| *word).collect();
+            ParameterError::bad(key, value, words.join(", "))
+        })
+    }
+}
+
+impl Word for Backing {
+    const WORDS: &'static [(&'static str, Self)] = &[("file", Self::File)];
+}
+
+impl Word for Provisioning {
+    const WORDS: &'static [(&'static str, Self)] = &[("thin", Self::Thin), ("thick", Self::Thick)];
+}
+
+impl Word for QuotaMode {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("refquota", Self::Refquota), ("quota", Self::Quota), ("none", Self::None)];
+}
+
+/// What a StorageClass says about its volumes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VolumeParameters {
+    /// Provider of the block device.
+    pub backing: Backing,
+    /// Thin or thick.
+    pub provisioning: Provisioning,
+    /// How far the volume can grow while its pod runs.
+    pub headroom: Headroom,
+    /// What the capacity limits.
+    pub quota: QuotaMode,
+    /// Upper bound of the guest's ARC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arc_max: Option<Bytes>,
+    /// ZFS properties that differ from the defaults, by name. Always valid: see [`Property`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub properties: BTreeMap<String, String>,
+}
+
+/// A parameter that is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParameterError {
+    /// No such parameter.
+    #[error("parameter {key:?} is not known; allowed are: {}", VolumeParameters::keys().join(", "))]
+    Unknown {
+        /// The key as it was given.
+        key: String,
+    },
+    /// A value that is not allowed.
+    #[error("parameter {key}: {value:?} is not allowed; allowed is: {allowed}")]
+    Bad {
+        /// The key.
+        key: String,
+        /// The value as it was given.
+        value: String,
+        /// What would be accepted.
+        allowed: String,
+    },
+}
+
+impl ParameterError {
+    fn bad(key: &str, value: &str, allowed: impl Into<String>) -> Self {
+        Self::Bad { key: key.to_owned(), value: value.to_owned(), allowed: allowed.into() }
+    }
+}
+
+/// The prefix of what Kubernetes' sidecars add; not ours to judge.
+const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
+
+impl VolumeParameters {
+    const OWN_KEYS: [&str; 5] = ["arcMax", "backing", "headroom", "provisioning", "quota"];
+
+    /// Every key a StorageClass may use, sorted.
+    pub fn keys() -> Vec<&'static str> {
+        let mut keys: Vec<_> =
+            Self::OWN_KEYS.into_iter().chain(Property::all().iter().map(|property| property.key)).collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    /// Reads the parameters of a StorageClass. Keys of Kubernetes' sidecars are passed over.
+    ///
+    /// # Errors
+    /// On the first key that is unknown or has a value that is not allowed.
+    pub fn parse<'a>(map: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Self, ParameterError> {
+        let mut parameters = Self::default();
+        let given: BTreeMap<_, _> = map.into_iter().filter(|(key, _)| !key.starts_with(SIDECAR_PREFIX)).collect();
+        for (key, value) in given {
+            match key {
+                "backing" => parameters.backing = Word::parse(key, value)?,
+                "provisioning" => parameters.provisioning = Word::parse(key, value)?,
+                "quota" => parameters.quota = Word::parse(key, value)?,
+                "headroom" => {
+                    parameters.headroom = value
+                        .parse()
+                        .map_err(|e: crate::ParseHeadroomError| ParameterError::bad(key, value, e.to_string()))?;
+                }
+                "arcMax" => parameters.arc_max = Some(parse_arc_max(value)?),
+                _ => {
+                    let property =
+                        Property::named(key).ok_or_else(|| ParameterError::Unknown { key: key.to_owned() })?;
+                    if !property.allows(value) {
+                        return Err(ParameterError::bad(key, value, property.allowed().to_string()));
+                    }
+                    parameters.properties.insert(key.to_owned(), value.to_owned());
+                }
+            }
+        }
+        Ok(parameters)
+    }
+
+    /// The properties of one kind, with the defaults of those that the class leaves out.
+    pub fn properties_of(&self, kind: PropertyKind) -> BTreeMap<String, String> {
+        let wanted = Property::all().iter().filter(|property| property.kind == kind);
+        wanted
+            .filter_map(|property| {
+                let value = self.properties.get(property.key).map(String::as_str).or(property.default)?;
+                Some((property.key.to_owned(), value.to_owned()))
+            })
+            .collect()
+    }
+}
+
+/// OpenZFS refuses an `zfs_arc_max` below 64 MiB (zfs(4)).
+const ARC_MAX_FLOOR: Bytes = Bytes::mib(64);
+
+fn parse_arc_max(value: &str) -> Result<Bytes, ParameterError> {
+    value.parse().ok().filter(|size| *size >= ARC_MAX_FLOOR).ok_or_else(|| {
+        ParameterError::bad("arcMax", value, format!("a size of at least {ARC_MAX_FLOOR}, such as 256Mi"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)]) -> Result<VolumeParameters, ParameterError> {
+        VolumeParameters::parse(pairs.iter().copied())
+    }
+
+    #[test]
+    fn nothing_given_means_the_defaults() {
+        let parameters = parse(&[]).unwrap();
+        assert_eq!(parameters, VolumeParameters::default());
+        assert_eq!(parameters.properties_of(PropertyKind::PoolAtCreation)["ashift"], "12");
+        assert_eq!(parameters.properties_of(PropertyKind::Dataset)["compression"], "lz4");
+        assert!(!parameters.properties_of(PropertyKind::Dataset).contains_key("ashift"));
+    }
+
+    #[test]
+    fn every_documented_key_is_taken() {
+        let all = parse(&[
+            ("backing", "file"),
+            ("provisioning", "thick"),
+            ("headroom", "2x"),
+            ("quota", "none"),
+            ("arcMax", "256Mi"),
+            ("ashift", "13"),
+            ("compression", "zstd-3"),
+            ("recordsize", "16K"),
+            ("atime", "on"),
+            ("sync", "always"),
+            ("logbias", "throughput"),
+            ("primarycache", "metadata"),
+            ("checksum", "sha256"),
+            ("copies", "2"),
+            ("xattr", "dir"),
+            ("acltype", "off"),
+            ("dedup", "on"),
+            ("autotrim", "off"),
+            ("csi.storage.k8s.io/pvc/name", "data"),
+        ])
+        .unwrap();
+        assert_eq!(all.properties.len(), 13);
+        assert_eq!(all.arc_max, Some(Bytes::mib(256)));
+        assert_eq!(all.properties_of(PropertyKind::Pool)["autotrim"], "off");
+        let json = serde_json::to_string(&all).unwrap();
+        assert_eq!(serde_json::from_str::<VolumeParameters>(&json).unwrap(), all);
+    }
+
+    #[test]
+    fn what_is_refused_names_key_value_and_what_is_allowed() {
+        for (key, value, want) in [
+            ("compresion", "lz4", "\"compresion\" is not known; allowed are: acltype, arcMax"),
+            ("backing", "nfs", "backing: \"nfs\" is not allowed; allowed is: file"),
+            ("quota", "yes", "refquota, quota, none"),
+            ("headroom", "0x", "1x (none) to 1000x"),
+            ("arcMax", "1Mi", "at least 64 MiB"),
+            ("recordsize", "3K", "a power of two from 512 to 16M"),
+            ("compression", "zstd-99", "zstd-1 to zstd-19"),
+        ] {
+            let error = parse(&[(key, value)]).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
+    }
+}

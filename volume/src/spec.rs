@@ -1,0 +1,227 @@
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::{Deserialize, Serialize};
+
+use crate::{Bytes, DiskLayout, PoolName, Property, PropertyKind, QuotaMode, VolumeId};
+
+/// What the option begins with that carries a [`VolumeSpec`].
+pub const OPTION_PREFIX: &str = "zpod=";
+
+/// The longest encoded spec that is looked at.
+const MAX_ENCODED: usize = 16 << 10;
+
+/// A mount flag that a volume may carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountFlag {
+    /// No programs are run from the volume.
+    Noexec,
+    /// Set-user-id and set-group-id bits are ignored.
+    Nosuid,
+    /// Device nodes are ignored.
+    Nodev,
+    /// Access times are not kept.
+    Noatime,
+}
+
+/// What the node tells the guest about one volume, version 1. No secrets: Kata keeps it in a file on the host.
+///
+/// It travels as a mount option, `zpod=` and the base64url of its JSON, through the direct-volume file, the shim and
+/// the agent's request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VolumeSpec {
+    /// Version of this structure: 1.
+    pub v: Version,
+    /// The volume, and the GUID of its disk.
+    pub id: VolumeId,
+    /// Its pool.
+    pub pool: PoolName,
+    /// Whether the guest may make the pool. Only ever true before a guest has reported it (DESIGN: create once).
+    pub create: bool,
+    /// What the volume holds: the quota.
+    pub capacity: Bytes,
+    /// The partition's size.
+    pub partition: Bytes,
+    /// What the capacity limits.
+    pub quota: QuotaMode,
+    /// Mount it read-only.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Properties given when the pool is made.
+    #[serde(default)]
+    pub pool_creation_properties: BTreeMap<String, String>,
+    /// Properties of the pool, set at every start.
+    #[serde(default)]
+    pub pool_properties: BTreeMap<String, String>,
+    /// Properties of the dataset, set at every start.
+    #[serde(default)]
+    pub dataset_properties: BTreeMap<String, String>,
+    /// Upper bound of the guest's ARC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arc_max: Option<Bytes>,
+    /// The group that owns the volume's root, with set-group-id, and may write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs_group: Option<u32>,
+    /// Mount flags.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mount_flags: Vec<MountFlag>,
+}
+
+/// The one version there is. Another number does not parse.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub struct Version;
+
+impl TryFrom<u32> for Version {
+    type Error = String;
+
+    fn try_from(number: u32) -> Result<Self, Self::Error> {
+        match number {
+            1 => Ok(Self),
+            _ => Err(format!(
+                "VolumeSpec version {number} is not known here; the guest image must match the node plugin"
+            )),
+        }
+    }
+}
+
+impl From<Version> for u32 {
+    fn from(_: Version) -> Self {
+        1
+    }
+}
+
+/// A `zpod=` option that does not parse.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeSpecError {
+    /// Far longer than any spec.
+    #[error("the zpod= option is {0} characters long, at most {MAX_ENCODED} are allowed")]
+    TooLong(usize),
+    /// Not base64url.
+    #[error("the zpod= option is not base64url: {0}")]
+    Base64(#[from] base64::DecodeError),
+    /// Not the JSON of a spec.
+    #[error("the zpod= option is not a VolumeSpec: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A property that must not be set, or not to that value.
+    #[error("the zpod= option sets {0}={1}, which is not allowed")]
+    Property(String, String),
+    /// Sizes that no volume has.
+    #[error("the zpod= option gives a capacity of {0} and a partition of {1}, which don't belong together")]
+    Size(Bytes, Bytes),
+}
+
+impl VolumeSpec {
+    /// The dataset that is mounted.
+    pub fn dataset(&self) -> String {
+        format!("{}/data", self.pool)
+    }
+
+    /// The mount option that carries this spec.
+    pub fn to_option(&self) -> String {
+        // A struct of strings, numbers and maps with string keys always has a JSON form.
+        let json = serde_json::to_vec(self).unwrap_or_default();
+        format!("{OPTION_PREFIX}{}", URL_SAFE_NO_PAD.encode(json))
+    }
+
+    /// Reads the option's value: what stands behind `zpod=`.
+    ///
+    /// # Errors
+    /// When it is not a spec of this version, or one that could not have come from a node plugin.
+    pub fn decode(value: &str) -> Result<Self, DecodeSpecError> {
+        if value.len() > MAX_ENCODED {
+            return Err(DecodeSpecError::TooLong(value.len()));
+        }
+        let spec: Self = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(value)?)?;
+        spec.check()?;
+        Ok(spec)
+    }
+
+    fn check(&self) -> Result<(), DecodeSpecError> {
+        let kinds = [
+            (PropertyKind::PoolAtCreation, &self.pool_creation_properties),
+            (PropertyKind::Pool, &self.pool_properties),
+            (PropertyKind::Dataset, &self.dataset_properties),
+        ];
+        for (kind, properties) in kinds {
+            for (key, value) in properties {
+                let known = Property::named(key).is_some_and(|known| known.kind == kind && known.allows(value));
+                if !known {
+                    return Err(DecodeSpecError::Property(key.clone(), value.clone()));
+                }
+            }
+        }
+        let sound = self.capacity >= DiskLayout::MIN_CAPACITY
+            && self.capacity <= DiskLayout::MAX_CAPACITY
+            && self.partition == DiskLayout::partition_for(self.capacity);
+        if sound { Ok(()) } else { Err(DecodeSpecError::Size(self.capacity, self.partition)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn spec() -> VolumeSpec {
+        let id = VolumeId::from_name("pvc-1");
+        VolumeSpec {
+            v: Version,
+            id,
+            pool: PoolName::for_volume(id),
+            create: true,
+            capacity: Bytes::gib(1),
+            partition: DiskLayout::partition_for(Bytes::gib(1)),
+            quota: QuotaMode::Refquota,
+            read_only: false,
+            pool_creation_properties: [("ashift".into(), "12".into())].into(),
+            pool_properties: BTreeMap::new(),
+            dataset_properties: [("compression".into(), "lz4".into())].into(),
+            arc_max: None,
+            fs_group: Some(2000),
+            mount_flags: vec![MountFlag::Nosuid],
+        }
+    }
+
+    fn encode(json: &str) -> String {
+        URL_SAFE_NO_PAD.encode(json)
+    }
+
+    #[test]
+    fn a_spec_survives_the_journey() {
+        let option = spec().to_option();
+        let value = option.strip_prefix(OPTION_PREFIX).unwrap();
+        assert!(!value.contains([',', '=', ' ', '/']), "must be a single mount option: {value}");
+        assert_eq!(VolumeSpec::decode(value).unwrap(), spec());
+    }
+
+    #[test]
+    fn what_no_node_plugin_writes_is_refused() {
+        let json = serde_json::to_string(&spec()).unwrap();
+        for (from, to, want) in [
+            ("\"v\":1", "\"v\":2", "version 2"),
+            ("\"create\":true,", "", "missing field"),
+            ("\"create\":true", "\"create\":true,\"more\":1", "unknown field"),
+            ("\"compression\":\"lz4\"", "\"mountpoint\":\"/\"", "mountpoint=/"),
+            ("\"compression\":\"lz4\"", "\"compression\":\"lz4 -f\"", "not allowed"),
+            ("zpod-3addcb024c3d", "-f", "not a pool name"),
+            ("1073741824", "1024", "don't belong together"),
+        ] {
+            assert!(json.contains(from), "{from} in {json}");
+            let error = VolumeSpec::decode(&encode(&json.replacen(from, to, 1))).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
+        assert!(matches!(VolumeSpec::decode(&"A".repeat(MAX_ENCODED + 1)), Err(DecodeSpecError::TooLong(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_parser_panic(text in ".{0,200}", json in any::<Vec<u8>>()) {
+            let _ = VolumeSpec::decode(&text);
+            let _ = VolumeSpec::decode(&URL_SAFE_NO_PAD.encode(json));
+        }
+    }
+}
