@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::{Bytes, DiskLayout, PoolName, Property, PropertyKind, QuotaMode, VolumeId};
 
@@ -37,6 +38,9 @@ pub struct VolumeSpec {
     pub v: Version,
     /// The volume, and the GUID of its disk.
     pub id: VolumeId,
+    /// Made at random for each publication and told to that pod's guest only. The guest repeats it on the control
+    /// channel: that is how the node knows that a guest speaks of a volume of its own and not of another tenant's.
+    pub token: Uuid,
     /// Its pool.
     pub pool: PoolName,
     /// Whether the guest may make the pool. Only ever true before a guest has reported it (DESIGN: create once).
@@ -171,6 +175,7 @@ mod tests {
         VolumeSpec {
             v: Version,
             id,
+            token: Uuid::from_u128(7),
             pool: PoolName::for_volume(id),
             create: true,
             capacity: Bytes::gib(1),

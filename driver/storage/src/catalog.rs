@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 use zpod_volume::{Bytes, DiskLayout, Headroom, VolumeId, VolumeParameters};
 
 /// What is recorded of a volume.
@@ -74,6 +75,8 @@ pub enum Phase {
 pub struct Publication {
     /// The CSI target path.
     pub target_path: PathBuf,
+    /// Told to the pod's guest in its VolumeSpec and expected back from it on the control channel.
+    pub token: Uuid,
     /// Read-only.
     pub read_only: bool,
     /// The group that owns the volume, if any.

@@ -3,3 +3,4 @@
 
 pub mod backing;
 pub mod catalog;
+pub mod crash;
