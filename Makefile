@@ -1,0 +1,41 @@
+# zpod: `make demo` shows it, `make test` proves it, `make bench` measures it. Debian 12, root, Rust and Go.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+CACHE ?= $(or $(ZPOD_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/zpod)
+export ZPOD_CACHE := $(CACHE)
+TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+export ZPOD_BIN := $(TARGET)/release/zpod
+export ZPOD_GUEST_IMAGE_DIR := $(TARGET)/guest-image
+
+.PHONY: help setup build image demo test lint bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
+
+setup: ## install what a build and the tests need (idempotent)
+	@deploy/setup.sh
+
+build: setup ## zpod itself
+	@cargo build --quiet --release --locked -p zpod-driver
+
+image: setup ## the guest: kernel and overlay, built once and cached
+	@cargo run --quiet --release --locked -p zpod-image -- build --out $(ZPOD_GUEST_IMAGE_DIR)
+
+demo: build image ## a ZFS volume inside a real guest kernel, from CSI call to data that survives
+	@cargo run --quiet --release --locked -p zpod-e2e --bin zpod-demo
+
+lint: setup ## format, clippy, shell scripts
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
+	shellcheck deploy/*.sh .ci/run
+
+test: lint build image ## everything: lint, unit, property, csi-sanity, crash, e2e in real guests
+	cargo test --locked --workspace --exclude zpod-e2e --features zpod-driver/crash-points
+	cargo test --locked -p zpod-e2e
+
+bench: build image ## measure; tables on the terminal, JSON in bench-results/
+	cargo bench --locked -p zpod-e2e
+
+clean: ## what was built, but not the cache
+	cargo clean
