@@ -1,1 +1,4 @@
-//! To come.
+//! zpod-guest.
+pub mod request;
+pub mod ttrpc;
+pub mod wire;

@@ -1,0 +1,217 @@
+use super::*;
+use proptest::prelude::*;
+use uuid::Uuid;
+use zpod_proto::agent::{CreateContainerRequest, FsGroup, Mount, Spec};
+use zpod_proto::ttrpc::Request;
+use zpod_volume::{Bytes, DiskLayout, PoolName, QuotaMode, Version, VolumeId};
+
+fn spec(name: &str) -> VolumeSpec {
+    let id = VolumeId::from_name(name);
+    VolumeSpec {
+        v: Version,
+        id,
+        token: Uuid::from_u128(7),
+        pool: PoolName::for_volume(id),
+        create: true,
+        capacity: Bytes::gib(1),
+        partition: DiskLayout::partition_for(Bytes::gib(1)),
+        quota: QuotaMode::Refquota,
+        read_only: false,
+        pool_creation_properties: Default::default(),
+        pool_properties: Default::default(),
+        dataset_properties: Default::default(),
+        arc_max: None,
+        fs_group: None,
+        mount_flags: vec![],
+    }
+}
+
+fn zfs_storage(name: &str) -> Storage {
+    Storage {
+        driver: "blk".into(),
+        source: "02/01".into(),
+        fstype: "zfs".into(),
+        options: vec!["noatime".into(), spec(name).to_option()],
+        mount_point: format!("/run/{name}"),
+        fs_group: Some(FsGroup { group_id: 5, group_change_policy: 0 }),
+        ..Storage::default()
+    }
+}
+
+fn other_storage(name: &str) -> Storage {
+    Storage { fstype: "ext4".into(), mount_point: name.into(), ..Storage::default() }
+}
+
+fn mount(options: Vec<String>) -> Mount {
+    Mount { destination: "/data".into(), source: "/run/x".into(), r#type: "bind".into(), options }
+}
+
+fn frame(message: &CreateContainerRequest, tail: &[u8]) -> Vec<u8> {
+    let mut payload = message.encode_to_vec();
+    payload.extend_from_slice(tail);
+    let request = Request {
+        service: agent::SERVICE.into(),
+        method: "CreateContainer".into(),
+        payload,
+        timeout_nano: 30_000_000_000,
+        metadata: vec![],
+    };
+    let mut frame = request.encode_to_vec();
+    frame.extend_from_slice(tail);
+    frame
+}
+
+/// Unknown fields: number 1000 with the given bytes.
+fn unknown(bytes: &[u8]) -> Vec<u8> {
+    let mut field = vec![0xc2, 0x3e, bytes.len() as u8];
+    field.extend_from_slice(bytes);
+    field
+}
+
+#[test]
+fn our_storage_and_our_option_go_and_the_rest_stays() {
+    let message = |storages, options| CreateContainerRequest {
+        container_id: "c1".into(),
+        exec_id: "e".into(),
+        storages,
+        oci: Some(Spec { version: "1.2".into(), mounts: vec![mount(options)], ..Spec::default() }),
+        ..CreateContainerRequest::default()
+    };
+    let option = spec("pvc-1").to_option();
+    let sent = message(vec![other_storage("a"), zfs_storage("pvc-1"), other_storage("b")], vec!["rbind".into(), option]);
+    let wanted = message(vec![other_storage("a"), other_storage("b")], vec!["rbind".into()]);
+    let tail = unknown(b"from the future");
+
+    let request = CreateContainer::decode(&frame(&sent, &tail)).unwrap();
+    assert_eq!(request.container, "c1");
+    assert_eq!(request.rewritten.unwrap(), frame(&wanted, &tail));
+    let [volume] = &request.volumes[..] else { panic!("{:?}", request.volumes) };
+    assert_eq!(volume.spec, spec("pvc-1"));
+    assert_eq!((volume.mount_point.as_str(), volume.fs_group), ("/run/pvc-1", Some(5)));
+    assert_eq!(volume.options, ["noatime"]);
+}
+
+#[test]
+fn a_request_without_volumes_is_left_alone() {
+    let message = CreateContainerRequest { storages: vec![other_storage("a")], ..CreateContainerRequest::default() };
+    let request = CreateContainer::decode(&frame(&message, &[])).unwrap();
+    assert_eq!((request.rewritten, request.volumes.len()), (None, 0));
+}
+
+#[test]
+fn a_zfs_storage_that_is_not_ours_never_reaches_the_agent() {
+    let cases: [(fn(&mut Storage), &str); 4] = [
+        (|s| s.options.clear(), "no zpod= option"),
+        (|s| s.options[1] = "zpod=e30".into(), "not a VolumeSpec"),
+        (|s| s.options[1] = "zpod=%".into(), "not base64url"),
+        (|s| s.options.push(s.options[1].clone()), "more than one zpod= option"),
+    ];
+    for (spoil, want) in cases {
+        let mut storage = zfs_storage("pvc-1");
+        spoil(&mut storage);
+        let message = CreateContainerRequest { storages: vec![storage], ..CreateContainerRequest::default() };
+        let error = CreateContainer::decode(&frame(&message, &[])).unwrap_err().to_string();
+        assert!(error.contains(want) && error.contains("/run/pvc-1"), "{error}");
+    }
+}
+
+#[test]
+fn what_two_parsers_could_read_differently_is_refused() {
+    let message = CreateContainerRequest { container_id: "c1".into(), ..CreateContainerRequest::default() };
+    let twice = [frame(&message, &[]), frame(&message, &[])].concat();
+    assert!(matches!(CreateContainer::decode(&twice), Err(RequestError::Twice("service"))));
+    let two_names = frame(&message, &[0x0a, 2, b'c', b'2']);
+    assert!(matches!(CreateContainer::decode(&two_names), Err(RequestError::Twice(_))));
+}
+
+#[test]
+fn a_request_is_known_by_service_and_method_in_any_order() {
+    let field = |number: u8, text: &str| [&[number << 3 | 2, text.len() as u8][..], text.as_bytes()].concat();
+    let (service, method) = (field(1, agent::SERVICE), field(2, "RemoveContainer"));
+    let ours = Peek::Ours(Method::RemoveContainer);
+    for (prefix, want) in [
+        ([service.clone(), method.clone()].concat(), ours),
+        ([method.clone(), service.clone()].concat(), ours),
+        ([method.clone(), field(3, "payload"), service.clone()].concat(), ours),
+        ([service.clone(), method[..5].to_vec()].concat(), Peek::Undecided),
+        (method.clone(), Peek::Undecided),
+        (vec![], Peek::Undecided),
+        (field(1, "grpc.Health"), Peek::Theirs),
+        (field(2, "StartContainer"), Peek::Theirs),
+        (vec![0xff; 20], Peek::Theirs),
+    ] {
+        assert_eq!(peek(&prefix), want, "{prefix:?}");
+    }
+}
+
+#[test]
+fn a_timeout_is_read_where_there_is_one() {
+    let timeout = |timeout_nano| {
+        let frame = Request { timeout_nano, ..Request::default() }.encode_to_vec();
+        Envelope::decode(&frame).unwrap().timeout
+    };
+    assert_eq!(timeout(0), None);
+    assert_eq!(timeout(-1), None);
+    assert_eq!(timeout(1_500_000_000), Some(Duration::from_millis(1500)));
+}
+
+fn storages() -> impl Strategy<Value = Vec<(bool, String)>> {
+    proptest::collection::vec((any::<bool>(), "[a-z]{1,8}"), 0..6)
+}
+
+proptest! {
+    #[test]
+    fn splicing_takes_out_ours_and_keeps_every_other_byte(
+        storages in storages(),
+        options in proptest::collection::vec(("[a-z=]{0,12}", any::<bool>()), 0..5),
+        junk in proptest::collection::vec(any::<u8>(), 0..100),
+        id in "[a-z0-9]{1,64}",
+    ) {
+        let build = |ours: bool| CreateContainerRequest {
+            container_id: id.clone(),
+            storages: storages
+                .iter()
+                .filter(|(zfs, _)| ours || !zfs)
+                .map(|(zfs, name)| if *zfs { zfs_storage(name) } else { other_storage(name) })
+                .collect(),
+            oci: Some(Spec {
+                mounts: vec![mount(
+                    options
+                        .iter()
+                        .filter(|(_, zpod)| ours || !zpod)
+                        .map(|(text, zpod)| if *zpod { format!("zpod={text}") } else { text.clone() })
+                        .filter(|text| ours || !text.starts_with("zpod="))
+                        .collect(),
+                )],
+                hostname: "h".into(),
+                ..Spec::default()
+            }),
+            ..CreateContainerRequest::default()
+        };
+        let tail = unknown(&junk);
+        let sent = frame(&build(true), &tail);
+        let request = CreateContainer::decode(&sent).unwrap();
+        prop_assert_eq!(request.rewritten.unwrap_or(sent), frame(&build(false), &tail));
+        prop_assert_eq!(request.volumes.len(), storages.iter().filter(|(zfs, _)| *zfs).count());
+    }
+
+    #[test]
+    fn no_bytes_make_the_parsers_panic(bytes in any::<Vec<u8>>(), cut in any::<prop::sample::Index>()) {
+        let _ = peek(&bytes);
+        let _ = Envelope::decode(&bytes);
+        let _ = CreateContainer::decode(&bytes);
+        let message = CreateContainerRequest { storages: vec![zfs_storage("x")], ..CreateContainerRequest::default() };
+        let mut sound = frame(&message, &unknown(&[1, 2]));
+        let at = cut.index(sound.len());
+        sound.splice(at..(at + bytes.len()).min(sound.len()), bytes);
+        let _ = peek(&sound);
+        let _ = CreateContainer::decode(&sound);
+    }
+
+    #[test]
+    fn a_decision_once_made_stays_with_more_bytes(cut in any::<prop::sample::Index>()) {
+        let whole = frame(&CreateContainerRequest::default(), &[]);
+        let early = peek(&whole[..cut.index(whole.len())]);
+        prop_assert!(early == Peek::Undecided || early == peek(&whole));
+    }
+}
