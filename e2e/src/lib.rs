@@ -1,1 +1,33 @@
-//! To come.
+//! The end-to-end harness: real guests in QEMU, the real zpod, and in between a player of the Kata shim.
+//!
+//! # Design
+//! * [`Node`]: directories of a node, a running `zpod --standalone` in them, a CSI client.
+//! * [`Guest`]: one virtual machine, its disks hot-plugged by QMP, its vsock a unix socket on the host.
+//! * [`Sandbox`]: does what Kata's shim does between a pod's mounts and the agent in its guest, in the manner of either
+//!   runtime ([`Runtime`]): it reads `mountInfo.json`, hot-plugs, and sends the agent's requests.
+//! * `zpod-e2e-agent` (a binary of this crate) takes kata-agent's place in the guest, unless `ZPOD_E2E_KATA_AGENT`
+//!   names a real one.
+//!
+//! Whatever is started dies with the process that started it, and is cleaned up on `Drop`. Everything has a deadline;
+//! a failure shows the end of the guest's console.
+
+pub mod accel;
+pub mod agent;
+pub mod base_initrd;
+pub mod console;
+pub mod csi;
+pub mod direct_volume;
+pub mod inputs;
+pub mod node;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+pub mod shim;
+pub mod slot;
+pub mod vsock;
+pub mod workdir;
+pub mod zpod;
+
+pub use node::Node;
+pub use qemu::{Boot, Guest};
+pub use shim::{Container, Mount, Runtime, Sandbox};

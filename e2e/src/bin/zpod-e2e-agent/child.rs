@@ -1,0 +1,188 @@
+//! What runs between the agent and a container's program: namespaces, mounts, identity, then `exec`.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead as _, Write as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::unistd::{Gid, Uid, chdir, chroot, setgroups, setresgid, setresuid};
+use serde::{Deserialize, Serialize};
+use zpod_proto::agent;
+
+use crate::mounts::parse_options;
+
+/// A mount of the OCI spec.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Mount {
+    destination: String,
+    source: String,
+    kind: String,
+    options: Vec<String>,
+}
+
+impl From<agent::Mount> for Mount {
+    fn from(mount: agent::Mount) -> Self {
+        Self { destination: mount.destination, source: mount.source, kind: mount.r#type, options: mount.options }
+    }
+}
+
+/// The process of the OCI spec.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Program {
+    args: Vec<String>,
+    env: Vec<String>,
+    cwd: String,
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+}
+
+impl From<agent::Process> for Program {
+    fn from(process: agent::Process) -> Self {
+        let user = process.user.unwrap_or_default();
+        Self {
+            args: process.args,
+            env: process.env,
+            cwd: process.cwd,
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.additional_gids,
+        }
+    }
+}
+
+/// What a container is made of.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ContainerSpec {
+    pub(crate) cgroup: PathBuf,
+    pub(crate) rootfs: PathBuf,
+    pub(crate) read_only_root: bool,
+    pub(crate) mounts: Vec<Mount>,
+    pub(crate) program: Program,
+}
+
+/// What another process of a container is made of.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ExecSpec {
+    pub(crate) cgroup: PathBuf,
+    /// The container's first process.
+    pub(crate) pid: u32,
+    pub(crate) program: Program,
+}
+
+/// Makes the container, says `ready` or what went wrong in one line on standard output, waits for a line on standard
+/// input (StartContainer) and becomes the program.
+pub(crate) fn container(spec: &str) -> Result<()> {
+    let spec: ContainerSpec = serde_json::from_str(spec)?;
+    match enter_new(&spec) {
+        Ok(()) => println!("ready"),
+        Err(error) => {
+            println!("{}", format!("{error:#}").replace('\n', " "));
+            std::process::exit(1);
+        }
+    }
+    std::io::stdout().flush()?;
+    let mut go = String::new();
+    if std::io::stdin().lock().read_line(&mut go)? == 0 {
+        bail!("the agent is gone");
+    }
+    become_program(&spec.program)
+}
+
+/// Joins a container and becomes the program.
+pub(crate) fn exec(spec: &str) -> Result<()> {
+    let spec: ExecSpec = serde_json::from_str(spec)?;
+    let result = join(&spec);
+    match &result {
+        Ok(()) => println!("ready"),
+        Err(error) => println!("{}", format!("{error:#}").replace('\n', " ")),
+    }
+    result?;
+    std::io::stdout().flush()?;
+    become_program(&spec.program)
+}
+
+fn join_cgroup(cgroup: &Path) -> Result<()> {
+    fs::write(cgroup.join("cgroup.procs"), "0").with_context(|| format!("join {}", cgroup.display()))
+}
+
+fn join(spec: &ExecSpec) -> Result<()> {
+    join_cgroup(&spec.cgroup)?;
+    let namespace = File::open(format!("/proc/{}/ns/mnt", spec.pid)).context("open the container's mount namespace")?;
+    setns(namespace, CloneFlags::CLONE_NEWNS).context("join the container's mount namespace")
+}
+
+fn enter_new(spec: &ContainerSpec) -> Result<()> {
+    join_cgroup(&spec.cgroup)?;
+    unshare(CloneFlags::CLONE_NEWNS).context("unshare the mount namespace")?;
+    // rustjail: "/" becomes a slave, so that nothing goes back to the agent's namespace.
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>).context("/ rslave")?;
+    for mount in &spec.mounts {
+        mount_into(&spec.rootfs, mount).with_context(|| format!("mount {}", mount.destination))?;
+    }
+    if spec.read_only_root {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+        mount(None::<&str>, &spec.rootfs, None::<&str>, flags, None::<&str>).context("make the root read-only")?;
+    }
+    // The root of an initramfs can't be pivoted (rustjail's `no_pivot_root`).
+    chdir(&spec.rootfs)?;
+    mount(Some(&spec.rootfs), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).context("move the root")?;
+    chroot(".")?;
+    chdir("/").context("enter the root")
+}
+
+fn mount_into(rootfs: &Path, spec: &Mount) -> Result<()> {
+    let target = rootfs.join(spec.destination.trim_start_matches('/'));
+    let (flags, propagation, data) = parse_options(&spec.options);
+    let source = Path::new(&spec.source);
+    if spec.kind != "bind" {
+        fs::create_dir_all(&target)?;
+        mount(Some(source), &target, Some(spec.kind.as_str()), flags, Some(data.as_str()))?;
+        return if spec.destination == "/dev" { bind_devices(&target) } else { Ok(()) };
+    }
+    let kind = fs::metadata(source).with_context(|| format!("source {}", spec.source))?;
+    if kind.is_dir() {
+        fs::create_dir_all(&target)?;
+    } else {
+        File::options().append(true).create(true).open(&target)?;
+    }
+    let bind = MsFlags::MS_BIND | (flags & MsFlags::MS_REC);
+    mount(Some(source), &target, None::<&str>, bind, None::<&str>)?;
+    let others = flags - MsFlags::MS_REC - MsFlags::MS_BIND;
+    if !others.is_empty() {
+        let remount = others | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+        mount(None::<&str>, &target, None::<&str>, remount, None::<&str>).context("set the mount's flags")?;
+    }
+    if !propagation.is_empty() {
+        mount(None::<&str>, &target, None::<&str>, propagation, None::<&str>).context("set propagation")?;
+    }
+    Ok(())
+}
+
+/// The devices of the OCI runtime spec that shells and tools need.
+fn bind_devices(dev: &Path) -> Result<()> {
+    for name in ["null", "zero", "full", "random", "urandom", "tty"] {
+        let node = dev.join(name);
+        File::create(&node)?;
+        mount(Some(&Path::new("/dev").join(name)), &node, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    }
+    Ok(())
+}
+
+fn become_program(program: &Program) -> Result<()> {
+    let groups: Vec<_> = program.groups.iter().copied().map(Gid::from_raw).collect();
+    let (uid, gid) = (Uid::from_raw(program.uid), Gid::from_raw(program.gid));
+    setgroups(&groups).context("set groups")?;
+    setresgid(gid, gid, gid).context("set group")?;
+    setresuid(uid, uid, uid).context("set user")?;
+    let Some((name, args)) = program.args.split_first() else { bail!("no program") };
+    let env: BTreeMap<_, _> = program.env.iter().filter_map(|pair| pair.split_once('=')).collect();
+    let cwd = if program.cwd.is_empty() { "/" } else { &program.cwd };
+    let error = Command::new(name).args(args).env_clear().envs(env).current_dir(cwd).exec();
+    Err(error).with_context(|| format!("execute {name}"))
+}

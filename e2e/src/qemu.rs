@@ -1,0 +1,232 @@
+//! One guest: QEMU, its vsock device, its disks.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::json;
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep};
+
+use crate::accel::Accel;
+use crate::process::Process;
+use crate::qmp::Qmp;
+use crate::slot::Slot;
+use crate::workdir::Workdir;
+use crate::{base_initrd, console, inputs, vsock};
+
+/// Free PCIe root ports for disks, from this slot of the root bus on.
+const FIRST_PORT: usize = 0x10;
+const PORTS: usize = 9;
+/// runtime-rs waits as long for DEVICE_DELETED (`DEVICE_DELETED_TIMEOUT`).
+const UNPLUG: Duration = Duration::from_secs(10);
+const MEMORY_MIB: u32 = 512;
+
+/// What the guest starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boot {
+    /// zpod-guest, which starts the agent: what a node is set up for.
+    Zpod,
+    /// The agent alone, with ZFS in the kernel but nothing of ours before it.
+    Bare,
+}
+
+impl Boot {
+    fn command_line(self) -> String {
+        let start = match self {
+            Self::Zpod => "rdinit=/zpod/init agent.server_addr=unix:///run/kata-agent.sock".to_owned(),
+            Self::Bare => format!("rdinit={} agent.server_addr=vsock://-1:1024", base_initrd::BARE_INIT),
+        };
+        // cgroup_no_v1=all is how kata-agent learns to use cgroup v2.
+        format!("console=ttyS0 panic=-1 {start} cgroup_no_v1=all")
+    }
+}
+
+/// A running virtual machine. Dropping it kills it without mercy.
+#[derive(Debug)]
+pub struct Guest {
+    // In the order in which they have to end.
+    qmp: Qmp,
+    qemu: Process,
+    _vsock_device: Process,
+    disks: BTreeMap<usize, PathBuf>,
+    dir: Workdir,
+    _slot: Slot,
+}
+
+impl Guest {
+    /// Starts one; it is booting when this returns.
+    ///
+    /// # Errors
+    /// When a part is missing or QEMU doesn't start.
+    pub async fn boot(boot: Boot) -> Result<Self> {
+        let slot = Slot::take().await?;
+        let image = inputs::guest_image()?;
+        let dir = Workdir::new()?;
+        let (base, initrd) = (dir.path().join("base"), dir.path().join("initrd"));
+        base_initrd::write(&base)?;
+        zpod_image::initrd::append(&base, &image.overlay, &initrd)?;
+        fs::remove_file(&base)?;
+
+        let vsock_device = start_vsock_device(dir.path())?;
+        let place = |name: &str| dir.path().join(name).display().to_string();
+        let mut arguments: Vec<String> = vec![
+            "-nodefaults".into(),
+            "-no-user-config".into(),
+            "-no-reboot".into(),
+            "-display".into(),
+            "none".into(),
+            "-machine".into(),
+            "q35,memory-backend=mem".into(),
+            "-accel".into(),
+            Accel::detect().await?.argument().into(),
+            "-cpu".into(),
+            "max".into(),
+            "-smp".into(),
+            "2".into(),
+            "-m".into(),
+            MEMORY_MIB.to_string(),
+            "-object".into(),
+            // vhost-user: the device process maps the guest's memory.
+            format!("memory-backend-memfd,id=mem,size={MEMORY_MIB}M,share=on"),
+            "-chardev".into(),
+            format!("socket,id=vsock,path={}", place("vhost.sock")),
+            "-device".into(),
+            "vhost-user-vsock-pci,chardev=vsock".into(),
+            "-serial".into(),
+            format!("file:{}", place("console")),
+            "-qmp".into(),
+            format!("unix:{},server=on,wait=off", place("qmp.sock")),
+            "-kernel".into(),
+            image.kernel.display().to_string(),
+            "-initrd".into(),
+            initrd.display().to_string(),
+            "-append".into(),
+            boot.command_line(),
+        ];
+        for port in 0..PORTS {
+            arguments.push("-device".into());
+            let slot = FIRST_PORT + port;
+            arguments.push(format!("pcie-root-port,id=port{port},chassis={},addr={slot:#x}", port + 1));
+        }
+        let qemu = Process::start(&inputs::qemu()?, arguments, &[], &dir.path().join("qemu.log"))?;
+        let qmp = Qmp::connect(&dir.path().join("qmp.sock"), Duration::from_secs(10)).await;
+        let qmp = qmp.with_context(|| format!("QEMU: {}", qemu.tail()))?;
+        Ok(Self { qmp, qemu, _vsock_device: vsock_device, disks: BTreeMap::new(), dir, _slot: slot })
+    }
+
+    /// The unix socket of its hybrid vsock.
+    pub fn vsock(&self) -> PathBuf {
+        self.dir.path().join("vsock")
+    }
+
+    /// Connects to one of its ports, waiting until somebody listens there.
+    ///
+    /// # Errors
+    /// When nobody does within the deadline, or QEMU has ended.
+    pub async fn connect(&mut self, port: u32, deadline: Duration) -> Result<UnixStream> {
+        let end = Instant::now() + deadline;
+        loop {
+            self.qemu.must_run()?;
+            match vsock::connect(&self.vsock(), port, Duration::from_secs(5)).await {
+                Ok(stream) => return Ok(stream),
+                Err(error) if Instant::now() >= end => {
+                    return Err(error.context(format!("nobody listens after {deadline:?}")));
+                }
+                Err(_) => sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    /// Plugs a disk in while the guest runs, as runtime-rs does with a direct volume; gives its PCI path.
+    ///
+    /// # Errors
+    /// When there is no free port, or QEMU refuses.
+    pub async fn plug(&mut self, device: &Path, read_only: bool) -> Result<String> {
+        let Some(port) = (0..PORTS).find(|port| !self.disks.contains_key(port)) else {
+            bail!("all {PORTS} ports of the guest have disks");
+        };
+        let (id, node) = (format!("disk{port}"), format!("node{port}"));
+        let driver = if fs::metadata(device).with_context(|| format!("{}", device.display()))?.is_file() {
+            "file"
+        } else {
+            "host_device"
+        };
+        let file = json!({"driver": driver, "filename": device, "read-only": read_only});
+        let node_options = json!({"driver": "raw", "node-name": node, "read-only": read_only, "file": file});
+        self.qmp.execute("blockdev-add", node_options).await?;
+        let device_options = json!({
+            "driver": "virtio-blk-pci", "id": id, "drive": node, "bus": format!("port{port}"), "addr": "00",
+            "share-rw": true,
+        });
+        if let Err(error) = self.qmp.execute("device_add", device_options).await {
+            self.qmp.execute("blockdev-del", json!({"node-name": node})).await?;
+            return Err(error);
+        }
+        self.disks.insert(port, device.to_owned());
+        Ok(format!("{:02x}/00", FIRST_PORT + port))
+    }
+
+    /// Unplugs a disk and waits until the guest has let go of it.
+    ///
+    /// # Errors
+    /// When it is not plugged in, or the guest keeps it.
+    pub async fn unplug(&mut self, device: &Path) -> Result<()> {
+        let port = self.disks.iter().find(|(_, plugged)| *plugged == device).map(|(port, _)| *port);
+        let port = port.with_context(|| format!("{} is not plugged in", device.display()))?;
+        let id = format!("disk{port}");
+        self.qmp.execute("device_del", json!({"id": id})).await?;
+        self.qmp.device_deleted(&id, UNPLUG).await?;
+        self.qmp.execute("blockdev-del", json!({"node-name": format!("node{port}")})).await?;
+        self.disks.remove(&port);
+        Ok(())
+    }
+
+    /// SIGKILL, as at the end of every Kata pod, and as in a crash of its host.
+    pub fn kill(mut self) {
+        self.qemu.kill();
+    }
+
+    /// The last lines of its console.
+    pub fn console_tail(&self, lines: usize) -> String {
+        console::tail(&self.dir.path().join("console"), lines)
+    }
+
+    /// Adds the end of the console to an error.
+    pub fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        error.context(format!("the guest's console ends:\n{}\n--- end of console", self.console_tail(30)))
+    }
+
+    /// Resident memory of the virtual machine's process, in KiB.
+    pub fn resident_kib(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.qemu.id())).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        line.split_whitespace().next()?.parse().ok()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the guest's console ends:\n{}\n--- end of console", self.console_tail(60));
+        }
+    }
+}
+
+/// Starts the device and waits until it listens: QEMU connects to it once, at its start.
+fn start_vsock_device(dir: &Path) -> Result<Process> {
+    let (socket, uds) = (dir.join("vhost.sock"), dir.join("vsock"));
+    let vm = format!("guest-cid=3,socket={},uds-path={}", socket.display(), uds.display());
+    let mut process =
+        Process::start(&inputs::vsock_device()?, ["--vm", &vm], &[("RUST_LOG", "warn")], &dir.join("vsock.log"))?;
+    for _ in 0..500 {
+        if socket.exists() {
+            return Ok(process);
+        }
+        process.must_run()?;
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    bail!("vhost-device-vsock makes no socket: {}", process.tail())
+}

@@ -1,0 +1,330 @@
+//! Plays Kata's shim for one pod.
+
+mod container;
+mod exec;
+mod monitor;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE;
+use tokio::time::{Instant, sleep};
+use zpod_proto::agent;
+
+use crate::agent::{AgentClient, AgentError};
+use crate::direct_volume::DirectVolume;
+use crate::node::Node;
+use crate::qemu::{Boot, Guest};
+
+pub use container::{Container, Mount, User};
+pub use exec::{Output, Running};
+pub use monitor::Monitor;
+
+/// In emulation, with a colleague on the other core.
+const BOOT: Duration = Duration::from_secs(90);
+
+/// Whose manners the shim has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// runtime-rs: a random mount point per container; the entry's options are in the OCI mount too.
+    Rs,
+    /// Go: one mount point per device; DestroySandbox at the end.
+    Go,
+}
+
+/// A disk that containers of the pod use.
+#[derive(Debug)]
+struct Disk {
+    source: String,
+    users: usize,
+}
+
+/// A pod: a guest, the agent in it, its containers.
+#[derive(Debug)]
+pub struct Sandbox {
+    runtime: Runtime,
+    agent: AgentClient,
+    guest: Guest,
+    _monitor: Monitor,
+    direct_volumes: PathBuf,
+    disks: BTreeMap<PathBuf, Disk>,
+    containers: HashMap<String, Vec<PathBuf>>,
+    substitutes: HashMap<PathBuf, PathBuf>,
+    execs: u64,
+    /// From power-on to the agent's first answer.
+    pub boot_time: Duration,
+}
+
+impl Sandbox {
+    /// Boots a guest and creates the sandbox in it.
+    ///
+    /// # Errors
+    /// When the agent doesn't answer in time.
+    pub async fn start(node: &Node, runtime: Runtime) -> Result<Self> {
+        Self::start_with(node, runtime, Boot::Zpod).await
+    }
+
+    /// The same, with a choice of what the guest starts.
+    ///
+    /// # Errors
+    /// When the agent doesn't answer in time.
+    pub async fn start_with(node: &Node, runtime: Runtime, boot: Boot) -> Result<Self> {
+        let mut guest = Guest::boot(boot).await?;
+        let power_on = Instant::now();
+        let agent = match connect(&mut guest).await {
+            Ok(agent) => agent,
+            Err(error) => return Err(guest.explain(error)),
+        };
+        let boot_time = power_on.elapsed();
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        let monitor = Monitor::serve(&node.kata_run_dir(), &id, &guest.vsock())?;
+        let request = agent::CreateSandboxRequest { hostname: "e2e".into(), sandbox_id: id, ..Default::default() };
+        if let Err(error) = agent.run("CreateSandbox", &request).await {
+            return Err(guest.explain(error.into()));
+        }
+        Ok(Self {
+            runtime,
+            agent,
+            guest,
+            _monitor: monitor,
+            direct_volumes: node.direct_volume_dir(),
+            disks: BTreeMap::new(),
+            containers: HashMap::new(),
+            substitutes: HashMap::new(),
+            execs: 0,
+            boot_time,
+        })
+    }
+
+    /// From now on another device is plugged in where this one should be: an attacker's or an operator's mistake.
+    pub fn substitute(&mut self, device: &Path, other: &Path) {
+        self.substitutes.insert(device.to_owned(), other.to_owned());
+    }
+
+    /// Creates and starts a container. Its disks are plugged in first; where it fails they are unplugged again.
+    ///
+    /// # Errors
+    /// When the agent refuses; the text is what kubelet would show.
+    pub async fn run(&mut self, container: Container) -> Result<()> {
+        let id = container.id.clone();
+        let result = self.create(&container).await;
+        if let Err(error) = result {
+            self.release(&id).await?;
+            return Err(if error.is::<AgentError>() { error } else { self.guest.explain(error) });
+        }
+        self.agent.run("StartContainer", &agent::StartContainerRequest { container_id: id }).await?;
+        Ok(())
+    }
+
+    async fn create(&mut self, container: &Container) -> Result<()> {
+        let (mut storages, mut mounts) = (Vec::new(), Vec::new());
+        self.containers.insert(container.id.clone(), Vec::new());
+        for mount in &container.mounts {
+            let volume = DirectVolume::read(&self.direct_volumes, &mount.target)?;
+            // Traps of the runtimes: see kata-contract, section 1.
+            let device_read_only = match self.runtime {
+                Runtime::Rs => mount.read_only,
+                Runtime::Go => volume.options.iter().any(|option| option == "ro"),
+            };
+            let source = self.plug(&container.id, &volume.device, device_read_only).await?;
+            let (storage, bind) = self.runtime.requests(mount, &volume, &source);
+            storages.extend(storage);
+            mounts.push(bind);
+        }
+        let request = agent::CreateContainerRequest {
+            container_id: container.id.clone(),
+            exec_id: container.id.clone(),
+            storages,
+            oci: Some(container.spec(mounts)),
+            ..Default::default()
+        };
+        self.agent.run("CreateContainer", &request).await?;
+        Ok(())
+    }
+
+    async fn plug(&mut self, container: &str, device: &Path, read_only: bool) -> Result<String> {
+        let device = self.substitutes.get(device).map_or(device, PathBuf::as_path).to_owned();
+        if !self.disks.contains_key(&device) {
+            let source = self.guest.plug(&device, read_only).await?;
+            self.disks.insert(device.clone(), Disk { source, users: 0 });
+        }
+        let Some(disk) = self.disks.get_mut(&device) else { bail!("{} got lost", device.display()) };
+        disk.users += 1;
+        self.containers.entry(container.to_owned()).or_default().push(device);
+        Ok(disk.source.clone())
+    }
+
+    /// Unplugs what nobody uses any more, right after the agent's answer, as the shims do.
+    async fn release(&mut self, container: &str) -> Result<()> {
+        for device in self.containers.remove(container).unwrap_or_default() {
+            let Some(disk) = self.disks.get_mut(&device) else { continue };
+            disk.users -= 1;
+            if disk.users == 0 {
+                self.disks.remove(&device);
+                if let Err(error) = self.guest.unplug(&device).await {
+                    return Err(self.guest.explain(error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills a container and removes it; its disks are unplugged when it was their last user.
+    ///
+    /// # Errors
+    /// When the agent refuses, or a disk can't be unplugged.
+    pub async fn remove(&mut self, id: &str) -> Result<()> {
+        let kill = agent::SignalProcessRequest { container_id: id.into(), exec_id: String::new(), signal: 9 };
+        self.agent.run("SignalProcess", &kill).await?;
+        let wait = agent::WaitProcessRequest { container_id: id.into(), exec_id: String::new() };
+        self.agent.call::<agent::WaitProcessResponse>("WaitProcess", &wait).await?;
+        let request = agent::RemoveContainerRequest { container_id: id.into(), timeout: 0 };
+        if let Err(error) = self.agent.run("RemoveContainer", &request).await {
+            return Err(self.guest.explain(error.into()));
+        }
+        self.release(id).await
+    }
+
+    /// Starts a program in a container.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub async fn spawn(&mut self, container: &str, user: User, args: &[&str]) -> Result<Running> {
+        self.execs += 1;
+        let exec_id = format!("exec{}", self.execs);
+        let request = agent::ExecProcessRequest {
+            container_id: container.into(),
+            exec_id: exec_id.clone(),
+            process: Some(container::process(args, user)),
+            ..Default::default()
+        };
+        self.agent.run("ExecProcess", &request).await?;
+        // kata-agent starts an exec at once; the shims send nothing more.
+        Ok(Running { agent: self.agent.clone(), container: container.into(), exec_id })
+    }
+
+    /// Runs a shell command in a container and gives what it prints.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub async fn sh(&mut self, container: &str, script: &str) -> Result<String> {
+        self.sh_as(container, User::ROOT, script).await
+    }
+
+    /// The same, as somebody else.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub async fn sh_as(&mut self, container: &str, user: User, script: &str) -> Result<String> {
+        let running = self.spawn(container, user, &["/bin/sh", "-c", script]).await?;
+        let output = running.finish().await.map_err(|error| self.guest.explain(error))?;
+        output.ok().with_context(|| format!("in the container: {script}"))
+    }
+
+    /// zpool or zfs in the guest, from a container made by [`Container::debug`].
+    ///
+    /// # Errors
+    /// When it fails.
+    pub async fn zfs_tool(&mut self, container: &str, command: &str) -> Result<String> {
+        let tool = "/zpod/lib/ld-linux-x86-64.so.2 --library-path /zpod/lib /zpod/bin/";
+        self.sh(container, &format!("{tool}{command}")).await
+    }
+
+    /// Ends the pod in good order: containers first, then the sandbox as this runtime does, then SIGKILL.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub async fn stop(mut self) -> Result<()> {
+        let ids: Vec<_> = self.containers.keys().cloned().collect();
+        for id in ids {
+            self.remove(&id).await?;
+        }
+        if self.runtime == Runtime::Go {
+            self.agent.run("DestroySandbox", &agent::DestroySandboxRequest {}).await?;
+        }
+        self.kill();
+        Ok(())
+    }
+
+    /// Kills the virtual machine without a word.
+    pub fn kill(self) {
+        self.guest.kill();
+    }
+
+    /// The agent, for what the shim doesn't do.
+    pub fn agent(&self) -> &AgentClient {
+        &self.agent
+    }
+
+    /// The virtual machine.
+    pub fn guest(&self) -> &Guest {
+        &self.guest
+    }
+}
+
+impl Runtime {
+    /// The storage and the OCI mount for one volume of a container.
+    fn requests(self, mount: &Mount, volume: &DirectVolume, source: &str) -> (Vec<agent::Storage>, agent::Mount) {
+        let mut cri: Vec<String> = vec!["rbind".into(), "rprivate".into()];
+        cri.push(if mount.read_only { "ro" } else { "rw" }.into());
+        let (mount_point, options, oci, fs_group) = match self {
+            // utils.rs:31-45, 101-199.
+            Self::Rs => {
+                let random = uuid::Uuid::new_v4().simple().to_string();
+                let name = Path::new(&mount.destination).file_name().unwrap_or_default().to_string_lossy();
+                let place = "/run/kata-containers/shared/containers/passthrough";
+                let mut options: Vec<_> = volume
+                    .options
+                    .iter()
+                    .filter(|option| !["bind", "rbind"].contains(&option.as_str()))
+                    .cloned()
+                    .collect();
+                if mount.read_only {
+                    options.push("ro".into());
+                }
+                let point = format!("{place}/{}-{}-{name}", &random[..10], &random[10..18]);
+                (point, options, [cri, volume.options.clone()].concat(), None)
+            }
+            // kata_agent.go:1887-2045, 2130-2157.
+            Self::Go => {
+                let point = format!("/run/kata-containers/sandbox/storage/{}", URL_SAFE.encode(source));
+                let group = volume.metadata.get("fsGroup").and_then(|group| group.parse().ok());
+                let always = volume.metadata.get("fsGroupChangePolicy").is_none_or(|policy| policy != "OnRootMismatch");
+                let group = group.map(|group_id| agent::FsGroup { group_id, group_change_policy: u32::from(!always) });
+                (point, volume.options.clone(), cri, group)
+            }
+        };
+        let storage = agent::Storage {
+            driver: "blk".into(),
+            source: source.into(),
+            fstype: volume.fs_type.clone(),
+            options,
+            mount_point: mount_point.clone(),
+            fs_group,
+            ..Default::default()
+        };
+        let bind = agent::Mount {
+            destination: mount.destination.clone(),
+            source: mount_point,
+            r#type: "bind".into(),
+            options: oci,
+        };
+        (vec![storage], bind)
+    }
+}
+
+async fn connect(guest: &mut Guest) -> Result<AgentClient> {
+    let end = Instant::now() + BOOT;
+    loop {
+        let stream = guest.connect(agent::PORT, end.saturating_duration_since(Instant::now())).await?;
+        let client = AgentClient::new(stream);
+        match client.check(Duration::from_secs(5)).await {
+            Ok(()) => return Ok(client),
+            Err(error) if Instant::now() >= end => return Err(error).context("the agent doesn't answer"),
+            Err(_) => sleep(Duration::from_millis(100)).await,
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The OCI spec that containerd would write for a container, as the shim sends it.
+
+use std::path::PathBuf;
+
+use zpod_proto::agent;
+
+use crate::base_initrd::ROOTFS;
+
+/// A volume's mount in a container.
+#[derive(Debug, Clone)]
+pub struct Mount {
+    /// CSI target path on the host.
+    pub target: PathBuf,
+    /// Where it is in the container.
+    pub destination: String,
+    /// `readOnly` of the volume mount.
+    pub read_only: bool,
+}
+
+impl Mount {
+    /// A writable mount.
+    pub fn new(target: impl Into<PathBuf>, destination: &str) -> Self {
+        Self { target: target.into(), destination: destination.to_owned(), read_only: false }
+    }
+}
+
+/// A container to be.
+#[derive(Debug, Clone)]
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Volumes, in the order of the OCI spec.
+    pub mounts: Vec<Mount>,
+    /// Mounts of the guest's own directories: source and destination.
+    pub guest_mounts: Vec<(String, String)>,
+    /// Mounts of memory, at these paths.
+    pub tmpfs: Vec<String>,
+}
+
+impl Container {
+    /// A container that sleeps, with these volumes.
+    pub fn new(id: &str, mounts: impl IntoIterator<Item = Mount>) -> Self {
+        let mounts = mounts.into_iter().collect();
+        Self { id: id.to_owned(), mounts, guest_mounts: Vec::new(), tmpfs: Vec::new() }
+    }
+
+    /// One that can see the guest's pools: its devices and zpod's tools are bound in.
+    pub fn debug(id: &str) -> Self {
+        let guest_mounts = ["/zpod", "/dev"].map(|path| (path.to_owned(), path.to_owned()));
+        Self { guest_mounts: guest_mounts.to_vec(), ..Self::new(id, []) }
+    }
+
+    /// The spec, with the volumes' mounts as the runtime made them.
+    pub(super) fn spec(&self, volumes: Vec<agent::Mount>) -> agent::Spec {
+        let mut mounts = vec![mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])];
+        if !self.guest_mounts.iter().any(|(_, destination)| destination == "/dev") {
+            mounts.push(mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]));
+        }
+        mounts.push(mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]));
+        let guest = self.guest_mounts.iter();
+        mounts.extend(guest.map(|(source, destination)| mount(destination, "bind", source, &["rbind", "rprivate"])));
+        mounts.extend(volumes);
+        mounts.extend(self.tmpfs.iter().map(|path| mount(path, "tmpfs", "tmpfs", &["nosuid", "nodev", "size=16m"])));
+        let namespaces =
+            ["mount", "ipc", "uts"].map(|kind| agent::LinuxNamespace { r#type: kind.into(), ..Default::default() });
+        agent::Spec {
+            version: "1.1.0".into(),
+            process: Some(process(&["/bin/sleep", "1000000"], User::ROOT)),
+            root: Some(agent::Root { path: ROOTFS.into(), readonly: false }),
+            hostname: "e2e".into(),
+            mounts,
+            annotations: [("io.kubernetes.cri.container-type".to_owned(), "container".to_owned())].into(),
+            linux: Some(agent::Linux {
+                cgroups_path: format!("/e2e/{}", self.id),
+                namespaces: namespaces.to_vec(),
+                ..Default::default()
+            }),
+        }
+    }
+}
+
+/// Who a process runs as.
+#[derive(Debug, Clone, Copy)]
+pub struct User {
+    /// User and primary group.
+    pub uid: u32,
+    /// One more group, such as the pod's fsGroup.
+    pub group: Option<u32>,
+}
+
+impl User {
+    /// root.
+    pub const ROOT: Self = Self { uid: 0, group: None };
+}
+
+pub(super) fn process(args: &[&str], user: User) -> agent::Process {
+    agent::Process {
+        user: Some(agent::User { uid: user.uid, gid: user.uid, additional_gids: user.group.into_iter().collect() }),
+        args: args.iter().map(|&arg| arg.to_owned()).collect(),
+        env: vec!["PATH=/bin:/sbin".into(), "HOME=/root".into()],
+        cwd: "/".into(),
+        ..Default::default()
+    }
+}
+
+fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> agent::Mount {
+    agent::Mount {
+        destination: destination.into(),
+        source: source.into(),
+        r#type: kind.into(),
+        options: options.iter().map(|&option| option.into()).collect(),
+    }
+}
