@@ -5,6 +5,12 @@
 //! system *whether* the pool's region holds anything, never *what* (DESIGN: the host never reads a tenant's bytes).
 //! Only [`Backing::destroy`] removes or shortens anything.
 
+#[cfg(test)]
+mod conformance;
+pub mod file;
+mod ledger;
+pub mod sim;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 

@@ -4,3 +4,4 @@
 pub mod backing;
 pub mod catalog;
 pub mod crash;
+mod directory;

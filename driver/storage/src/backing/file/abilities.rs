@@ -1,0 +1,126 @@
+//! What the file system of a backing directory can do: tried, not guessed from its name.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{OFlags, XattrFlags};
+use rustix::io::Errno;
+use zpod_volume::{DiskLayout, gpt};
+
+use super::fcntl;
+use super::image;
+use crate::directory::Directory;
+
+const PROBE: &str = ".zpod-probe";
+const PROBE_CLONE: &str = ".zpod-probe-clone";
+
+/// `BTRFS_SUPER_MAGIC` of linux/magic.h.
+const BTRFS: u32 = 0x9123_683E;
+
+/// How it is proven that nobody else has a file open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fencing {
+    /// By a lease: the kernel itself counts who has the file open.
+    Lease,
+    /// By a lock on the whole file, for file systems that know no leases. Weaker: it finds only who locks its disks, as
+    /// QEMU and Cloud Hypervisor do and Firecracker and Dragonball don't.
+    Lock,
+}
+
+/// What a file system can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Abilities {
+    /// Whether files can share blocks (XFS, btrfs): what snapshots and clones will need.
+    pub reflink: bool,
+    /// How exclusive use is proven.
+    pub fencing: Fencing,
+    /// Whether each new file is taken out of copy-on-write (btrfs): overwriting it then takes no new space, so that a
+    /// promise holds, and its blocks don't scatter. ZFS has checksums of its own.
+    pub nocow: bool,
+    /// The extended attribute that holds what a volume was promised.
+    pub(super) attribute: &'static str,
+}
+
+impl fmt::Display for Abilities {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fencing = match self.fencing {
+            Fencing::Lease => "leases",
+            Fencing::Lock => "locks only (weaker: the file system knows no leases)",
+        };
+        write!(f, "reflink {}, fencing by {fencing}, promises in {}", self.reflink, self.attribute)
+    }
+}
+
+impl Abilities {
+    /// Tries it out on a file of its own, which it removes again.
+    pub(super) fn probe(directory: &Directory) -> io::Result<Self> {
+        let abilities = Self::probe_with(directory);
+        for name in [PROBE, PROBE_CLONE] {
+            directory.remove(name)?;
+        }
+        abilities
+    }
+
+    fn probe_with(directory: &Directory) -> io::Result<Self> {
+        let nocow = u32::try_from(rustix::fs::fstatfs(directory)?.f_type).is_ok_and(|magic| magic == BTRFS);
+        let file = directory.fresh_file(PROBE)?;
+        if nocow {
+            image::disable_cow(&file)?;
+        }
+        check_holes(&file)?;
+        let attribute = attribute(&file)?;
+        let clone = directory.fresh_file(PROBE_CLONE)?;
+        if nocow {
+            image::disable_cow(&clone)?;
+        }
+        let reflink = rustix::fs::ioctl_ficlone(&clone, &file).is_ok();
+        drop((file, clone));
+        let file = directory.open_file(PROBE, OFlags::RDWR)?;
+        let fencing = match fcntl::take_lease(file.as_fd()) {
+            Ok(()) => {
+                fcntl::give_lease_back(file.as_fd())?;
+                Fencing::Lease
+            }
+            // EINVAL: the file system has none, or /proc/sys/fs/leases-enable is 0.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP)) => {
+                Fencing::Lock
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Self { reflink, fencing, nocow, attribute })
+    }
+}
+
+/// A disk with a table and a guest's journal on it must still count as never written where the pool goes, and as
+/// written once the pool's first sector is. Not so where holes aren't known, or only in blocks of more than 512 KiB.
+fn check_holes(file: &File) -> io::Result<()> {
+    let refuse = || {
+        let why = "this file system can't tell written blocks of a file from holes; use XFS, btrfs, ext4 or tmpfs";
+        io::Error::new(io::ErrorKind::Unsupported, why)
+    };
+    let region = DiskLayout::PARTITION_START;
+    file.set_len(4 * region)?;
+    file.write_all_at(&[1; gpt::PRIMARY_BYTES], 0)?;
+    file.write_all_at(&[1; 4096], DiskLayout::JOURNAL_OFFSET)?;
+    if image::has_data(file, region, 4 * region)? {
+        return Err(refuse());
+    }
+    file.write_all_at(&[1; 512], 2 * region)?;
+    if image::has_data(file, region, 4 * region)? { Ok(()) } else { Err(refuse()) }
+}
+
+/// `user.` attributes are where they belong; tmpfs has them since Linux 6.6, and `trusted.` ones, for root, since ever.
+fn attribute(file: &File) -> io::Result<&'static str> {
+    let mut last = Errno::OPNOTSUPP;
+    for name in ["user.zpod.partition", "trusted.zpod.partition"] {
+        match rustix::fs::fsetxattr(file, name, b"0", XattrFlags::empty()) {
+            Ok(()) => return Ok(name),
+            Err(error) => last = error,
+        }
+    }
+    let why = format!("this file system keeps no extended attributes ({last}); use XFS, btrfs, ext4 or tmpfs");
+    Err(io::Error::new(io::ErrorKind::Unsupported, why))
+}

@@ -1,0 +1,101 @@
+//! One image file: its sizes, its tables, its attribute. Nothing here reads a byte of it.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{FallocateFlags, IFlags, SeekFrom, XattrFlags};
+use rustix::io::Errno;
+use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId, gpt};
+
+use crate::backing::DeviceSpec;
+use crate::crash;
+
+/// Takes an empty file out of copy-on-write.
+pub(super) fn disable_cow(file: &File) -> io::Result<()> {
+    let flags = rustix::fs::ioctl_getflags(file)?;
+    Ok(rustix::fs::ioctl_setflags(file, flags | IFlags::NOCOW)?)
+}
+
+/// Whether any byte in `[from, to)` is backed by written blocks. Blocks that are allocated but were never written count
+/// as holes, on all of XFS, btrfs, ext4 and tmpfs (lseek(2), SEEK_DATA).
+pub(super) fn has_data(file: &File, from: u64, to: u64) -> io::Result<bool> {
+    match rustix::fs::seek(file, SeekFrom::Data(from)) {
+        Ok(at) => Ok(at < to),
+        Err(Errno::NXIO) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Writes both tables for a disk of `disk` bytes, the spare one first: at any moment one of them is whole.
+pub(super) fn write_tables(file: &File, id: VolumeId, partition: Bytes, disk: Bytes) -> io::Result<()> {
+    let table = gpt::encode(id, partition, disk);
+    file.write_all_at(&table.backup, table.backup_offset)?;
+    crash::point("table: backup written");
+    rustix::fs::fdatasync(file)?;
+    crash::point("table: backup synced");
+    file.write_all_at(&table.primary, 0)?;
+    crash::point("table: primary written");
+    Ok(rustix::fs::fsync(file)?)
+}
+
+/// Everything that makes an empty file a device, made durable.
+pub(super) fn fill(file: &File, spec: &DeviceSpec, attribute: &str) -> io::Result<()> {
+    file.set_len(spec.layout.disk.0)?;
+    crash::point("create: length set");
+    if spec.provisioning == Provisioning::Thick {
+        allocate(file, spec.layout.partition)?;
+        crash::point("create: space taken");
+    }
+    let table = gpt::encode(spec.id, spec.layout.partition, spec.layout.disk);
+    file.write_all_at(&table.primary, 0)?;
+    file.write_all_at(&table.backup, table.backup_offset)?;
+    crash::point("create: tables written");
+    set_promise(file, attribute, spec.layout.partition)?;
+    crash::point("create: promise recorded");
+    Ok(rustix::fs::fsync(file)?)
+}
+
+/// Takes the space of a partition and of the guest's journal before it. The tables take theirs by being written.
+pub(super) fn allocate(file: &File, partition: Bytes) -> io::Result<()> {
+    let from = DiskLayout::JOURNAL_OFFSET;
+    let end = DiskLayout::PARTITION_START.saturating_add(partition.0);
+    Ok(rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, from, end - from)?)
+}
+
+/// Lengthens a disk. On one that was never written, the old spare table is taken out first: it would lie inside a
+/// larger partition, and be taken for a pool's data by [`has_data`]. On any other disk nothing is touched.
+pub(super) fn lengthen(file: &File, before: u64, after: u64) -> io::Result<()> {
+    let tail = before.saturating_sub(DiskLayout::PARTITION_START);
+    if tail > DiskLayout::PARTITION_START && !has_data(file, DiskLayout::PARTITION_START, tail)? {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(file, flags, tail, before - tail)?;
+        crash::point("grow: old spare table removed");
+    }
+    file.set_len(after)
+}
+
+/// Records the partition that was promised.
+pub(super) fn set_promise(file: &File, attribute: &str, partition: Bytes) -> io::Result<()> {
+    Ok(rustix::fs::fsetxattr(file, attribute, partition.0.to_string().as_bytes(), XattrFlags::empty())?)
+}
+
+/// The partition that was promised. Only the one spelling that [`set_promise`] writes is taken.
+pub(super) fn promise(file: &File, attribute: &str) -> io::Result<Bytes> {
+    let mut value = [0; 32];
+    let length = rustix::fs::fgetxattr(file, attribute, &mut value).map_err(|error| match error {
+        Errno::NODATA => damaged(attribute, "is missing"),
+        error => error.into(),
+    })?;
+    let text = value.get(..length).and_then(|value| std::str::from_utf8(value).ok());
+    let number = text.and_then(|text| text.parse::<u64>().ok().filter(|n| n.to_string() == text && *n > 0));
+    number.map(Bytes).ok_or_else(|| damaged(attribute, "is not a number of bytes"))
+}
+
+fn damaged(attribute: &str, what: &str) -> io::Error {
+    let why = format!(
+        "its attribute {attribute} {what}, so that nobody knows what was promised; set it to the partition's size in \
+         bytes: setfattr -n {attribute} -v BYTES FILE"
+    );
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}

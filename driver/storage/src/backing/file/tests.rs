@@ -1,0 +1,323 @@
+use std::any::Any;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+use zpod_volume::gpt;
+
+use super::super::conformance::{MIB, Rig, conformance, id, spec, thin};
+use super::*;
+
+struct Files {
+    backing: FileBacking,
+    dir: TempDir,
+}
+
+impl Files {
+    fn new() -> Self {
+        Self::with_ratio(1.0)
+    }
+
+    fn with_ratio(ratio: f64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self { backing: FileBacking::open(dir.path(), ratio).unwrap(), dir }
+    }
+
+    fn path(&self, id: VolumeId) -> PathBuf {
+        self.dir.path().join(name_of(id))
+    }
+
+    fn restart(self) -> Self {
+        drop(self.backing);
+        Self { backing: FileBacking::open(self.dir.path(), 1.0).unwrap(), dir: self.dir }
+    }
+
+    fn promised(&self) -> u64 {
+        self.backing.ledger().promises().iter().map(|(_, reserved)| reserved).sum()
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        self.backing
+            .directory
+            .each_name(|name| {
+                names.extend((!matches!(name, "." | "..")).then(|| name.to_owned()));
+                Ok(())
+            })
+            .unwrap();
+        names
+    }
+}
+
+impl Rig for Files {
+    fn backing(&self) -> &dyn Backing {
+        &self.backing
+    }
+
+    fn guest_writes(&self, id: VolumeId, at: u64) {
+        let file = File::options().write(true).open(self.path(id)).unwrap();
+        file.write_all_at(&[1; 4096], at).unwrap();
+        file.sync_all().unwrap();
+    }
+
+    fn opened_elsewhere(&self, id: VolumeId) -> Box<dyn Any> {
+        Box::new(File::open(self.path(id)).unwrap())
+    }
+
+    fn table(&self, id: VolumeId) -> Bytes {
+        // A test may read; FileBacking never does.
+        let mut bytes = [0; gpt::PRIMARY_BYTES];
+        File::open(self.path(id)).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+        let header = gpt::decode(&bytes).unwrap();
+        assert_eq!(header.disk_guid, id.uuid());
+        Bytes(header.partition_bytes)
+    }
+}
+
+conformance!(Files::new());
+
+#[test]
+fn promises_are_exact_after_a_restart() {
+    let files = Files::new();
+    files.backing.create(&thin("a", 16)).unwrap();
+    files.backing.create(&thin("b", 100)).unwrap();
+    files.backing.create(&spec("c", 5, 66, Provisioning::Thick)).unwrap();
+    files.backing.grow(&thin("a", 64)).unwrap();
+    files.backing.destroy(id("b")).unwrap();
+    assert_eq!(files.promised(), (64 + 1 + 5 + 1) * MIB);
+    let files = files.restart();
+    assert_eq!(files.promised(), (64 + 1 + 5 + 1) * MIB);
+    assert_eq!(files.backing.create(&thin("a", 64)).unwrap(), Outcome::Unchanged);
+}
+
+#[test]
+fn what_is_free_can_be_promised_more_than_once_only_where_that_was_asked_for() {
+    let files = Files::with_ratio(3.0);
+    let capacity = files.backing.capacity().unwrap();
+    files.backing.create(&thin("a", capacity.largest.0 / MIB / 2)).unwrap();
+    assert!(capacity.total.0 > files.backing.free().unwrap() * 2);
+    for ratio in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let error = FileBacking::open(files.dir.path(), ratio).unwrap_err().to_string();
+        assert!(error.contains("over-commit ratio"), "{error}");
+    }
+}
+
+#[test]
+fn promises_stay_within_the_space_when_many_ask_at_once() {
+    let files = Files::new();
+    let largest = files.backing.capacity().unwrap().largest.0 / MIB;
+    // Any three fit, four don't.
+    let each = largest * 2 / 7;
+    let made = std::thread::scope(|scope| {
+        let backing = &files.backing;
+        let threads: Vec<_> =
+            (0..8).map(|n| scope.spawn(move || backing.create(&thin(&n.to_string(), each)))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap().is_ok()).filter(|made| *made).count()
+    });
+    assert_eq!(made, 3);
+    assert_eq!(files.promised(), 3 * (each + 1) * MIB);
+    assert_eq!(files.names().len(), 3, "{:?}", files.names());
+}
+
+#[test]
+fn one_process_has_the_directory() {
+    let files = Files::new();
+    let error = FileBacking::open(files.dir.path(), 1.0).unwrap_err().to_string();
+    assert!(error.contains("another zpod process"), "{error}");
+}
+
+#[test]
+fn a_directory_that_is_not_there_is_not_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("not-mounted");
+    assert!(FileBacking::open(&missing, 1.0).is_err());
+    assert!(!missing.exists());
+}
+
+#[test]
+fn leftovers_of_creations_go_at_the_start_and_nothing_else_does() {
+    let files = Files::new();
+    files.backing.create(&thin("a", 16)).unwrap();
+    let ours = files.dir.path().join(directory::temporary_name(id("b")));
+    let strangers = [".x.tmp", "notes.txt", "b.img", ".zpod"].map(|name| files.dir.path().join(name));
+    std::fs::write(&ours, "").unwrap();
+    strangers.iter().for_each(|path| std::fs::write(path, "x").unwrap());
+    let files = files.restart();
+    assert!(!ours.exists());
+    assert!(strangers.iter().all(|path| path.exists()));
+    files.backing.device(id("a")).unwrap();
+}
+
+#[test]
+fn an_image_whose_promise_is_lost_or_damaged_is_refused_with_a_remedy_and_counts_in_full() {
+    let mut files = Files::new();
+    let attribute = files.backing.abilities.attribute;
+    for value in [None, Some("x"), Some(""), Some("016777216"), Some("-1"), Some("99999999999999999999999"), Some("0")]
+    {
+        let spec = thin(&format!("{value:?}"), 16);
+        files.backing.create(&spec).unwrap();
+        let file = File::open(files.path(spec.id)).unwrap();
+        match value {
+            None => rustix::fs::fremovexattr(&file, attribute).unwrap(),
+            Some(value) => {
+                rustix::fs::fsetxattr(&file, attribute, value.as_bytes(), rustix::fs::XattrFlags::empty()).unwrap();
+            }
+        }
+        drop(file);
+        files = files.restart();
+        assert_eq!(files.promised(), spec.layout.disk.0 + MIB, "{value:?}");
+        let proof = files.backing.exclusive(spec.id).unwrap();
+        for result in [
+            files.backing.create(&spec).map(drop),
+            files.backing.grow(&thin(&format!("{value:?}"), 32)).map(drop),
+            files.backing.write_table(&spec, proof.as_ref()),
+        ] {
+            let error = result.unwrap_err();
+            let remedy = format!("{error} {:?}", std::error::Error::source(&error));
+            assert!(remedy.contains("setfattr"), "{value:?}: {remedy}");
+        }
+        // Mended, without a restart.
+        let held = files.backing.held(spec.id).unwrap();
+        image::set_promise(&held.file, attribute, spec.layout.partition).unwrap();
+        assert_eq!(files.backing.create(&spec).unwrap(), Outcome::Unchanged);
+        assert_eq!(files.promised(), spec.layout.partition.0 + MIB);
+        drop((held, proof));
+        files.backing.destroy(spec.id).unwrap();
+    }
+}
+
+#[test]
+fn destroy_takes_nothing_that_another_process_has_open() {
+    let files = Files::new();
+    let spec = thin("a", 16);
+    files.backing.create(&spec).unwrap();
+    let image = File::open(files.path(spec.id)).unwrap();
+    let mut child = Command::new("/bin/sleep").arg("60").stdin(image).spawn().unwrap();
+    // The parent's descriptor went into the child; only the child has it now.
+    let error = files.backing.destroy(spec.id).unwrap_err();
+    assert!(matches!(error, BackingError::InUse { .. }), "{error}");
+    assert!(files.path(spec.id).exists());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    files.backing.destroy(spec.id).unwrap();
+}
+
+#[test]
+fn a_process_that_opens_a_device_while_its_table_is_written_waits_and_kills_nobody() {
+    let files = Files::new();
+    let spec = thin("a", 16);
+    files.backing.create(&spec).unwrap();
+    let proof = files.backing.exclusive(spec.id).unwrap();
+    let mut child = Command::new("/bin/cat")
+        .arg(files.path(spec.id))
+        .stdout(std::process::Stdio::null())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(child.try_wait().unwrap().is_none(), "the other process must wait");
+    // Somebody waits: no more writing.
+    assert!(matches!(files.backing.write_table(&spec, proof.as_ref()), Err(BackingError::InUse { .. })));
+    assert!(matches!(files.backing.exclusive(spec.id), Err(BackingError::InUse { .. })));
+    drop(proof);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_lock_of_qemu_is_named() {
+    let files = Files::new();
+    let spec = thin("a", 16);
+    files.backing.create(&spec).unwrap();
+    let other = File::options().read(true).write(true).open(files.path(spec.id)).unwrap();
+    assert!(fcntl::lock_all(std::os::fd::AsFd::as_fd(&other)).unwrap());
+    let error = files.backing.exclusive(spec.id).unwrap_err().to_string();
+    assert!(error.contains("a lock is held at byte 0") && error.contains("fuser"), "{error}");
+}
+
+#[test]
+fn where_there_are_no_leases_a_lock_proves_what_it_can() {
+    let mut files = Files::new();
+    files.backing.abilities.fencing = Fencing::Lock;
+    let spec = thin("a", 16);
+    files.backing.create(&spec).unwrap();
+    let other = File::options().read(true).write(true).open(files.path(spec.id)).unwrap();
+    assert!(fcntl::lock_all(std::os::fd::AsFd::as_fd(&other)).unwrap());
+    assert!(matches!(files.backing.destroy(spec.id), Err(BackingError::InUse { .. })));
+    drop(other);
+    let proof = files.backing.exclusive(spec.id).unwrap();
+    let other = File::options().read(true).write(true).open(files.path(spec.id)).unwrap();
+    assert!(!fcntl::lock_all(std::os::fd::AsFd::as_fd(&other)).unwrap());
+    files.backing.write_table(&spec, proof.as_ref()).unwrap();
+    files.backing.destroy(spec.id).unwrap();
+}
+
+#[test]
+fn a_path_that_leads_elsewhere_by_now_is_not_handed_out() {
+    let files = Files::new();
+    files.backing.create(&thin("a", 16)).unwrap();
+    let aside = tempfile::tempdir().unwrap();
+    let moved = aside.path().join("moved");
+    std::fs::rename(files.dir.path(), &moved).unwrap();
+    std::fs::create_dir(files.dir.path()).unwrap();
+    std::fs::write(files.path(id("a")), "another").unwrap();
+    assert!(matches!(files.backing.device(id("a")), Err(BackingError::Missing { .. })));
+}
+
+#[test]
+fn data_at_the_end_of_a_used_disk_survives_growth() {
+    let files = Files::new();
+    let small = spec("a", 16, 18, Provisioning::Thin);
+    files.backing.create(&small).unwrap();
+    files.guest_writes(small.id, 2 * MIB);
+    // A guest that uses every byte there is.
+    files.guest_writes(small.id, 18 * MIB - 4096);
+    files.backing.grow(&spec("a", 64, 66, Provisioning::Thin)).unwrap();
+    let mut bytes = [0; 4096];
+    let file = File::open(files.path(small.id)).unwrap();
+    for at in [2 * MIB, 18 * MIB - 4096] {
+        file.read_exact_at(&mut bytes, at).unwrap();
+        assert_eq!(bytes, [1; 4096], "at {at}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    /// The file backing and the simulated one answer alike, whatever is asked of them in whatever order.
+    #[test]
+    fn files_behave_as_the_simulation_does(calls in proptest::collection::vec((0u8..6, 0u8..3, 1u64..5), 1..40)) {
+        let files = Files::new();
+        let sim = super::super::sim::SimBacking::new(Bytes::gib(64), 1.0);
+        for (call, volume, size) in calls {
+            let name = volume.to_string();
+            let spec = spec(&name, size * 4, size * 4 + 2 + (size % 2) * 16, Provisioning::Thin);
+            let both: [&dyn Backing; 2] = [&files.backing, &sim];
+            let run = |backing: &dyn Backing| -> Result<String, BackingError> {
+                Ok(match call {
+                    0 => format!("{:?}", backing.create(&spec)?),
+                    1 => format!("{:?}", backing.destroy(spec.id)?),
+                    2 | 3 => format!("{:?}", backing.grow(&spec)?),
+                    4 => backing.ever_written(&spec)?.to_string(),
+                    _ => {
+                        let proof = backing.exclusive(spec.id)?;
+                        backing.write_table(&spec, proof.as_ref())?;
+                        "written".to_owned()
+                    }
+                })
+            };
+            let kind = |result: Result<String, BackingError>| match result {
+                Ok(text) => text,
+                Err(BackingError::Mismatch { found, wanted, .. }) => format!("mismatch {found} {wanted}"),
+                Err(BackingError::Missing { .. }) => "missing".to_owned(),
+                Err(error) => format!("{error:?}"),
+            };
+            let [ours, theirs] = both.map(|backing| kind(run(backing)));
+            prop_assert_eq!(ours, theirs);
+            prop_assert_eq!(sim.table(spec.id).is_some(), files.path(spec.id).exists());
+            if let Some(table) = sim.table(spec.id) {
+                prop_assert_eq!(table, files.table(spec.id));
+            }
+        }
+    }
+}
