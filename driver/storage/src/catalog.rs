@@ -4,6 +4,8 @@
 //! A record is replaced whole, and only if it is still the one that was read ([`Volume::revision`]): two writers can't
 //! undo each other. Records are handed out one at a time or a page at a time; nothing needs all of them at once.
 
+pub mod dir;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;

@@ -1,0 +1,135 @@
+//! The files of the records.
+
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use rustix::fs::OFlags;
+use zpod_volume::VolumeId;
+
+use super::index::{Index, Known};
+use crate::catalog::{CatalogError, Volume};
+use crate::crash;
+use crate::directory::{self, Directory};
+
+/// No record is nearly as long.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// The directory with the records.
+#[derive(Debug)]
+pub(super) struct Records {
+    directory: Directory,
+}
+
+impl Records {
+    pub(super) fn new(directory: Directory) -> Self {
+        Self { directory }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Reads all records once and removes what crashes left.
+    pub(super) fn load(&self) -> Result<Index, CatalogError> {
+        let (mut ids, mut leftovers) = (Vec::new(), Vec::new());
+        let names = self.directory.each_name(|name| {
+            if directory::is_temporary(name) {
+                leftovers.push(name.to_owned());
+            } else if let Some(id) = name.strip_suffix(".json").and_then(|id| id.parse().ok()) {
+                ids.push(id);
+            }
+            Ok(())
+        });
+        names.map_err(|source| self.fail("read", source))?;
+        for name in leftovers {
+            self.directory.remove(&name).map_err(|source| self.fail("clean up", source))?;
+        }
+        let mut index = Index::default();
+        for id in ids {
+            let known = match self.read(id) {
+                Ok(volume) => Known::Revision(volume.revision),
+                Err(error) => {
+                    tracing::error!(volume = %id, %error, "a record can't be used");
+                    Known::Damaged
+                }
+            };
+            index.set(id, known);
+        }
+        Ok(index)
+    }
+
+    /// Reads the record of a volume that has one.
+    pub(super) fn read(&self, id: VolumeId) -> Result<Volume, CatalogError> {
+        let name = name_of(id);
+        let damaged = |reason: String| CatalogError::Damaged { path: self.directory.join(&name), reason };
+        let fail = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => damaged("it has disappeared".to_owned()),
+            _ => CatalogError::Io { what: "read the record", path: self.directory.join(&name), source },
+        };
+        let file = self.directory.open_file(&name, OFlags::RDONLY).map_err(fail)?;
+        let mut json = Vec::with_capacity(2048);
+        file.take(MAX_BYTES + 1).read_to_end(&mut json).map_err(fail)?;
+        if json.len() as u64 > MAX_BYTES {
+            return Err(damaged(format!("it is longer than {MAX_BYTES} bytes")));
+        }
+        let volume: Volume = serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?;
+        if volume.id != id {
+            return Err(damaged(format!("it is that of volume {}", volume.id)));
+        }
+        if volume.revision == 0 {
+            return Err(damaged("its revision is 0, which no stored record has".to_owned()));
+        }
+        Ok(volume)
+    }
+
+    /// Puts a record in the place of the one there is, if any. Durable after [`Records::sync`].
+    pub(super) fn put(&self, volume: &Volume) -> Result<(), CatalogError> {
+        let (name, temporary) = (name_of(volume.id), directory::temporary_name(volume.id));
+        let put = || -> io::Result<()> {
+            let json = serde_json::to_vec_pretty(volume)?;
+            let mut file = self.directory.fresh_file(&temporary)?;
+            crash::point("record: temporary file made");
+            file.write_all(&json)?;
+            crash::point("record: written");
+            rustix::fs::fsync(&file)?;
+            crash::point("record: durable");
+            self.directory.replace(&temporary, &name)
+        };
+        put().map_err(|source| {
+            if let Err(error) = self.directory.remove(&temporary) {
+                tracing::warn!(volume = %volume.id, %error, "a temporary file stays until the next start");
+            }
+            CatalogError::Io { what: "write the record", path: self.directory.join(&name), source }
+        })?;
+        crash::point("record: named");
+        Ok(())
+    }
+
+    /// Removes a record. Durable after [`Records::sync`].
+    pub(super) fn remove(&self, id: VolumeId) -> Result<(), CatalogError> {
+        crash::point("record: to be removed");
+        let name = name_of(id);
+        self.directory.remove(&name).map_err(|source| CatalogError::Io {
+            what: "remove the record",
+            path: self.directory.join(&name),
+            source,
+        })?;
+        crash::point("record: removed");
+        Ok(())
+    }
+
+    /// Makes names durable: new ones and removals.
+    pub(super) fn sync(&self) -> Result<(), CatalogError> {
+        self.directory.sync().map_err(|source| self.fail("sync", source))?;
+        crash::point("record: name durable");
+        Ok(())
+    }
+
+    fn fail(&self, what: &'static str, source: io::Error) -> CatalogError {
+        CatalogError::Io { what, path: self.directory.path().to_owned(), source }
+    }
+}
+
+fn name_of(id: VolumeId) -> String {
+    format!("{id}.json")
+}
