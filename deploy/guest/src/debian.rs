@@ -4,7 +4,7 @@
 //! versions its package lists name, so a build asks no server that the
 //! machine's owner has not chosen, and a cached one asks none at all.
 
-use std::{collections::BTreeMap, fs, path::Path, process::Command, time::Duration};
+use std::{collections::BTreeMap, process::Command, time::Duration};
 
 use crate::{Error, Result, command};
 
@@ -31,13 +31,13 @@ impl Versions {
     /// # Errors
     /// [`Error::NoPackage`] when backports isn't enabled or its lists are missing.
     pub fn resolve() -> Result<Self> {
-        let wanted =
-            BACKPORTED.map(|package| (package, BACKPORTS)).into_iter().chain(CARRIED.map(|package| (package, RELEASE)));
-        wanted
+        let wanted = || BACKPORTED.map(|name| (name, BACKPORTS)).into_iter().chain(CARRIED.map(|name| (name, RELEASE)));
+        let mut madison = Command::new(command::find("apt-cache")?);
+        madison.arg("madison").args(wanted().map(|(package, _)| package));
+        let listing = command::text(command::output(&mut madison, APT_DEADLINE)?);
+        wanted()
             .map(|(package, suite)| {
-                let mut madison = Command::new(command::find("apt-cache")?);
-                let lines = command::text(command::output(madison.args(["madison", package]), APT_DEADLINE)?);
-                let version = newest(&lines, suite)
+                let version = newest(&listing, package, suite)
                     .ok_or_else(|| Error::NoPackage { package: package.to_owned(), suite: suite.to_owned() })?;
                 Ok((package.to_owned(), version))
             })
@@ -60,85 +60,47 @@ impl Versions {
 
 /// From `apt-cache madison`, which lists the newest first:
 /// `zfs-dkms | 2.3.2-2~bpo12+2 | http://... bookworm-backports/contrib amd64 Packages`.
-fn newest(madison: &str, suite: &str) -> Option<String> {
+fn newest(madison: &str, package: &str, suite: &str) -> Option<String> {
     madison.lines().find_map(|line| {
         let mut columns = line.split('|').map(str::trim);
-        let (_, version, origin) = (columns.next()?, columns.next()?, columns.next()?);
+        let (name, version, origin) = (columns.next()?, columns.next()?, columns.next()?);
         let from = origin.split(' ').nth(1)?.split('/').next()?;
         // The release comes with its -security and -updates, backports alone.
         let matches = from == suite || (suite == RELEASE && from.starts_with(RELEASE) && from != BACKPORTS);
-        matches.then(|| version.to_owned())
+        (matches && name == package).then(|| version.to_owned())
     })
 }
 
-/// The apt source lines for the build chroot, from the machine's own.
+/// The apt source lines for the build chroot: the machine's own mirrors, as
+/// apt itself understands its configuration.
 ///
 /// # Errors
-/// [`Error::NoMirror`] when /etc/apt names none for [`RELEASE`].
+/// [`Error::NoMirror`] when apt has no source for [`RELEASE`].
 pub fn sources() -> Result<Vec<String>> {
-    let etc = Path::new("/etc/apt");
-    let mut found = BTreeMap::new();
-    let parts = fs::read_dir(etc.join("sources.list.d")).into_iter().flatten().flatten().map(|entry| entry.path());
-    for path in parts.chain([etc.join("sources.list")]) {
-        let Ok(text) = fs::read_to_string(&path) else { continue };
-        match path.extension().and_then(|extension| extension.to_str()) {
-            Some("list") => found.extend(one_line(&text)),
-            Some("sources") => found.extend(deb822(&text)),
-            _ => {}
-        }
-    }
-    chroot_sources(&found)
+    let mut apt = Command::new(command::find("apt-get")?);
+    apt.args(["indextargets", "--format", "$(RELEASE) $(REPO_URI) $(COMPONENT)", "Created-By: Packages"]);
+    chroot_sources(&command::text(command::output(&mut apt, APT_DEADLINE)?))
 }
 
-fn chroot_sources(found: &BTreeMap<String, String>) -> Result<Vec<String>> {
-    let mirror = found.get(RELEASE).ok_or(Error::NoMirror)?;
-    let extra = ["-updates", "-security"].iter().filter_map(|suffix| {
-        let suite = format!("{RELEASE}{suffix}");
-        found.get(&suite).map(|uri| format!("deb {uri} {suite} main"))
-    });
-    let backports = found.get(BACKPORTS).unwrap_or(mirror);
-    Ok([format!("deb {mirror} {RELEASE} main")]
-        .into_iter()
-        .chain(extra)
-        .chain([format!("deb {backports} {BACKPORTS} main contrib")])
-        .collect())
-}
-
-/// Suite and URI of each `deb [options] URI SUITE COMPONENT...` line.
-fn one_line(text: &str) -> Vec<(String, String)> {
-    text.lines()
-        .filter_map(|line| {
-            let rest = line.trim().strip_prefix("deb ")?.trim_start();
-            let rest =
-                rest.strip_prefix('[').map_or(rest, |options| options.split_once(']').map_or("", |(_, rest)| rest));
-            let mut words = rest.split_whitespace();
-            let (uri, suite) = (words.next()?, words.next()?);
-            Some((suite.to_owned(), uri.to_owned()))
+/// From lines `SUITE URI COMPONENT`.
+fn chroot_sources(targets: &str) -> Result<Vec<String>> {
+    let mirror = |suite: &str, component: &str| {
+        targets.lines().find_map(|line| {
+            let words: Vec<&str> = line.split(' ').collect();
+            matches!(words.as_slice(), [of, _, part] if *of == suite && *part == component)
+                .then(|| format!("deb {} {suite} {component}", words[1]))
         })
-        .collect()
-}
-
-/// Suites and URI of each enabled `Types: deb` stanza.
-fn deb822(text: &str) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    let mut stanza = BTreeMap::new();
-    for line in text.lines().chain([""]) {
-        if line.starts_with('#') {
-            continue;
-        }
-        if let Some((name, value)) = line.split_once(':') {
-            stanza.insert(name.trim().to_lowercase(), value.trim().to_owned());
-        } else if line.trim().is_empty() {
-            let field = |name: &str| stanza.get(name).map_or("", String::as_str);
-            let enabled = !field("enabled").eq_ignore_ascii_case("no")
-                && field("types").split_whitespace().any(|kind| kind == "deb");
-            if let Some(uri) = field("uris").split_whitespace().next().filter(|_| enabled) {
-                found.extend(field("suites").split_whitespace().map(|suite| (suite.to_owned(), uri.to_owned())));
-            }
-            stanza.clear();
-        }
-    }
-    found
+    };
+    let wanted = [
+        (RELEASE, "main"),
+        ("bookworm-updates", "main"),
+        ("bookworm-security", "main"),
+        (BACKPORTS, "main"),
+        (BACKPORTS, "contrib"),
+    ];
+    let found: Vec<String> = wanted.into_iter().filter_map(|(suite, component)| mirror(suite, component)).collect();
+    // Updates and security may be absent: a frozen mirror has all in one.
+    if mirror(RELEASE, "main").is_some() { Ok(found) } else { Err(Error::NoMirror) }
 }
 
 /// The HTTP proxy apt uses on this machine, for the chroot's apt.
@@ -160,33 +122,31 @@ mod tests {
     fn the_newest_version_is_taken_from_the_suite_asked_for() {
         let lines = " linux-image-cloud-amd64 | 6.12.95-1~bpo12+1 | http://m/debian bookworm-backports/main amd64 Packages\n\
                      linux-image-cloud-amd64 | 6.1.192-2 | http://m/debian-security bookworm-security/main amd64 Packages\n";
-        assert_eq!(newest(lines, BACKPORTS).unwrap(), "6.12.95-1~bpo12+1");
-        assert_eq!(newest(lines, RELEASE).unwrap(), "6.1.192-2");
-        assert_eq!(newest("", RELEASE), None);
+        let linux = "linux-image-cloud-amd64";
+        assert_eq!(newest(lines, linux, BACKPORTS).unwrap(), "6.12.95-1~bpo12+1");
+        assert_eq!(newest(lines, linux, RELEASE).unwrap(), "6.1.192-2");
+        assert_eq!(newest(lines, "zfs-dkms", BACKPORTS), None);
     }
 
     #[test]
-    fn both_formats_of_apt_sources_give_the_same_mirrors() {
-        let lines = "# deb http://old bookworm main\ndeb [signed-by=/k arch=amd64] http://m/debian bookworm main\n\
-                     deb-src http://m/src bookworm main\ndeb http://m/security bookworm-security main\n";
-        let stanzas = "# comment\nTypes: deb\nURIs: http://m/debian\nSuites: bookworm\nComponents: main\n\n\
-                       Types: deb-src\nURIs: http://m/src\nSuites: bookworm\n\n\
-                       Enabled: no\nTypes: deb\nURIs: http://off\nSuites: bookworm\n\n\
-                       Types: deb deb-src\nURIs: http://m/security\nSuites: bookworm-security\n";
-        assert_eq!(one_line(lines), deb822(stanzas));
-        let sources = chroot_sources(&deb822(stanzas).into_iter().collect()).unwrap();
+    fn the_chroot_uses_the_mirrors_of_the_machine_and_no_other_components() {
+        let targets = "bookworm http://m/debian/ main\nbookworm http://m/debian/ non-free\n\
+                       bookworm-security http://m/security/ main\n\
+                       bookworm-backports http://b/debian/ main\nbookworm-backports http://b/debian/ contrib\n\
+                       stable http://elsewhere/ main\n";
         assert_eq!(
-            sources,
+            chroot_sources(targets).unwrap(),
             [
-                "deb http://m/debian bookworm main",
-                "deb http://m/security bookworm-security main",
-                "deb http://m/debian bookworm-backports main contrib"
+                "deb http://m/debian/ bookworm main",
+                "deb http://m/security/ bookworm-security main",
+                "deb http://b/debian/ bookworm-backports main",
+                "deb http://b/debian/ bookworm-backports contrib"
             ]
         );
     }
 
     #[test]
     fn a_machine_without_a_bookworm_mirror_is_told_so() {
-        assert!(matches!(chroot_sources(&BTreeMap::new()), Err(Error::NoMirror)));
+        assert!(matches!(chroot_sources("trixie http://m/debian/ main\n"), Err(Error::NoMirror)));
     }
 }

@@ -52,7 +52,7 @@ pub enum Error {
         suite: String,
     },
     /// The machine's apt configuration names no mirror for Debian 12.
-    #[error("no mirror for the suite bookworm in /etc/apt: the guest is built from Debian 12 packages")]
+    #[error("apt has no source for bookworm main: the guest is built from Debian 12 packages")]
     NoMirror,
     /// Building the chroot mounts file systems and changes owners.
     #[error("the build chroot needs root (mounts, owners): run this as root once, later builds use the cache")]

@@ -92,9 +92,14 @@ pub fn load_order(modules: &Path, release: &str, wanted: &[(Group, &str)]) -> Re
     Ok(order)
 }
 
-/// The module as the guest loads it: decompressed, without debug information
-/// (which also drops its signature: the kernel notes that, and loads it unless
-/// it runs locked down).
+/// The module as the guest loads it: decompressed, without the symbols that
+/// linking doesn't need. Measured on zfs.ko in emulation: loading takes 2.9 s
+/// instead of 6.6 s, since ftrace looks each of its 6,545 call sites up in the
+/// symbol table, one by one (`find_kallsyms_symbol`). Type information for BPF
+/// goes too (0.5 MiB of memory).
+///
+/// Stripping also drops the signature: the kernel notes that, and loads the
+/// module unless it runs locked down.
 ///
 /// # Errors
 /// The chroot's `xz` or `strip` fails.
@@ -107,7 +112,8 @@ pub fn loadable(chroot: &Chroot, module: &Module, scratch: &Path) -> Result<Vec<
     } else {
         fs::copy(&source, &plain).map_err(Error::io("copy", &source))?;
     }
-    Chroot::run(chroot.tool("usr/bin/strip").args(["--strip-debug", "--enable-deterministic-archives"]).arg(&plain))?;
+    let strip = ["--strip-unneeded", "--remove-section=.BTF", "--remove-section=.BTF.base"];
+    Chroot::run(chroot.tool("usr/bin/strip").args(strip).arg(&plain))?;
     fs::read(&plain).map_err(Error::io("read", &plain))
 }
 
