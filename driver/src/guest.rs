@@ -1,0 +1,15 @@
+//! The control channel to zpod-guest: gRPC over vsock, host to guest only.
+//!
+//! # Design
+//! A guest belongs to a tenant who may own its kernel. Each call has a deadline, each message a size, each list a
+//! length, each text is cleaned ([`VolumeReport`]); a flood is slowed to the pace at which it is read. What a guest says
+//! of a volume counts only if it comes with the token of the volume's publication: see `volumes`.
+
+mod client;
+mod connect;
+mod monitor;
+mod report;
+
+pub use client::{GuestClient, GuestError};
+pub use monitor::{Listener, Monitor};
+pub use report::{Health, Report, Usage, VolumeReport, clean};

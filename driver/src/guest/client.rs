@@ -1,0 +1,160 @@
+use std::time::Duration;
+
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+use zpod_proto::guest::guest_client::GuestClient as Stub;
+use zpod_proto::guest::{GrowRequest, StatusRequest, StatusResponse, WatchRequest};
+use zpod_volume::{Bytes, VolumeId};
+
+use super::{Report, clean, connect};
+use crate::kata::AgentUrl;
+
+/// No answer of a guest is larger.
+const MAX_MESSAGE: usize = 1 << 20;
+const STATUS_DEADLINE: Duration = Duration::from_secs(3);
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+/// Partition table, kernel, `zpool online -e`, quota: seconds on a slow machine.
+const GROW_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Why a guest did not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GuestError {
+    /// There is no connection, or it broke.
+    #[error("the guest of sandbox {sandbox} can't be reached: {reason}")]
+    Unreachable {
+        /// The sandbox.
+        sandbox: String,
+        /// Why.
+        reason: String,
+    },
+    /// It did not answer in time.
+    #[error("the guest of sandbox {sandbox} did not answer {call} within {deadline:?}")]
+    Timeout {
+        /// The sandbox.
+        sandbox: String,
+        /// The call.
+        call: &'static str,
+        /// How long it had.
+        deadline: Duration,
+    },
+    /// The disk it sees is smaller than what was asked for.
+    #[error("the guest of sandbox {sandbox} says that its disk is too small: {message}")]
+    DiskTooSmall {
+        /// The sandbox.
+        sandbox: String,
+        /// What it said.
+        message: String,
+    },
+    /// It refused.
+    #[error("the guest of sandbox {sandbox} refused {call}: {message}")]
+    Refused {
+        /// The sandbox.
+        sandbox: String,
+        /// The call.
+        call: &'static str,
+        /// What it said.
+        message: String,
+    },
+}
+
+/// A connection to the control service of one guest. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct GuestClient {
+    sandbox: String,
+    stub: Stub<Channel>,
+}
+
+impl GuestClient {
+    /// Connects.
+    ///
+    /// # Errors
+    /// [`GuestError::Unreachable`].
+    pub async fn connect(sandbox: &str, url: &AgentUrl) -> Result<Self, GuestError> {
+        let channel = connect::connect(url)
+            .await
+            .map_err(|reason| GuestError::Unreachable { sandbox: sandbox.to_owned(), reason })?;
+        let stub = Stub::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+        Ok(Self { sandbox: sandbox.to_owned(), stub })
+    }
+
+    /// The sandbox it belongs to.
+    pub fn sandbox(&self) -> &str {
+        &self.sandbox
+    }
+
+    /// What the guest holds now.
+    ///
+    /// # Errors
+    /// When it does not answer in time, or refuses.
+    pub async fn status(&self) -> Result<Report, GuestError> {
+        let mut stub = self.stub.clone();
+        let answer = self.call("Status", STATUS_DEADLINE, stub.status(StatusRequest {})).await?;
+        Ok(Report::new(answer))
+    }
+
+    /// What the guest holds now, and each change.
+    ///
+    /// # Errors
+    /// When the stream does not begin in time, or the guest refuses.
+    pub async fn watch(&self) -> Result<Watch, GuestError> {
+        let mut stub = self.stub.clone();
+        let stream = self.call("Watch", CALL_DEADLINE, stub.watch(WatchRequest {})).await?;
+        Ok(Watch { client: self.clone(), stream })
+    }
+
+    /// Grows a volume.
+    ///
+    /// # Errors
+    /// [`GuestError::DiskTooSmall`] beyond the disk that the guest sees.
+    pub async fn grow(&self, id: VolumeId, capacity: Bytes, partition: Bytes) -> Result<(), GuestError> {
+        let mut stub = self.stub.clone();
+        let request =
+            GrowRequest { volume_id: id.to_string(), capacity_bytes: capacity.0, partition_bytes: partition.0 };
+        self.call("Grow", GROW_DEADLINE, stub.grow(request)).await.map(|_| ())
+    }
+
+    async fn call<T>(
+        &self,
+        call: &'static str,
+        deadline: Duration,
+        answer: impl Future<Output = Result<tonic::Response<T>, Status>>,
+    ) -> Result<T, GuestError> {
+        match tokio::time::timeout(deadline, answer).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(self.failed(call, &status)),
+            Err(_) => Err(GuestError::Timeout { sandbox: self.sandbox.clone(), call, deadline }),
+        }
+    }
+
+    fn failed(&self, call: &'static str, status: &Status) -> GuestError {
+        let (sandbox, message) = (self.sandbox.clone(), clean(status.message(), 512));
+        match status.code() {
+            Code::Unavailable | Code::Cancelled | Code::Unknown => GuestError::Unreachable { sandbox, reason: message },
+            Code::OutOfRange if call == "Grow" => GuestError::DiskTooSmall { sandbox, message },
+            code => GuestError::Refused { sandbox, call, message: format!("{code:?}: {message}") },
+        }
+    }
+}
+
+/// The stream of a guest's reports.
+#[derive(Debug)]
+pub struct Watch {
+    client: GuestClient,
+    stream: Streaming<StatusResponse>,
+}
+
+impl Watch {
+    /// The next report. A guest repeats itself every 30 s, so silence for longer than `patience` is an end as well.
+    ///
+    /// # Errors
+    /// When the stream ends, breaks, or stays silent.
+    pub async fn next(&mut self, patience: Duration) -> Result<Report, GuestError> {
+        let sandbox = || self.client.sandbox.clone();
+        match tokio::time::timeout(patience, self.stream.message()).await {
+            Ok(Ok(Some(answer))) => Ok(Report::new(answer)),
+            Ok(Ok(None)) => Err(GuestError::Unreachable { sandbox: sandbox(), reason: "it ended the stream".into() }),
+            Ok(Err(status)) => Err(self.client.failed("Watch", &status)),
+            Err(_) => Err(GuestError::Timeout { sandbox: sandbox(), call: "Watch", deadline: patience }),
+        }
+    }
+}

@@ -1,0 +1,195 @@
+use uuid::Uuid;
+use zpod_proto::guest::{Health as WireHealth, StatusResponse, VolumeStatus};
+use zpod_volume::{Bytes, VolumeId};
+
+/// No pod has more volumes; what a guest says beyond is passed over.
+const MAX_VOLUMES: usize = 64;
+const MAX_TEXT: usize = 512;
+/// Larger than any volume, and far from where sums overflow.
+const MAX_NUMBER: u64 = 1 << 60;
+
+/// What a guest said, cleaned.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Report {
+    /// Version of zpod-guest, as it says.
+    pub version: String,
+    /// The volumes it says it has.
+    pub volumes: Vec<VolumeReport>,
+    /// Entries that made no sense, or were too many.
+    pub dropped: usize,
+}
+
+/// What a guest said of one volume, cleaned: ids parsed, numbers bounded, text printable and short. Still hostile:
+/// any of it may be a lie.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VolumeReport {
+    /// The volume it speaks of.
+    pub id: VolumeId,
+    /// What it offers as proof that the volume was given to it.
+    pub token: Uuid,
+    /// Health of the pool.
+    pub health: Health,
+    /// For a person: what is wrong. Empty when healthy.
+    pub message: String,
+    /// Total, used and available bytes, as df(1) shows them.
+    pub bytes: Usage,
+    /// Total, used and available inodes.
+    pub inodes: Usage,
+    /// The partition that bounds the pool.
+    pub partition: Bytes,
+    /// The disk as the guest sees it.
+    pub disk: Bytes,
+    /// The quota; zero for none.
+    pub quota: Bytes,
+    /// Files with permanent damage.
+    pub data_errors: u64,
+}
+
+/// Total, used and available.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// All there is.
+    pub total: u64,
+    /// What is taken.
+    pub used: u64,
+    /// What can be taken.
+    pub available: u64,
+}
+
+/// Health of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Health {
+    /// Not known, or not yet.
+    Unknown,
+    /// All is well.
+    Online,
+    /// Running with damage.
+    Degraded,
+    /// Not usable.
+    Faulted,
+    /// I/O has stopped.
+    Suspended,
+    /// Not there.
+    Unavailable,
+}
+
+impl Health {
+    /// Whether a pool with this health exists, imported in the guest.
+    pub fn is_imported(self) -> bool {
+        matches!(self, Self::Online | Self::Degraded | Self::Faulted | Self::Suspended)
+    }
+}
+
+impl Report {
+    pub(super) fn new(answer: StatusResponse) -> Self {
+        let given = answer.volumes.len();
+        let volumes: Vec<_> = answer.volumes.into_iter().take(MAX_VOLUMES).filter_map(VolumeReport::new).collect();
+        Self { version: clean(&answer.version, 64), dropped: given - volumes.len(), volumes }
+    }
+
+    /// The entry of one volume.
+    pub fn volume(&self, id: VolumeId, token: Uuid) -> Option<&VolumeReport> {
+        self.volumes.iter().find(|volume| volume.id == id && volume.token == token)
+    }
+}
+
+impl VolumeReport {
+    fn new(status: VolumeStatus) -> Option<Self> {
+        let health = match status.health() {
+            WireHealth::Unknown => Health::Unknown,
+            WireHealth::Online => Health::Online,
+            WireHealth::Degraded => Health::Degraded,
+            WireHealth::Faulted => Health::Faulted,
+            WireHealth::Suspended => Health::Suspended,
+            WireHealth::Unavail => Health::Unavailable,
+        };
+        let usage = |total, used, available| Usage {
+            total: bound(total),
+            used: bound(used).min(bound(total)),
+            available: bound(available).min(bound(total)),
+        };
+        Some(Self {
+            id: status.volume_id.parse().ok()?,
+            token: Uuid::try_parse(&status.token).ok()?,
+            health,
+            message: clean(&status.message, MAX_TEXT),
+            bytes: usage(status.total_bytes, status.used_bytes, status.available_bytes),
+            inodes: usage(status.total_inodes, status.used_inodes, status.available_inodes),
+            partition: Bytes(bound(status.partition_bytes)),
+            disk: Bytes(bound(status.disk_bytes)),
+            quota: Bytes(bound(status.quota_bytes)),
+            data_errors: bound(status.data_errors),
+        })
+    }
+}
+
+fn bound(number: u64) -> u64 {
+    number.min(MAX_NUMBER)
+}
+
+/// At most `limit` characters, control characters and those that turn text around replaced by spaces: fit for a log, an
+/// error and a terminal.
+pub fn clean(text: &str, limit: usize) -> String {
+    let turns = |c: char| matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
+    let printable = |c: char| if c.is_control() || turns(c) { ' ' } else { c };
+    let cleaned: String = text.chars().take(limit).map(printable).collect();
+    cleaned.trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn status() -> VolumeStatus {
+        VolumeStatus {
+            volume_id: VolumeId::from_name("pvc-1").to_string(),
+            token: Uuid::from_u128(1).to_string(),
+            ..VolumeStatus::default()
+        }
+    }
+
+    #[test]
+    fn numbers_that_no_volume_has_are_bounded() {
+        let status = VolumeStatus {
+            total_bytes: u64::MAX,
+            used_bytes: u64::MAX,
+            available_inodes: u64::MAX,
+            disk_bytes: u64::MAX,
+            ..status()
+        };
+        let report = VolumeReport::new(status).unwrap();
+        assert_eq!(report.bytes.total, MAX_NUMBER);
+        assert!(i64::try_from(report.bytes.used).is_ok());
+        assert_eq!(report.inodes.available, 0, "no more than the total");
+        assert_eq!(report.disk.0, MAX_NUMBER);
+    }
+
+    #[test]
+    fn text_of_a_guest_cannot_forge_log_lines_or_fill_them() {
+        let text = format!("a\nERROR forged\u{1b}[2J\u{202e}{}", "x".repeat(5000));
+        let report = VolumeReport::new(VolumeStatus { message: text, ..status() }).unwrap();
+        assert!(report.message.chars().count() <= MAX_TEXT);
+        assert!(!report.message.chars().any(|c| c.is_control() || c == '\u{202e}'), "{}", report.message);
+    }
+
+    #[test]
+    fn entries_without_an_id_or_a_token_and_entries_beyond_the_bound_are_dropped() {
+        let bad_id = VolumeStatus { volume_id: "../../etc".into(), ..status() };
+        let bad_token = VolumeStatus { token: String::new(), ..status() };
+        let mut volumes = vec![bad_id, bad_token];
+        volumes.extend(vec![status(); 1000]);
+        let report = Report::new(StatusResponse { volumes, ..StatusResponse::default() });
+        assert_eq!(report.volumes.len(), MAX_VOLUMES - 2);
+        assert_eq!(report.dropped, 1002 - report.volumes.len());
+    }
+
+    proptest! {
+        #[test]
+        fn cleaned_text_is_short_and_printable(text in any::<String>(), limit in 0usize..100) {
+            let cleaned = clean(&text, limit);
+            prop_assert!(cleaned.chars().count() <= limit);
+            prop_assert!(!cleaned.chars().any(char::is_control));
+        }
+    }
+}

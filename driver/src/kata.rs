@@ -1,0 +1,54 @@
+//! What Kata Containers expects and offers on the host: direct volumes, and a socket for each sandbox.
+
+mod direct_volume;
+mod sandbox;
+mod target;
+
+pub use direct_volume::{DirectVolume, DirectVolumes};
+pub use sandbox::{AgentUrl, Sandbox, SandboxError, discover};
+pub use target::{MAX_TARGET_BYTES, TargetPath};
+
+use std::path::{Path, PathBuf};
+
+/// Why a direct volume or a target path could not be made or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum KataError {
+    /// A target path that Kata or the host can't use.
+    #[error("target_path {path:?}: {reason}")]
+    Target {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What is wrong with it, and what is allowed.
+        reason: String,
+    },
+    /// Something else is at the target path.
+    #[error("target path {path}: {reason}; nothing was changed there")]
+    Occupied {
+        /// The path.
+        path: PathBuf,
+        /// What was found.
+        reason: &'static str,
+    },
+    /// The operating system refused.
+    #[error("{what} {path}: {source}")]
+    Io {
+        /// What was tried, such as `mount`.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+impl KataError {
+    fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { what, path, source }
+    }
+
+    fn os(what: &'static str, path: &Path) -> impl FnOnce(rustix::io::Errno) -> Self {
+        let path = path.to_owned();
+        move |errno| Self::Io { what, path, source: errno.into() }
+    }
+}
