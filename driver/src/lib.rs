@@ -1,4 +1,17 @@
-//! The host side of zpod: Kata's contract and the control channel to the guests.
+//! The host side of zpod.
+//!
+//! Layers, each of which knows only those above it in this list:
+//!
+//! * `zpod_volume`, `zpod_storage`: ids, sizes, parameters; where volumes are kept and recorded.
+//! * [`kata`]: the direct-volume contract, target paths, discovery of sandboxes.
+//! * [`guest`]: the control channel to zpod-guest. Everything from there is hostile.
+//! * [`volumes`]: what can be done with a volume, and the rules that keep its data. No gRPC.
+//! * [`csi`]: the CSI services: parse, call, map.
+//! * [`serve`], [`command`]: the socket and the command line.
 
+pub mod command;
+pub mod csi;
 pub mod guest;
 pub mod kata;
+pub mod serve;
+pub mod volumes;

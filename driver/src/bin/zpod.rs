@@ -1,0 +1,7 @@
+//! The driver: see `zpod --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    zpod_driver::command::run()
+}

@@ -1,0 +1,312 @@
+use std::collections::HashMap;
+
+use tonic::{Request, Response, Status, async_trait};
+use zpod_proto::csi::controller_server::Controller;
+use zpod_proto::csi::controller_service_capability::rpc::Type as Rpc;
+use zpod_proto::csi::controller_service_capability::{Rpc as RpcCapability, Type as CapabilityType};
+use zpod_proto::csi::list_volumes_response::{Entry, VolumeStatus};
+use zpod_proto::csi::validate_volume_capabilities_response::Confirmed;
+use zpod_proto::csi::{self, ControllerServiceCapability, VolumeCondition};
+use zpod_storage::catalog::{Condition, Volume};
+use zpod_volume::{DiskLayout, VolumeId, VolumeParameters};
+
+use super::request::{self, int, topology, volume_id};
+use super::{answer, capability};
+use crate::volumes::{CreateRequest, Provisioner, VolumeError};
+
+/// The most entries a page of ListVolumes has: about 200 KiB, far below gRPC's limit of 4 MiB.
+const MAX_PAGE: usize = 1000;
+
+const CAPABILITIES: [Rpc; 7] = [
+    Rpc::CreateDeleteVolume,
+    Rpc::ListVolumes,
+    Rpc::GetCapacity,
+    Rpc::ExpandVolume,
+    Rpc::GetVolume,
+    Rpc::VolumeCondition,
+    Rpc::SingleNodeMultiWriter,
+];
+
+/// Makes, deletes, grows and lists volumes.
+#[derive(Debug)]
+pub struct ControllerService {
+    provisioner: Provisioner,
+}
+
+impl ControllerService {
+    /// The service of this process.
+    pub fn new(provisioner: Provisioner) -> Self {
+        Self { provisioner }
+    }
+
+    async fn create(&self, request: csi::CreateVolumeRequest) -> Result<csi::CreateVolumeResponse, VolumeError> {
+        request::name(&request.name)?;
+        capability::parse_all(&request.volume_capabilities)?;
+        let range = request::range(request.capacity_range.as_ref())?;
+        if request.volume_content_source.is_some() {
+            let reason = "volumes from snapshots or other volumes are not supported yet";
+            return Err(VolumeError::invalid("volume_content_source", reason));
+        }
+        let parameters = parameters(&request.parameters, &request.mutable_parameters)?;
+        let volume = self.provisioner.create(CreateRequest {
+            range,
+            parameters,
+            nodes: request::nodes(request.accessibility_requirements.as_ref()),
+            labels: request::labels(&request.parameters),
+            name: request.name,
+        });
+        Ok(csi::CreateVolumeResponse { volume: Some(describe(&volume.await?)) })
+    }
+
+    async fn delete(&self, id: &str) -> Result<csi::DeleteVolumeResponse, VolumeError> {
+        request::required("volume_id", id)?;
+        // CSI 1.12, DeleteVolume: what does not exist is deleted, and an id that is none of ours does not exist.
+        if let Ok(id) = id.parse() {
+            self.provisioner.delete(id).await?;
+        }
+        Ok(csi::DeleteVolumeResponse {})
+    }
+
+    async fn validate(
+        &self,
+        request: csi::ValidateVolumeCapabilitiesRequest,
+    ) -> Result<csi::ValidateVolumeCapabilitiesResponse, VolumeError> {
+        let id = volume_id(self.provisioner.context(), &request.volume_id);
+        if request.volume_capabilities.is_empty() {
+            return Err(VolumeError::invalid("volume_capabilities", "is missing"));
+        }
+        let volume = self.provisioner.get(id?).await?;
+        let fits = capability::parse_all(&request.volume_capabilities).and_then(|()| {
+            let parameters = parameters(&request.parameters, &request.mutable_parameters)?;
+            let differs = !request.parameters.is_empty() && parameters != volume.parameters;
+            let reason = "differ from those the volume was made with";
+            if differs { Err(VolumeError::invalid("parameters", reason)) } else { Ok(()) }
+        });
+        Ok(match fits {
+            Ok(()) => csi::ValidateVolumeCapabilitiesResponse {
+                confirmed: Some(Confirmed {
+                    volume_context: request.volume_context,
+                    volume_capabilities: request.volume_capabilities,
+                    parameters: request.parameters,
+                    mutable_parameters: request.mutable_parameters,
+                }),
+                message: String::new(),
+            },
+            Err(error) => csi::ValidateVolumeCapabilitiesResponse { confirmed: None, message: error.to_string() },
+        })
+    }
+
+    async fn list(&self, request: csi::ListVolumesRequest) -> Result<csi::ListVolumesResponse, VolumeError> {
+        let limit = usize::try_from(request.max_entries)
+            .map_err(|_| VolumeError::invalid("max_entries", format!("{} is negative", request.max_entries)))?;
+        let limit = if limit == 0 { MAX_PAGE } else { limit.min(MAX_PAGE) };
+        let from: Option<VolumeId> = match request.starting_token.as_str() {
+            "" => None,
+            token => Some(token.parse().map_err(|_| VolumeError::Token(token.chars().take(64).collect()))?),
+        };
+        let page = self.provisioner.list(from, limit).await?;
+        let entries = page.volumes.iter().map(|volume| Entry {
+            volume: Some(describe(volume)),
+            status: Some(VolumeStatus { published_node_ids: vec![], volume_condition: Some(condition(volume)) }),
+        });
+        let next_token = page.next.map_or_else(String::new, |id| id.to_string());
+        Ok(csi::ListVolumesResponse { entries: entries.collect(), next_token })
+    }
+
+    async fn capacity(&self, request: csi::GetCapacityRequest) -> Result<csi::GetCapacityResponse, VolumeError> {
+        parameters(&request.parameters, &HashMap::new())?;
+        let node = self.provisioner.context().node();
+        let here = request.accessible_topology.as_ref().is_none_or(|topology| match request::node_of(topology) {
+            Some(named) => named == node,
+            None => topology.segments.is_empty(),
+        });
+        // CSI 1.12: what can be had for volumes of these capabilities; of those that can't be had at all, none.
+        let possible = request.volume_capabilities.iter().all(|wanted| capability::parse(Some(wanted)).is_ok());
+        let room = if here && possible { self.provisioner.room().await? } else { Default::default() };
+        Ok(csi::GetCapacityResponse {
+            available_capacity: int(room.available.0),
+            maximum_volume_size: Some(int(room.largest.0)),
+            minimum_volume_size: Some(int(DiskLayout::MIN_CAPACITY.0)),
+        })
+    }
+
+    async fn expand(
+        &self,
+        request: csi::ControllerExpandVolumeRequest,
+    ) -> Result<csi::ControllerExpandVolumeResponse, VolumeError> {
+        let id = volume_id(self.provisioner.context(), &request.volume_id)?;
+        if request.capacity_range.is_none() {
+            return Err(VolumeError::invalid("capacity_range", "is missing"));
+        }
+        let range = request::range(request.capacity_range.as_ref())?;
+        if request.volume_capability.is_some() {
+            capability::parse(request.volume_capability.as_ref())?;
+        }
+        let volume = self.provisioner.expand(id, range).await?;
+        Ok(csi::ControllerExpandVolumeResponse {
+            capacity_bytes: int(volume.capacity.0),
+            node_expansion_required: true,
+        })
+    }
+
+    async fn get(&self, id: &str) -> Result<csi::ControllerGetVolumeResponse, VolumeError> {
+        let volume = self.provisioner.get(volume_id(self.provisioner.context(), id)?).await?;
+        Ok(csi::ControllerGetVolumeResponse {
+            volume: Some(describe(&volume)),
+            status: Some(csi::controller_get_volume_response::VolumeStatus {
+                published_node_ids: vec![],
+                volume_condition: Some(condition(&volume)),
+            }),
+        })
+    }
+}
+
+fn parameters(
+    given: &HashMap<String, String>,
+    mutable: &HashMap<String, String>,
+) -> Result<VolumeParameters, VolumeError> {
+    if let Some(key) = mutable.keys().min() {
+        let reason =
+            format!("{key:?} is not known: parameters that change later (VolumeAttributesClass) are not supported yet");
+        return Err(VolumeError::invalid("mutable_parameters", reason));
+    }
+    Ok(VolumeParameters::parse(given.iter().map(|(key, value)| (key.as_str(), value.as_str())))?)
+}
+
+fn describe(volume: &Volume) -> csi::Volume {
+    csi::Volume {
+        capacity_bytes: int(volume.capacity.0),
+        volume_id: volume.id.to_string(),
+        volume_context: HashMap::new(),
+        content_source: None,
+        accessible_topology: vec![topology(&volume.node)],
+    }
+}
+
+fn condition(volume: &Volume) -> VolumeCondition {
+    match &volume.condition {
+        Some(Condition { abnormal, message }) => VolumeCondition { abnormal: *abnormal, message: message.clone() },
+        None => VolumeCondition { abnormal: false, message: "no guest has reported on this volume yet".into() },
+    }
+}
+
+#[async_trait]
+impl Controller for ControllerService {
+    async fn create_volume(
+        &self,
+        request: Request<csi::CreateVolumeRequest>,
+    ) -> Result<Response<csi::CreateVolumeResponse>, Status> {
+        let request = request.into_inner();
+        answer("CreateVolume", &request.name.clone(), self.create(request)).await
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<csi::DeleteVolumeRequest>,
+    ) -> Result<Response<csi::DeleteVolumeResponse>, Status> {
+        let id = request.into_inner().volume_id;
+        answer("DeleteVolume", &id, self.delete(&id)).await
+    }
+
+    async fn validate_volume_capabilities(
+        &self,
+        request: Request<csi::ValidateVolumeCapabilitiesRequest>,
+    ) -> Result<Response<csi::ValidateVolumeCapabilitiesResponse>, Status> {
+        let request = request.into_inner();
+        answer("ValidateVolumeCapabilities", &request.volume_id.clone(), self.validate(request)).await
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<csi::ListVolumesRequest>,
+    ) -> Result<Response<csi::ListVolumesResponse>, Status> {
+        answer("ListVolumes", "", self.list(request.into_inner())).await
+    }
+
+    async fn get_capacity(
+        &self,
+        request: Request<csi::GetCapacityRequest>,
+    ) -> Result<Response<csi::GetCapacityResponse>, Status> {
+        answer("GetCapacity", "", self.capacity(request.into_inner())).await
+    }
+
+    async fn controller_get_capabilities(
+        &self,
+        _: Request<csi::ControllerGetCapabilitiesRequest>,
+    ) -> Result<Response<csi::ControllerGetCapabilitiesResponse>, Status> {
+        let capability = |rpc: Rpc| ControllerServiceCapability {
+            r#type: Some(CapabilityType::Rpc(RpcCapability { r#type: rpc.into() })),
+        };
+        let capabilities = CAPABILITIES.into_iter().map(capability).collect();
+        Ok(Response::new(csi::ControllerGetCapabilitiesResponse { capabilities }))
+    }
+
+    async fn controller_expand_volume(
+        &self,
+        request: Request<csi::ControllerExpandVolumeRequest>,
+    ) -> Result<Response<csi::ControllerExpandVolumeResponse>, Status> {
+        let request = request.into_inner();
+        answer("ControllerExpandVolume", &request.volume_id.clone(), self.expand(request)).await
+    }
+
+    async fn controller_get_volume(
+        &self,
+        request: Request<csi::ControllerGetVolumeRequest>,
+    ) -> Result<Response<csi::ControllerGetVolumeResponse>, Status> {
+        let id = request.into_inner().volume_id;
+        answer("ControllerGetVolume", &id, self.get(&id)).await
+    }
+
+    async fn controller_publish_volume(
+        &self,
+        _: Request<csi::ControllerPublishVolumeRequest>,
+    ) -> Result<Response<csi::ControllerPublishVolumeResponse>, Status> {
+        Err(unimplemented("ControllerPublishVolume", "nothing is attached to a node"))
+    }
+
+    async fn controller_unpublish_volume(
+        &self,
+        _: Request<csi::ControllerUnpublishVolumeRequest>,
+    ) -> Result<Response<csi::ControllerUnpublishVolumeResponse>, Status> {
+        Err(unimplemented("ControllerUnpublishVolume", "nothing is attached to a node"))
+    }
+
+    async fn create_snapshot(
+        &self,
+        _: Request<csi::CreateSnapshotRequest>,
+    ) -> Result<Response<csi::CreateSnapshotResponse>, Status> {
+        Err(unimplemented("CreateSnapshot", "snapshots are not supported yet"))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _: Request<csi::DeleteSnapshotRequest>,
+    ) -> Result<Response<csi::DeleteSnapshotResponse>, Status> {
+        Err(unimplemented("DeleteSnapshot", "snapshots are not supported yet"))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: Request<csi::ListSnapshotsRequest>,
+    ) -> Result<Response<csi::ListSnapshotsResponse>, Status> {
+        Err(unimplemented("ListSnapshots", "snapshots are not supported yet"))
+    }
+
+    async fn get_snapshot(
+        &self,
+        _: Request<csi::GetSnapshotRequest>,
+    ) -> Result<Response<csi::GetSnapshotResponse>, Status> {
+        Err(unimplemented("GetSnapshot", "snapshots are not supported yet"))
+    }
+
+    async fn controller_modify_volume(
+        &self,
+        _: Request<csi::ControllerModifyVolumeRequest>,
+    ) -> Result<Response<csi::ControllerModifyVolumeResponse>, Status> {
+        Err(unimplemented("ControllerModifyVolume", "VolumeAttributesClass is not supported yet"))
+    }
+}
+
+fn unimplemented(call: &str, why: &str) -> Status {
+    Status::unimplemented(format!("{call}: {why}"))
+}

@@ -1,0 +1,148 @@
+use tonic::{Code, Status};
+use zpod_storage::backing::BackingError;
+use zpod_storage::catalog::CatalogError;
+
+use crate::guest::GuestError;
+use crate::kata::KataError;
+use crate::volumes::VolumeError;
+
+/// The one place where an error becomes a gRPC status.
+pub fn to_status(error: &VolumeError) -> Status {
+    Status::new(code(error), error.to_string())
+}
+
+fn code(error: &VolumeError) -> Code {
+    match error {
+        VolumeError::Invalid { .. } | VolumeError::Parameter(_) => Code::InvalidArgument,
+        VolumeError::OutOfRange { .. } => Code::OutOfRange,
+        // CSI 1.12, ListVolumes: an invalid starting_token is ABORTED.
+        VolumeError::Token(_) => Code::Aborted,
+        VolumeError::NotFound { .. } | VolumeError::NotPublished { .. } => Code::NotFound,
+        VolumeError::Exists { .. } | VolumeError::PublishedOtherwise { .. } => Code::AlreadyExists,
+        // CSI 1.12, CreateVolume: "unable to provision in accessible_topology".
+        VolumeError::Topology { .. } => Code::ResourceExhausted,
+        // CSI 1.12: "operation pending for volume".
+        VolumeError::NotReady { .. } => Code::Aborted,
+        VolumeError::OtherNode { .. }
+        | VolumeError::Published { .. }
+        | VolumeError::TargetTaken { .. }
+        | VolumeError::BeyondHeadroom { .. } => Code::FailedPrecondition,
+        VolumeError::GuestSilent { .. } => Code::Unavailable,
+        VolumeError::Guest { source, .. } => guest(source),
+        VolumeError::Backing { source, .. } => backing(source),
+        VolumeError::Catalog(source) => catalog(source),
+        VolumeError::Kata(source) => kata(source),
+        VolumeError::CutShort(_) => Code::Unavailable,
+    }
+}
+
+fn guest(error: &GuestError) -> Code {
+    match error {
+        GuestError::Unreachable { .. } | GuestError::Timeout { .. } => Code::Unavailable,
+        GuestError::DiskTooSmall { .. } => Code::FailedPrecondition,
+        GuestError::Refused { .. } => Code::Internal,
+    }
+}
+
+fn backing(error: &BackingError) -> Code {
+    match error {
+        BackingError::NoRoom { .. } => Code::ResourceExhausted,
+        BackingError::InUse { .. } => Code::FailedPrecondition,
+        // The directory may be mounted in a moment. Nothing is ever made in the device's place.
+        BackingError::Missing { .. } => Code::Unavailable,
+        BackingError::Mismatch { .. } | BackingError::Io { .. } => Code::Internal,
+        #[allow(unreachable_patterns)]
+        _ => Code::Internal,
+    }
+}
+
+fn catalog(error: &CatalogError) -> Code {
+    match error {
+        CatalogError::Conflict(_) => Code::Aborted,
+        CatalogError::NotFound(_) => Code::NotFound,
+        CatalogError::Damaged { .. } => Code::DataLoss,
+        CatalogError::Locked(_) => Code::Unavailable,
+        CatalogError::Io { .. } => Code::Internal,
+        #[allow(unreachable_patterns)]
+        _ => Code::Internal,
+    }
+}
+
+fn kata(error: &KataError) -> Code {
+    match error {
+        KataError::Target { .. } => Code::InvalidArgument,
+        KataError::Occupied { .. } | KataError::Io { .. } => Code::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+    use std::time::Duration;
+    use zpod_volume::{Bytes, VolumeId, VolumeParameters};
+
+    fn every_error() -> Vec<(VolumeError, Code)> {
+        let id = VolumeId::from_name("pvc-1");
+        let io = || io::Error::other("disk on fire");
+        let s = str::to_owned;
+        let backing = |source| VolumeError::Backing { node: s("n1"), source };
+        let guest = |source| VolumeError::Guest { id, source };
+        let no_room = BackingError::NoRoom { location: s("/srv"), wanted: Bytes::gib(2), available: Bytes::gib(1) };
+        let parameter = VolumeParameters::parse([("no", "x")]).unwrap_err();
+        let timeout = GuestError::Timeout { sandbox: s("s"), call: "Grow", deadline: Duration::from_secs(1) };
+        vec![
+            (VolumeError::invalid("name", "empty"), Code::InvalidArgument),
+            (VolumeError::Parameter(parameter), Code::InvalidArgument),
+            (VolumeError::OutOfRange { reason: s("small") }, Code::OutOfRange),
+            (VolumeError::Token(s("x")), Code::Aborted),
+            (VolumeError::NotFound { id: s("x"), node: s("n1") }, Code::NotFound),
+            (VolumeError::NotPublished { id, path: "/x".into(), node: s("n1") }, Code::NotFound),
+            (VolumeError::Exists { name: s("x"), id, difference: s("size") }, Code::AlreadyExists),
+            (VolumeError::Topology { key: "k", node: s("n1") }, Code::ResourceExhausted),
+            (VolumeError::OtherNode { id, home: s("n2"), node: s("n1") }, Code::FailedPrecondition),
+            (VolumeError::NotReady { id, state: "", remedy: "" }, Code::Aborted),
+            (
+                VolumeError::Published { id, holder: s("pod a/b"), target: "/x".into(), node: s("n1") },
+                Code::FailedPrecondition,
+            ),
+            (VolumeError::PublishedOtherwise { id, target: "/x".into(), difference: "readonly" }, Code::AlreadyExists),
+            (VolumeError::TargetTaken { target: "/x".into(), by: id }, Code::FailedPrecondition),
+            (
+                VolumeError::BeyondHeadroom { id, capacity: Bytes(1), largest: Bytes(1), node: s("n1") },
+                Code::FailedPrecondition,
+            ),
+            (VolumeError::GuestSilent { id, node: s("n1") }, Code::Unavailable),
+            (guest(GuestError::Unreachable { sandbox: s("s"), reason: s("r") }), Code::Unavailable),
+            (guest(timeout), Code::Unavailable),
+            (guest(GuestError::DiskTooSmall { sandbox: s("s"), message: s("m") }), Code::FailedPrecondition),
+            (guest(GuestError::Refused { sandbox: s("s"), call: "Grow", message: s("m") }), Code::Internal),
+            (backing(no_room), Code::ResourceExhausted),
+            (backing(BackingError::InUse { id, device: "/d".into(), detail: s("x") }), Code::FailedPrecondition),
+            (backing(BackingError::Missing { id, device: "/d".into() }), Code::Unavailable),
+            (
+                backing(BackingError::Mismatch { id, device: "/d".into(), found: Bytes(1), wanted: Bytes(2) }),
+                Code::Internal,
+            ),
+            (backing(BackingError::Io { what: "open", path: "/d".into(), source: io() }), Code::Internal),
+            (CatalogError::Conflict(id).into(), Code::Aborted),
+            (CatalogError::NotFound(id).into(), Code::NotFound),
+            (CatalogError::Damaged { path: "/r".into(), reason: s("x") }.into(), Code::DataLoss),
+            (CatalogError::Io { what: "open", path: "/r".into(), source: io() }.into(), Code::Internal),
+            (CatalogError::Locked("/r".into()).into(), Code::Unavailable),
+            (KataError::Target { path: "x".into(), reason: s("x") }.into(), Code::InvalidArgument),
+            (KataError::Occupied { path: "/x".into(), reason: "x" }.into(), Code::Internal),
+            (KataError::Io { what: "mount", path: "/x".into(), source: io() }.into(), Code::Internal),
+            (VolumeError::CutShort(s("x")), Code::Unavailable),
+        ]
+    }
+
+    #[test]
+    fn each_error_has_the_code_the_specification_gives_it() {
+        for (error, want) in every_error() {
+            let status = to_status(&error);
+            assert_eq!(status.code(), want, "{error}");
+            assert!(!status.message().is_empty());
+        }
+    }
+}

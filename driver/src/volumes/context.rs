@@ -1,0 +1,144 @@
+use std::path::Path;
+use std::sync::Arc;
+
+use zpod_storage::backing::{Backing, BackingError, DeviceSpec};
+use zpod_storage::catalog::{Catalog, Phase, Publication, Volume};
+use zpod_volume::VolumeId;
+
+use super::VolumeError;
+use super::lock::{VolumeLock, VolumeLocks};
+use super::published::Published;
+
+/// What all work on volumes needs.
+#[derive(Debug)]
+pub struct Context {
+    pub(super) node: String,
+    pub(super) boot_id: String,
+    pub(super) catalog: Arc<dyn Catalog>,
+    pub(super) backing: Arc<dyn Backing>,
+    pub(super) published: Published,
+    locks: VolumeLocks,
+}
+
+impl Context {
+    /// Puts together what there is on this node. `boot_id` names this boot of the host: [`Context::boot_id`].
+    pub fn new(node: String, boot_id: String, catalog: Arc<dyn Catalog>, backing: Arc<dyn Backing>) -> Arc<Self> {
+        let (published, locks) = (Published::default(), VolumeLocks::default());
+        Arc::new(Self { node, boot_id, catalog, backing, published, locks })
+    }
+
+    /// The id of this boot of the host.
+    ///
+    /// # Errors
+    /// When `/proc` can't be read.
+    pub fn boot_id() -> std::io::Result<String> {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned())
+    }
+
+    /// The node's name.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    pub(super) async fn lock(&self, id: VolumeId) -> VolumeLock {
+        self.locks.lock(id).await
+    }
+
+    pub(super) async fn find(&self, id: VolumeId) -> Result<Volume, VolumeError> {
+        self.catalog.get(id).await?.ok_or_else(|| self.not_found(&id.to_string()))
+    }
+
+    /// The record of a volume that is kept here and can be used.
+    pub(super) async fn ready(&self, id: VolumeId) -> Result<Volume, VolumeError> {
+        let volume = self.find(id).await?;
+        self.check_home(&volume)?;
+        match volume.phase {
+            Phase::Ready => Ok(volume),
+            Phase::Creating => {
+                Err(VolumeError::NotReady { id, state: "not finished yet", remedy: "let CreateVolume be repeated" })
+            }
+            Phase::Deleting => Err(deleting(id)),
+        }
+    }
+
+    pub(super) fn check_home(&self, volume: &Volume) -> Result<(), VolumeError> {
+        if volume.node == self.node {
+            return Ok(());
+        }
+        Err(VolumeError::OtherNode { id: volume.id, home: volume.node.clone(), node: self.node.clone() })
+    }
+
+    /// The error for an id that nothing here has.
+    pub fn not_found(&self, id: &str) -> VolumeError {
+        VolumeError::NotFound { id: crate::guest::clean(id, 128), node: self.node.clone() }
+    }
+
+    /// Where the volume is published, if that was in this boot of the host. No virtual machine outlives its host, so
+    /// that a publication of an earlier boot is over.
+    pub(super) fn publication<'a>(&self, volume: &'a Volume) -> Option<&'a Publication> {
+        volume.publication.as_ref().filter(|publication| publication.boot_id == self.boot_id)
+    }
+
+    pub(super) fn published_error(&self, id: VolumeId, publication: &Publication) -> VolumeError {
+        VolumeError::Published {
+            id,
+            holder: publication.pod.as_ref().map_or_else(|| "a pod".to_owned(), |pod| format!("pod {pod}")),
+            target: publication.target_path.clone(),
+            node: self.node.clone(),
+        }
+    }
+
+    /// Runs a call of the device provider where it may block.
+    pub(super) async fn with_backing<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&dyn Backing) -> Result<T, BackingError> + Send + 'static,
+    ) -> Result<T, VolumeError> {
+        let backing = self.backing.clone();
+        blocking(move || Ok(call(backing.as_ref()))).await?.map_err(|source| self.backing_error(source))
+    }
+
+    pub(super) fn backing_error(&self, source: BackingError) -> VolumeError {
+        VolumeError::Backing { node: self.node.clone(), source }
+    }
+
+    /// Whether the devices can be reached at all.
+    ///
+    /// # Errors
+    /// When they can't.
+    pub async fn probe(&self) -> Result<(), VolumeError> {
+        self.with_backing(|backing| backing.capacity()).await.map(|_| ())
+    }
+
+    /// For a person: where the devices are.
+    pub fn location(&self) -> &Path {
+        self.backing.location()
+    }
+}
+
+pub(super) fn deleting(id: VolumeId) -> VolumeError {
+    VolumeError::NotReady { id, state: "being deleted", remedy: "let DeleteVolume be repeated until it succeeds" }
+}
+
+pub(super) fn device_spec(volume: &Volume) -> DeviceSpec {
+    DeviceSpec { id: volume.id, layout: volume.layout(), provisioning: volume.parameters.provisioning }
+}
+
+/// Runs what may block off the async threads.
+pub(super) async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> Result<T, VolumeError> + Send + 'static,
+) -> Result<T, VolumeError> {
+    match tokio::task::spawn_blocking(call).await {
+        Ok(result) => result,
+        Err(error) => Err(VolumeError::CutShort(error.to_string())),
+    }
+}
+
+/// Runs work to its end even when the caller hangs up: half of it would be safe, but its lock must be held to the end.
+pub(super) async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, VolumeError>> + Send + 'static,
+) -> Result<T, VolumeError> {
+    match tokio::spawn(work).await {
+        Ok(result) => result,
+        Err(error) => Err(VolumeError::CutShort(error.to_string())),
+    }
+}

@@ -1,0 +1,185 @@
+use std::path::PathBuf;
+
+use zpod_storage::backing::BackingError;
+use zpod_storage::catalog::CatalogError;
+use zpod_volume::{Bytes, ParameterError, VolumeId};
+
+use crate::guest::GuestError;
+use crate::kata::KataError;
+
+/// Why something could not be done with a volume. Each says which volume, where, why, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// A request that can't be understood, whatever state things are in.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// The field of the request.
+        field: &'static str,
+        /// What is wrong, and what is allowed.
+        reason: String,
+    },
+    /// A StorageClass parameter that is refused.
+    #[error(transparent)]
+    Parameter(#[from] ParameterError),
+    /// A size that can't be had.
+    #[error("capacity_range: {reason}")]
+    OutOfRange {
+        /// What is wrong, and what is allowed.
+        reason: String,
+    },
+    /// A place in a list that can't be understood.
+    #[error("starting_token {0:?} did not come from ListVolumes; begin again with an empty one")]
+    Token(String),
+    /// No such volume.
+    #[error("volume {id:?} does not exist on node {node}")]
+    NotFound {
+        /// The id as it was given.
+        id: String,
+        /// Where it was looked for.
+        node: String,
+    },
+    /// The volume is not at that path.
+    #[error("volume {id} is not published at {path} on node {node}")]
+    NotPublished {
+        /// The volume.
+        id: VolumeId,
+        /// The path as it was given.
+        path: PathBuf,
+        /// The node.
+        node: String,
+    },
+    /// There is another volume of that name.
+    #[error(
+        "a volume named {name:?} exists already ({id}) and differs: {difference}; use another name, or delete it first"
+    )]
+    Exists {
+        /// The name.
+        name: String,
+        /// Its id.
+        id: VolumeId,
+        /// What differs.
+        difference: String,
+    },
+    /// Nobody here can make it where it is wanted.
+    #[error(
+        "accessibility_requirements: none of the topologies asked for is node {node} ({key}={node}), the only one here"
+    )]
+    Topology {
+        /// The topology key.
+        key: &'static str,
+        /// The node there is.
+        node: String,
+    },
+    /// The volume is on another node.
+    #[error("volume {id} is kept on node {home}, not on {node}; its pod must run there")]
+    OtherNode {
+        /// The volume.
+        id: VolumeId,
+        /// Where it is kept.
+        home: String,
+        /// Where it was asked for.
+        node: String,
+    },
+    /// Somebody else is at work on it.
+    #[error("volume {id} is {state}; {remedy}")]
+    NotReady {
+        /// The volume.
+        id: VolumeId,
+        /// What state it is in.
+        state: &'static str,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// It is published, and there can be one publication only.
+    #[error(
+        "volume {id} is published to {holder} at {target} on node {node}; a pool lives in one kernel, so one pod at a time \
+         can have it (ReadWriteOnce means one pod here): delete that pod first, or use a volume of its own for this one"
+    )]
+    Published {
+        /// The volume.
+        id: VolumeId,
+        /// The pod.
+        holder: String,
+        /// Where.
+        target: PathBuf,
+        /// The node.
+        node: String,
+    },
+    /// It is published at this path, in another way.
+    #[error("volume {id} is published at {target} already, with other arguments ({difference}); unpublish it first")]
+    PublishedOtherwise {
+        /// The volume.
+        id: VolumeId,
+        /// Where.
+        target: PathBuf,
+        /// What differs.
+        difference: &'static str,
+    },
+    /// Another volume is at this path.
+    #[error("target_path {target} has volume {by} published already; one path can have one volume")]
+    TargetTaken {
+        /// Where.
+        target: PathBuf,
+        /// The other volume.
+        by: VolumeId,
+    },
+    /// The disk that the running guest sees is too small.
+    #[error(
+        "volume {id} is {capacity} now, but the disk its running guest sees on node {node} ends at {largest}: Kata can't \
+         resize an attached disk, so the volume grows when its pod starts next; restart the pod, and give the StorageClass \
+         more headroom to grow without"
+    )]
+    BeyondHeadroom {
+        /// The volume.
+        id: VolumeId,
+        /// What it is to hold.
+        capacity: Bytes,
+        /// What the disk can hold.
+        largest: Bytes,
+        /// The node.
+        node: String,
+    },
+    /// A virtual machine has the volume, and nobody answers from it.
+    #[error(
+        "volume {id} is in use by a virtual machine on node {node} whose guest does not answer on the control channel yet; \
+         try again, and look at the pod if this goes on"
+    )]
+    GuestSilent {
+        /// The volume.
+        id: VolumeId,
+        /// The node.
+        node: String,
+    },
+    /// The guest did not do what it was asked.
+    #[error("volume {id}: {source}")]
+    Guest {
+        /// The volume.
+        id: VolumeId,
+        /// What happened.
+        source: GuestError,
+    },
+    /// The device provider refused or failed.
+    #[error("node {node}: {source}")]
+    Backing {
+        /// The node.
+        node: String,
+        /// What happened.
+        source: BackingError,
+    },
+    /// The catalog refused or failed.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// The target path or the direct volume failed.
+    #[error(transparent)]
+    Kata(#[from] KataError),
+    /// The task that did the work ended early: a defect of zpod, or its end.
+    #[error("the work was cut short ({0}); it is safe to try again")]
+    CutShort(String),
+}
+
+impl VolumeError {
+    /// An [`VolumeError::Invalid`].
+    pub fn invalid(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Invalid { field, reason: reason.into() }
+    }
+}

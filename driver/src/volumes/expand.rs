@@ -1,0 +1,104 @@
+use zpod_storage::backing::BackingError;
+use zpod_storage::catalog::Volume;
+use zpod_storage::crash;
+use zpod_volume::{Bytes, DiskLayout, QuotaMode, VolumeId};
+
+use super::context::{device_spec, to_the_end};
+use super::publish::NodeVolumes;
+use super::published::Heard;
+use super::{CapacityRange, VolumeError};
+use crate::guest::{GuestError, VolumeReport};
+
+impl NodeVolumes {
+    /// Carries out on this node what [`super::Provisioner::expand`] has promised: in the running guest, or on the
+    /// device while nobody has it.
+    ///
+    /// # Errors
+    /// [`VolumeError::BeyondHeadroom`] when only a new start of the pod can do it, [`VolumeError::GuestSilent`] when the
+    /// guest can't be asked yet.
+    pub async fn expand(&self, id: VolumeId, range: CapacityRange) -> Result<Bytes, VolumeError> {
+        let node = self.clone();
+        to_the_end(async move { node.expand_now(id, range).await }).await
+    }
+
+    async fn expand_now(&self, id: VolumeId, range: CapacityRange) -> Result<Bytes, VolumeError> {
+        let _lock = self.context.lock(id).await;
+        let volume = self.context.ready(id).await?;
+        if !range.accepts(volume.capacity) {
+            let reason = format!(
+                "volume {id} holds {} by its record; ControllerExpandVolume decides on the size, and comes first",
+                volume.capacity
+            );
+            return Err(VolumeError::OutOfRange { reason });
+        }
+        let capacity = volume.capacity;
+        match self.context.published.heard(id) {
+            Some(heard) => self.expand_in_guest(&volume, heard).await?,
+            None => self.expand_on_device(volume).await?,
+        }
+        Ok(capacity)
+    }
+
+    async fn expand_in_guest(&self, volume: &Volume, heard: Heard) -> Result<(), VolumeError> {
+        let (id, layout) = (volume.id, volume.layout());
+        let fresh = heard.guest.status().await.ok();
+        let report = fresh.as_ref().and_then(|report| report.volume(id, heard.report.token)).unwrap_or(&heard.report);
+        let largest = DiskLayout::largest_partition(report.disk);
+        if report.disk.0 > 0 && largest < layout.partition {
+            return Err(self.beyond_headroom(volume, largest));
+        }
+        if !is_grown(volume, report) {
+            crash::point("node expand: guest");
+            match heard.guest.grow(id, layout.capacity, layout.partition).await {
+                Ok(()) => tracing::info!(volume = %id, capacity = %layout.capacity, "guest has grown the volume"),
+                Err(GuestError::DiskTooSmall { .. }) => return Err(self.beyond_headroom(volume, largest)),
+                Err(source) => return Err(VolumeError::Guest { id, source }),
+            }
+        }
+        crash::point("node expand: grown");
+        self.refresh_entry(volume).await
+    }
+
+    async fn expand_on_device(&self, volume: Volume) -> Result<(), VolumeError> {
+        if volume.table_capacity == volume.capacity {
+            return self.refresh_entry(&volume).await;
+        }
+        let (id, spec) = (volume.id, device_spec(&volume));
+        let published = self.context.publication(&volume).is_some();
+        let proof = match self.prove_exclusive(id).await {
+            Err(VolumeError::Backing { source: BackingError::InUse { .. }, .. }) if published => {
+                return Err(VolumeError::GuestSilent { id, node: self.context.node.clone() });
+            }
+            proof => proof?,
+        };
+        crash::point("node expand: table");
+        let write = move |backing: &dyn zpod_storage::backing::Backing| {
+            backing.write_table(&spec, proof.as_ref())?;
+            Ok(proof)
+        };
+        let proof = self.context.with_backing(write).await?;
+        crash::point("node expand: table written");
+        let table_capacity = volume.capacity;
+        let volume = self.context.catalog.update(Volume { table_capacity, ..volume }).await?;
+        crash::point("node expand: recorded");
+        // Under the proof still: no virtual machine can start on a table and an entry that don't agree.
+        self.refresh_entry(&volume).await?;
+        drop(proof);
+        Ok(())
+    }
+
+    fn beyond_headroom(&self, volume: &Volume, largest: Bytes) -> VolumeError {
+        VolumeError::BeyondHeadroom {
+            id: volume.id,
+            capacity: volume.capacity,
+            largest: DiskLayout::capacity_for(largest),
+            node: self.context.node.clone(),
+        }
+    }
+}
+
+/// Whether the guest has the size of the record already.
+fn is_grown(volume: &Volume, report: &VolumeReport) -> bool {
+    let quota = volume.parameters.quota == QuotaMode::None || report.quota >= volume.capacity;
+    quota && report.partition >= volume.layout().partition
+}

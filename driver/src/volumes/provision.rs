@@ -1,0 +1,235 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use zpod_storage::backing::{BackingError, Outcome};
+use zpod_storage::catalog::{Condition, Created, Page, Phase, Volume};
+use zpod_storage::crash;
+use zpod_volume::{Bytes, DiskLayout, VolumeId, VolumeParameters};
+
+use super::context::{deleting, device_spec, to_the_end};
+use super::{CapacityRange, Context, VolumeError};
+
+/// The topology key: the node whose backing store holds a volume.
+pub const TOPOLOGY_KEY: &str = "csi.zpod.storage/node";
+
+/// Makes, deletes, grows and lists volumes.
+#[derive(Debug, Clone)]
+pub struct Provisioner {
+    context: Arc<Context>,
+}
+
+/// A volume that is wanted.
+#[derive(Debug, Clone, Default)]
+pub struct CreateRequest {
+    /// Its name: one name, one volume.
+    pub name: String,
+    /// How large.
+    pub range: CapacityRange,
+    /// What the StorageClass says.
+    pub parameters: VolumeParameters,
+    /// Where it may be; `None` for anywhere.
+    pub nodes: Option<BTreeSet<String>>,
+    /// The orchestrator's names for it.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Room for new volumes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Room {
+    /// For all new volumes together.
+    pub available: Bytes,
+    /// For one.
+    pub largest: Bytes,
+}
+
+impl Provisioner {
+    /// A provisioner of this node.
+    pub fn new(context: Arc<Context>) -> Self {
+        Self { context }
+    }
+
+    /// What it works on.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Makes a volume, or finishes one that was begun; one that is there already and fits is the answer too.
+    ///
+    /// # Errors
+    /// When it can't be had here, or differs from what is there under that name.
+    pub async fn create(&self, request: CreateRequest) -> Result<Volume, VolumeError> {
+        let context = self.context.clone();
+        to_the_end(async move { create(&context, request).await }).await
+    }
+
+    /// Deletes a volume. One that does not exist is deleted already.
+    ///
+    /// # Errors
+    /// While it is published or a virtual machine has it.
+    pub async fn delete(&self, id: VolumeId) -> Result<Outcome, VolumeError> {
+        let context = self.context.clone();
+        to_the_end(async move { delete(&context, id).await }).await
+    }
+
+    /// Promises a volume more room and records it. Never shrinks. The node then carries it out.
+    ///
+    /// # Errors
+    /// When there is no room, or the size can't be had.
+    pub async fn expand(&self, id: VolumeId, range: CapacityRange) -> Result<Volume, VolumeError> {
+        let context = self.context.clone();
+        to_the_end(async move { expand(&context, id, range).await }).await
+    }
+
+    /// A volume, and its condition: what its guest said last, unless its device is missing.
+    ///
+    /// # Errors
+    /// When it does not exist.
+    pub async fn get(&self, id: VolumeId) -> Result<Volume, VolumeError> {
+        let mut volume = self.context.find(id).await?;
+        if volume.phase == Phase::Ready
+            && volume.node == self.context.node
+            && let Err(VolumeError::Backing { source: source @ BackingError::Missing { .. }, .. }) =
+                self.context.with_backing(move |backing| backing.device(id)).await
+        {
+            volume.condition = Some(Condition { abnormal: true, message: source.to_string() });
+        }
+        Ok(volume)
+    }
+
+    /// A page of volumes, in the order of their ids. Those that are not finished yet are left out.
+    ///
+    /// # Errors
+    /// When the catalog can't be read.
+    pub async fn list(&self, from: Option<VolumeId>, limit: usize) -> Result<Page, VolumeError> {
+        let mut page = self.context.catalog.list(from, limit).await?;
+        page.volumes.retain(|volume| volume.phase != Phase::Creating);
+        Ok(page)
+    }
+
+    /// Room on this node.
+    ///
+    /// # Errors
+    /// When the provider can't tell.
+    pub async fn room(&self) -> Result<Room, VolumeError> {
+        let capacity = self.context.with_backing(|backing| backing.capacity()).await?;
+        let usable = |partition| {
+            let capacity = DiskLayout::capacity_for(partition).min(DiskLayout::MAX_CAPACITY);
+            if capacity < DiskLayout::MIN_CAPACITY { Bytes(0) } else { capacity }
+        };
+        Ok(Room { available: usable(capacity.available), largest: usable(capacity.largest.min(capacity.available)) })
+    }
+}
+
+async fn create(context: &Context, request: CreateRequest) -> Result<Volume, VolumeError> {
+    let (id, capacity) = (VolumeId::from_name(&request.name), request.range.choose()?);
+    if request.nodes.as_ref().is_some_and(|nodes| !nodes.contains(&context.node)) {
+        return Err(VolumeError::Topology { key: TOPOLOGY_KEY, node: context.node.clone() });
+    }
+    let _lock = context.lock(id).await;
+    let wanted = Volume {
+        id,
+        name: request.name.clone(),
+        capacity,
+        initial_capacity: capacity,
+        parameters: request.parameters.clone(),
+        node: context.node.clone(),
+        phase: Phase::Creating,
+        initialized: false,
+        table_capacity: Bytes(0),
+        publication: None,
+        condition: None,
+        labels: request.labels.clone(),
+        revision: 0,
+    };
+    crash::point("create: begin");
+    let volume = match context.catalog.create(wanted).await? {
+        Created::Created(volume) => volume,
+        Created::Existed(volume) => check_same(context, volume, &request)?,
+    };
+    if volume.phase == Phase::Ready {
+        return Ok(volume);
+    }
+    crash::point("create: recorded");
+    let spec = device_spec(&volume);
+    if let Err(error) = context.with_backing(move |backing| backing.create(&spec)).await {
+        if matches!(&error, VolumeError::Backing { source: BackingError::NoRoom { .. }, .. }) {
+            // Nothing was made, and nothing will be: the name is free again, here and on other nodes.
+            context.catalog.remove(id).await?;
+        }
+        return Err(error);
+    }
+    crash::point("create: device made");
+    let table_capacity = volume.capacity;
+    let volume = context.catalog.update(Volume { phase: Phase::Ready, table_capacity, ..volume }).await?;
+    crash::point("create: done");
+    tracing::debug!(volume = %id, name = volume.name, capacity = %volume.capacity, "volume made");
+    Ok(volume)
+}
+
+/// Whether what exists under a name is what was asked for.
+fn check_same(context: &Context, volume: Volume, request: &CreateRequest) -> Result<Volume, VolumeError> {
+    let difference = if volume.name != request.name {
+        format!("its name is {:?}", volume.name)
+    } else if !request.range.accepts(volume.capacity) {
+        format!("it holds {}", volume.capacity)
+    } else if volume.parameters != request.parameters {
+        "it was made with other parameters".to_owned()
+    } else {
+        context.check_home(&volume)?;
+        return if volume.phase == Phase::Deleting { Err(deleting(volume.id)) } else { Ok(volume) };
+    };
+    Err(VolumeError::Exists { name: request.name.clone(), id: volume.id, difference })
+}
+
+async fn delete(context: &Context, id: VolumeId) -> Result<Outcome, VolumeError> {
+    let _lock = context.lock(id).await;
+    let Some(volume) = context.catalog.get(id).await? else { return Ok(Outcome::Unchanged) };
+    context.check_home(&volume)?;
+    if let Some(publication) = context.publication(&volume) {
+        return Err(context.published_error(id, publication));
+    }
+    crash::point("delete: begin");
+    if volume.phase != Phase::Deleting {
+        if volume.phase == Phase::Ready {
+            // Not condemned while a virtual machine still has it. A device that is gone keeps nobody from deleting.
+            match context.with_backing(move |backing| backing.exclusive(id).map(drop)).await {
+                Err(VolumeError::Backing { source: BackingError::Missing { .. }, .. }) => {}
+                proof => proof?,
+            }
+        }
+        context.catalog.update(Volume { phase: Phase::Deleting, publication: None, ..volume }).await?;
+    }
+    crash::point("delete: recorded");
+    context.with_backing(move |backing| backing.destroy(id)).await?;
+    crash::point("delete: device destroyed");
+    context.catalog.remove(id).await?;
+    crash::point("delete: done");
+    tracing::debug!(volume = %id, "volume deleted");
+    Ok(Outcome::Changed)
+}
+
+async fn expand(context: &Context, id: VolumeId, range: CapacityRange) -> Result<Volume, VolumeError> {
+    let _lock = context.lock(id).await;
+    let volume = context.ready(id).await?;
+    let wanted = range.required.unwrap_or(volume.capacity);
+    if wanted <= volume.capacity {
+        if range.limit.is_some_and(|limit| limit < volume.capacity) {
+            let reason = format!("volume {id} holds {} already, and volumes never shrink", volume.capacity);
+            return Err(VolumeError::OutOfRange { reason });
+        }
+        return Ok(volume);
+    }
+    let wanted = CapacityRange { required: Some(wanted), ..range }.choose()?;
+    let grown = Volume { capacity: wanted, ..volume };
+    let spec = device_spec(&grown);
+    crash::point("expand: begin");
+    // The room first, the record after it: what is recorded is always backed. Killed in between, the volume keeps its
+    // size and a little too much is promised to it, until the call is repeated.
+    context.with_backing(move |backing| backing.grow(&spec)).await?;
+    crash::point("expand: room promised");
+    let grown = context.catalog.update(grown).await?;
+    context.published.refresh(&grown);
+    crash::point("expand: recorded");
+    tracing::info!(volume = %id, capacity = %grown.capacity, "volume expanded");
+    Ok(grown)
+}

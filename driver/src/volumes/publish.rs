@@ -1,0 +1,299 @@
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+use zpod_storage::backing::{BackingError, Exclusive, Outcome};
+use zpod_storage::catalog::{Publication, Volume};
+use zpod_storage::crash;
+use zpod_volume::{MountFlag, VolumeId};
+
+use super::context::{blocking, device_spec, to_the_end};
+use super::spec::{discard, volume_spec};
+use super::{Context, VolumeError, mount_options};
+use crate::kata::{DirectVolume, DirectVolumes, KataError, TargetPath};
+
+/// How long a virtual machine that is on its way out is waited for.
+const CLOSING: Duration = Duration::from_millis(2500);
+const CLOSING_STEP: Duration = Duration::from_millis(100);
+/// Records are read this many at a time at start.
+const LOAD_PAGE: usize = 256;
+
+/// Publishes the volumes of this node to pods, and listens to their guests.
+#[derive(Debug, Clone)]
+pub struct NodeVolumes {
+    pub(super) context: Arc<Context>,
+    direct: Arc<DirectVolumes>,
+}
+
+/// A publication that is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishRequest {
+    /// The volume.
+    pub id: VolumeId,
+    /// Where the pod's mount is to appear.
+    pub target: PathBuf,
+    /// Read-only.
+    pub read_only: bool,
+    /// The group that owns the volume.
+    pub fs_group: Option<u32>,
+    /// Mount flags.
+    pub flags: Vec<MountFlag>,
+    /// The pod: `namespace/name`.
+    pub pod: Option<String>,
+}
+
+impl NodeVolumes {
+    /// Takes up where an earlier process left off: the publications of this boot of the host stand.
+    ///
+    /// # Errors
+    /// When the catalog can't be read.
+    pub async fn load(context: Arc<Context>, direct: DirectVolumes) -> Result<Self, VolumeError> {
+        let node = Self { context, direct: Arc::new(direct) };
+        let mut from = None;
+        loop {
+            let page = node.context.catalog.list(from, LOAD_PAGE).await?;
+            for volume in &page.volumes {
+                if let Some(publication) = node.context.publication(volume) {
+                    node.context.published.insert(volume, publication);
+                    // An entry that lets a guest make a pool must not outlive the record that forbids it.
+                    if let Err(error) = node.refresh_entry(volume).await {
+                        tracing::warn!(volume = %volume.id, "direct volume not refreshed: {error}");
+                    }
+                }
+            }
+            match page.next {
+                Some(next) => from = Some(next),
+                None => return Ok(node),
+            }
+        }
+    }
+
+    /// The node's name.
+    pub fn node(&self) -> &str {
+        &self.context.node
+    }
+
+    /// What it works on.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Whether a volume can be used here: there is nothing to attach for files, so this looks and changes nothing.
+    ///
+    /// # Errors
+    /// When the volume does not exist here, or its device is missing.
+    pub async fn stage(&self, id: VolumeId) -> Result<(), VolumeError> {
+        self.context.ready(id).await?;
+        self.context.with_backing(move |backing| backing.device(id)).await.map(|_| ())
+    }
+
+    /// Publishes a volume to one pod.
+    ///
+    /// # Errors
+    /// While it is published to another, or a virtual machine still has its device.
+    pub async fn publish(&self, request: PublishRequest) -> Result<Outcome, VolumeError> {
+        let node = self.clone();
+        to_the_end(async move { node.publish_now(request).await }).await
+    }
+
+    /// Takes a publication back. Nothing is done to the device. What is not published is no error.
+    ///
+    /// # Errors
+    /// When the target path can't be cleared, such as for files in its directory.
+    pub async fn unpublish(&self, id: VolumeId, target: PathBuf) -> Result<Outcome, VolumeError> {
+        let node = self.clone();
+        to_the_end(async move { node.unpublish_now(id, &target).await }).await
+    }
+
+    async fn publish_now(&self, request: PublishRequest) -> Result<Outcome, VolumeError> {
+        let _lock = self.context.lock(request.id).await;
+        let volume = self.context.ready(request.id).await?;
+        let given = request.target.clone();
+        let target = blocking(move || Ok(TargetPath::resolve(&given)?)).await?;
+        let Some(publication) = self.context.publication(&volume) else {
+            return self.publish_anew(volume, &target, request).await;
+        };
+        if publication.target_path != request.target {
+            return Err(self.context.published_error(volume.id, publication));
+        }
+        if let Some(difference) = difference(publication, &request) {
+            return Err(VolumeError::PublishedOtherwise { id: volume.id, target: request.target, difference });
+        }
+        let publication = publication.clone();
+        self.install(&volume, &publication, &target).await
+    }
+
+    async fn publish_anew(
+        &self,
+        volume: Volume,
+        target: &TargetPath,
+        request: PublishRequest,
+    ) -> Result<Outcome, VolumeError> {
+        let id = volume.id;
+        if let Err(by) = self.context.published.reserve(id, &request.target) {
+            return Err(VolumeError::TargetTaken { target: request.target, by });
+        }
+        let published = self.record_publication(volume, request).await;
+        let (volume, publication) = published.inspect_err(|_| self.context.published.remove(id))?;
+        crash::point("publish: recorded");
+        let installed = self.install(&volume, &publication, target).await;
+        if let Err(error) = &installed {
+            // No pod was told of it, and nobody may come to take it back: it must not keep other pods out.
+            tracing::warn!(volume = %id, "publication is taken back: {error}");
+            if let Err(error) = self.withdraw(Some(volume), id, &publication.target_path).await {
+                tracing::warn!(volume = %id, "publication could not be taken back: {error}");
+            }
+        }
+        installed
+    }
+
+    /// Everything that needs the proof that no kernel has the pool, and the record of the publication.
+    async fn record_publication(
+        &self,
+        volume: Volume,
+        request: PublishRequest,
+    ) -> Result<(Volume, Publication), VolumeError> {
+        crash::point("publish: begin");
+        let proof = self.prove_exclusive(volume.id).await?;
+        let (spec, initialized) = (device_spec(&volume), volume.initialized);
+        let write_table = volume.table_capacity != volume.capacity;
+        let prepare = move |backing: &dyn zpod_storage::backing::Backing| {
+            let initialized = initialized || backing.ever_written(&spec)?;
+            if write_table {
+                crash::point("publish: table");
+                backing.write_table(&spec, proof.as_ref())?;
+                crash::point("publish: table written");
+            }
+            Ok((initialized, proof))
+        };
+        let (initialized, proof) = self.context.with_backing(prepare).await?;
+        let publication = Publication {
+            target_path: request.target,
+            token: Uuid::new_v4(),
+            read_only: request.read_only,
+            fs_group: request.fs_group,
+            mount_flags: mount_options::names(&request.flags),
+            pod: request.pod,
+            boot_id: self.context.boot_id.clone(),
+        };
+        let table_capacity = volume.capacity;
+        let record = Volume { initialized, table_capacity, publication: Some(publication.clone()), ..volume };
+        let volume = self.context.catalog.update(record).await?;
+        self.context.published.insert(&volume, &publication);
+        // Held until the record keeps others out; let go before the shim may open the device.
+        drop(proof);
+        Ok((volume, publication))
+    }
+
+    /// The placeholder and the entry, whatever is there of them already.
+    async fn install(
+        &self,
+        volume: &Volume,
+        publication: &Publication,
+        target: &TargetPath,
+    ) -> Result<Outcome, VolumeError> {
+        let id = volume.id;
+        let device = self.context.with_backing(move |backing| backing.device(id)).await?;
+        let entry = DirectVolume { device, spec: volume_spec(volume, publication), discard: discard(volume) };
+        let (direct, target) = (self.direct.clone(), target.clone());
+        blocking(move || {
+            // The placeholder first: at no moment is there a path that Kata could share from the host's disk.
+            let mounted = target.mount_placeholder()?;
+            crash::point("publish: placeholder mounted");
+            let written = direct.publish(&target, &entry)?;
+            crash::point("publish: direct volume written");
+            Ok(if mounted == Outcome::Unchanged { written } else { mounted })
+        })
+        .await
+    }
+
+    async fn unpublish_now(&self, id: VolumeId, target: &Path) -> Result<Outcome, VolumeError> {
+        let _lock = self.context.lock(id).await;
+        if self.context.published.owner(target).is_some_and(|owner| owner != id) {
+            // Another volume's path: this one is not published there, which is what was asked for.
+            return Ok(Outcome::Unchanged);
+        }
+        let volume = self.context.catalog.get(id).await?;
+        crash::point("unpublish: begin");
+        self.withdraw(volume, id, target).await
+    }
+
+    /// Removes entry, placeholder and record of a publication, in that order.
+    async fn withdraw(&self, volume: Option<Volume>, id: VolumeId, target: &Path) -> Result<Outcome, VolumeError> {
+        let (direct, given) = (self.direct.clone(), target.to_owned());
+        let mut outcome = blocking(move || remove(&direct, &given)).await?;
+        crash::point("unpublish: target gone");
+        let here = |publication: &Publication| publication.target_path == target;
+        if let Some(volume) = volume.filter(|volume| volume.publication.as_ref().is_some_and(here)) {
+            self.context.catalog.update(Volume { publication: None, ..volume }).await?;
+            outcome = Outcome::Changed;
+        }
+        crash::point("unpublish: recorded");
+        if self.context.published.owner(target) == Some(id) {
+            self.context.published.remove(id);
+        }
+        Ok(outcome)
+    }
+
+    /// Writes the entry of a published volume again, if there is one, from the record as it is now.
+    pub(super) async fn refresh_entry(&self, volume: &Volume) -> Result<(), VolumeError> {
+        let Some(publication) = self.context.publication(volume).cloned() else { return Ok(()) };
+        let id = volume.id;
+        let device = self.context.with_backing(move |backing| backing.device(id)).await?;
+        let entry = DirectVolume { device, spec: volume_spec(volume, &publication), discard: discard(volume) };
+        let direct = self.direct.clone();
+        blocking(move || {
+            let target = TargetPath::resolve(&publication.target_path)?;
+            let current = direct.spec(&target)?.is_some_and(|spec| spec.token == publication.token);
+            if current {
+                direct.publish(&target, &entry)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Proves that no virtual machine has the device; one that is on its way out is given a moment.
+    pub(super) async fn prove_exclusive(&self, id: VolumeId) -> Result<Box<dyn Exclusive>, VolumeError> {
+        let begun = Instant::now();
+        loop {
+            match self.context.with_backing(move |backing| backing.exclusive(id)).await {
+                Err(VolumeError::Backing { source: BackingError::InUse { .. }, .. }) if begun.elapsed() < CLOSING => {
+                    tokio::time::sleep(CLOSING_STEP).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+}
+
+fn remove(direct: &DirectVolumes, target: &Path) -> Result<Outcome, VolumeError> {
+    let target = match TargetPath::resolve(target) {
+        Ok(target) => target,
+        // A parent that is gone has taken the target with it; the entry can only have had this name.
+        Err(KataError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(direct.remove(&TargetPath::unresolved(target))?);
+        }
+        // Longer than any path that could ever be published.
+        Err(KataError::Target { .. }) if target.is_absolute() => return Ok(Outcome::Unchanged),
+        Err(error) => return Err(error.into()),
+    };
+    let removed = direct.remove(&target)?;
+    crash::point("unpublish: direct volume removed");
+    let unmounted = target.remove_placeholder()?;
+    Ok(if removed == Outcome::Unchanged { unmounted } else { removed })
+}
+
+/// What differs between a publication and a request for the same path.
+fn difference(publication: &Publication, request: &PublishRequest) -> Option<&'static str> {
+    if publication.read_only != request.read_only {
+        Some("readonly")
+    } else if publication.fs_group != request.fs_group {
+        Some("volume_mount_group")
+    } else if publication.mount_flags != mount_options::names(&request.flags) {
+        Some("mount_flags")
+    } else {
+        None
+    }
+}

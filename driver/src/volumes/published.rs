@@ -1,0 +1,156 @@
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+use zpod_storage::catalog::{Condition, Publication, Volume};
+use zpod_volume::{Bytes, DiskLayout, VolumeId};
+
+use super::stats::condition_of;
+use crate::guest::{GuestClient, VolumeReport};
+
+/// A guest that changes its mind all the time is written down no more often than this.
+const RECORD_EVERY: Duration = Duration::from_secs(5);
+/// A guest that does not grow is asked again no more often than this.
+const GROW_EVERY: Duration = Duration::from_secs(30);
+
+/// The volumes published on this node in this boot, and what their guests said last. A few for each pod; the others
+/// take no memory.
+#[derive(Debug, Default)]
+pub(super) struct Published(Mutex<HashMap<VolumeId, Entry>>);
+
+#[derive(Debug)]
+struct Entry {
+    target: PathBuf,
+    token: Option<Uuid>,
+    initialized: bool,
+    partition: Bytes,
+    condition: Option<Condition>,
+    heard: Option<Heard>,
+    recorded: Option<Instant>,
+    grown: Option<Instant>,
+}
+
+/// What a guest said of a volume, and the guest.
+#[derive(Debug, Clone)]
+pub(super) struct Heard {
+    /// The guest.
+    pub(super) guest: GuestClient,
+    /// Its last words on this volume.
+    pub(super) report: VolumeReport,
+}
+
+/// What a report asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Note {
+    /// The token is wrong, or the volume is not published: the guest speaks of what isn't its own.
+    Disbelieved,
+    /// Believed.
+    Believed {
+        /// Something in it should be recorded.
+        record: bool,
+        /// The volume is to be larger than the guest has made it.
+        grow: bool,
+    },
+}
+
+impl Published {
+    fn entries(&self) -> MutexGuard<'_, HashMap<VolumeId, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a target path for a volume. Gives the volume that has it, if that is another.
+    pub(super) fn reserve(&self, id: VolumeId, target: &Path) -> Result<(), VolumeId> {
+        let mut entries = self.entries();
+        if let Some(other) = owner(&entries, target).filter(|other| *other != id) {
+            return Err(other);
+        }
+        entries.entry(id).or_insert_with(|| Entry {
+            target: target.to_owned(),
+            token: None,
+            initialized: false,
+            partition: Bytes(0),
+            condition: None,
+            heard: None,
+            recorded: None,
+            grown: None,
+        });
+        Ok(())
+    }
+
+    /// Notes a publication.
+    pub(super) fn insert(&self, volume: &Volume, publication: &Publication) {
+        let entry = Entry {
+            target: publication.target_path.clone(),
+            token: Some(publication.token),
+            initialized: volume.initialized,
+            partition: volume.layout().partition,
+            condition: volume.condition.clone(),
+            heard: None,
+            recorded: None,
+            grown: None,
+        };
+        self.entries().insert(volume.id, entry);
+    }
+
+    /// Notes a changed record.
+    pub(super) fn refresh(&self, volume: &Volume) {
+        if let Some(entry) = self.entries().get_mut(&volume.id) {
+            entry.initialized = volume.initialized;
+            entry.partition = volume.layout().partition;
+            entry.condition.clone_from(&volume.condition);
+        }
+    }
+
+    pub(super) fn remove(&self, id: VolumeId) {
+        self.entries().remove(&id);
+    }
+
+    /// The volume at a target path.
+    pub(super) fn owner(&self, target: &Path) -> Option<VolumeId> {
+        owner(&self.entries(), target)
+    }
+
+    /// What was heard of a volume.
+    pub(super) fn heard(&self, id: VolumeId) -> Option<Heard> {
+        self.entries().get(&id)?.heard.clone()
+    }
+
+    /// Notes what a guest said of a volume.
+    pub(super) fn note(&self, guest: &GuestClient, report: &VolumeReport) -> Note {
+        let mut entries = self.entries();
+        let Some(entry) = entries.get_mut(&report.id).filter(|entry| entry.token == Some(report.token)) else {
+            return Note::Disbelieved;
+        };
+        let now = Instant::now();
+        let due = |last: Option<Instant>, every| last.is_none_or(|last| now.duration_since(last) >= every);
+        let first = report.health.is_imported() && !entry.initialized;
+        let changed = entry.condition.as_ref() != Some(&condition_of(report)) && due(entry.recorded, RECORD_EVERY);
+        let small = report.partition.0 > 0 && report.partition < entry.partition;
+        let grow =
+            small && DiskLayout::largest_partition(report.disk) >= entry.partition && due(entry.grown, GROW_EVERY);
+        if first || changed {
+            entry.recorded = Some(now);
+        }
+        if grow {
+            entry.grown = Some(now);
+        }
+        entry.heard = Some(Heard { guest: guest.clone(), report: report.clone() });
+        Note::Believed { record: first || changed, grow }
+    }
+
+    /// Forgets what this sandbox said of volumes other than these.
+    pub(super) fn keep_only(&self, sandbox: &str, ids: &[VolumeId]) {
+        for (id, entry) in self.entries().iter_mut() {
+            let said = entry.heard.as_ref().is_some_and(|heard| heard.guest.sandbox() == sandbox);
+            if said && !ids.contains(id) {
+                entry.heard = None;
+            }
+        }
+    }
+}
+
+fn owner(entries: &HashMap<VolumeId, Entry>, target: &Path) -> Option<VolumeId> {
+    entries.iter().find(|(_, entry)| entry.target == target).map(|(id, _)| *id)
+}

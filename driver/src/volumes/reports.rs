@@ -1,0 +1,95 @@
+use async_trait::async_trait;
+use uuid::Uuid;
+use zpod_storage::catalog::{Condition, Volume};
+use zpod_storage::crash;
+use zpod_volume::VolumeId;
+
+use super::VolumeError;
+use super::publish::NodeVolumes;
+use super::published::Note;
+use super::stats::condition_of;
+use crate::guest::{GuestClient, Listener, Report, VolumeReport};
+
+#[async_trait]
+impl Listener for NodeVolumes {
+    async fn reported(&self, guest: &GuestClient, report: Report) {
+        let mut believed = Vec::with_capacity(report.volumes.len());
+        for volume in &report.volumes {
+            match self.context.published.note(guest, volume) {
+                Note::Disbelieved => {
+                    // Its own volume of a moment ago, or a lie. Either way nothing follows from it.
+                    tracing::debug!(sandbox = guest.sandbox(), volume = %volume.id, "report without the right token ignored");
+                }
+                Note::Believed { record, grow } => {
+                    believed.push(volume.id);
+                    if record && let Err(error) = self.record(volume).await {
+                        tracing::warn!(volume = %volume.id, "report not recorded: {error}");
+                    }
+                    if grow {
+                        self.grow_later(volume.id);
+                    }
+                }
+            }
+        }
+        if report.dropped > 0 {
+            tracing::debug!(sandbox = guest.sandbox(), dropped = report.dropped, "entries of a report made no sense");
+        }
+        self.context.published.keep_only(guest.sandbox(), &believed);
+    }
+
+    fn lost(&self, sandbox: &str) {
+        self.context.published.keep_only(sandbox, &[]);
+    }
+}
+
+impl NodeVolumes {
+    async fn record(&self, report: &VolumeReport) -> Result<(), VolumeError> {
+        let condition = condition_of(report);
+        self.record_report(report.id, report.token, report.health.is_imported(), condition).await
+    }
+
+    /// Records what a believed guest said: that the pool is there, and how it is.
+    async fn record_report(
+        &self,
+        id: VolumeId,
+        token: Uuid,
+        imported: bool,
+        condition: Condition,
+    ) -> Result<(), VolumeError> {
+        let _lock = self.context.lock(id).await;
+        let volume = self.context.ready(id).await?;
+        // The publication may have ended while the lock was waited for.
+        if self.context.publication(&volume).is_none_or(|publication| publication.token != token) {
+            return Ok(());
+        }
+        let first = imported && !volume.initialized;
+        if !first && volume.condition.as_ref() == Some(&condition) {
+            self.context.published.refresh(&volume);
+            return Ok(());
+        }
+        if condition.abnormal {
+            tracing::warn!(volume = %id, "{}", condition.message);
+        }
+        crash::point("report: begin");
+        let record = Volume { initialized: volume.initialized || imported, condition: Some(condition), ..volume };
+        let volume = self.context.catalog.update(record).await?;
+        self.context.published.refresh(&volume);
+        crash::point("report: recorded");
+        if first {
+            tracing::info!(volume = %id, "pool is there: it will never be made again");
+            // The next container or virtual machine of this pod must not be allowed to make it either.
+            self.refresh_entry(&volume).await?;
+        }
+        Ok(())
+    }
+
+    /// Carries out an expansion that its guest has not heard of: it was silent, or its disk too small.
+    fn grow_later(&self, id: VolumeId) {
+        let node = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = node.expand(id, super::CapacityRange::default()).await {
+                tracing::warn!(volume = %id, "not grown: {error}");
+            }
+        });
+    }
+}

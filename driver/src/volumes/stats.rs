@@ -1,0 +1,83 @@
+use std::path::Path;
+
+use zpod_storage::catalog::Condition;
+use zpod_volume::{Bytes, VolumeId};
+
+use super::publish::NodeVolumes;
+use super::{Context, VolumeError};
+use crate::guest::{Health, VolumeReport};
+
+/// What a volume uses, and how it is. Numbers fit an `i64`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stats {
+    /// Total, used and available bytes, as df(1) shows them.
+    pub bytes: [u64; 3],
+    /// Total, used and available inodes, where a guest has told.
+    pub inodes: Option<[u64; 3]>,
+    /// How it is.
+    pub condition: Condition,
+}
+
+/// What is said of a volume that nobody has reported on.
+pub(super) const SILENT: &str = "no guest has reported on this volume since it was published";
+
+impl NodeVolumes {
+    /// Usage and condition of a published volume: fresh from its guest, or what the guest said last.
+    ///
+    /// # Errors
+    /// When the volume does not exist or is not published at that path.
+    pub async fn stats(&self, id: VolumeId, path: &Path) -> Result<Stats, VolumeError> {
+        let context: &Context = &self.context;
+        let volume = context.find(id).await?;
+        let publication = context.publication(&volume).filter(|publication| publication.target_path == path);
+        let Some(publication) = publication else {
+            return Err(VolumeError::NotPublished { id, path: path.to_owned(), node: context.node.clone() });
+        };
+        let Some(heard) = context.published.heard(id) else {
+            let capacity = volume.capacity;
+            let allocated = context.with_backing(move |backing| backing.allocated(id)).await.unwrap_or(Bytes(0));
+            let used = allocated.min(capacity).0;
+            let condition = Condition { abnormal: false, message: SILENT.into() };
+            return Ok(Stats { bytes: [capacity.0, used, capacity.0 - used], inodes: None, condition });
+        };
+        match heard.guest.status().await {
+            Ok(report) => match report.volume(id, publication.token) {
+                Some(fresh) => Ok(Stats::new(fresh)),
+                None => Ok(Stats::new(&heard.report)),
+            },
+            Err(error) => {
+                let mut stats = Stats::new(&heard.report);
+                stats.condition.message =
+                    format!("{}; what follows was known before: {}", error, stats.condition.message);
+                Ok(stats)
+            }
+        }
+    }
+}
+
+impl Stats {
+    fn new(report: &VolumeReport) -> Self {
+        let of = |usage: crate::guest::Usage| [usage.total, usage.used, usage.available];
+        let inodes = (report.inodes.total > 0).then(|| of(report.inodes));
+        Self { bytes: of(report.bytes), inodes, condition: condition_of(report) }
+    }
+}
+
+/// The condition that a report amounts to.
+pub(super) fn condition_of(report: &VolumeReport) -> Condition {
+    let said = |otherwise: &str| {
+        if report.message.is_empty() { otherwise.to_owned() } else { report.message.clone() }
+    };
+    let (abnormal, message) = match report.health {
+        Health::Online if report.data_errors > 0 => {
+            (true, said(&format!("{} files or objects of the pool are damaged", report.data_errors)))
+        }
+        Health::Online => (false, said("the pool is healthy")),
+        Health::Unknown => (false, said("the guest does not know the pool's health yet")),
+        Health::Degraded => (true, said("the pool is degraded")),
+        Health::Faulted => (true, said("the pool is faulted")),
+        Health::Suspended => (true, said("the pool is suspended: its device does not answer")),
+        Health::Unavailable => (true, said("the pool is not available")),
+    };
+    Condition { abnormal, message }
+}
