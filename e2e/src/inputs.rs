@@ -2,7 +2,7 @@
 //! skips itself proves nothing.
 
 use std::env;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use zpod_image::cache::Cache;
@@ -16,17 +16,23 @@ pub struct Image {
     pub overlay: PathBuf,
 }
 
-/// The guest image: `ZPOD_GUEST_IMAGE_DIR`, or where `zpod-image` puts it.
+/// The guest image: `ZPOD_GUEST_IMAGE_DIR`, or where `make image` or `zpod-image` put it.
 ///
 /// # Errors
 /// When it is not there.
 pub fn guest_image() -> Result<Image> {
     let dir = match env::var_os("ZPOD_GUEST_IMAGE_DIR") {
         Some(dir) => PathBuf::from(dir),
-        None => Cache::from_env()?.guest_image(),
+        None => made_here().map_or_else(|| Cache::from_env().map(|cache| cache.guest_image()), Ok)?,
     };
-    let make = "make it with `make guest-image`, or point ZPOD_GUEST_IMAGE_DIR at one";
+    let make = "make it with `make image`, or point ZPOD_GUEST_IMAGE_DIR at one";
     Ok(Image { kernel: file(dir.join("vmlinuz"), make)?, overlay: file(dir.join("overlay.cpio.zst"), make)? })
+}
+
+/// What `make image` made: `guest-image` in the target directory that the running program lies in.
+fn made_here() -> Option<PathBuf> {
+    let own = env::current_exe().ok()?;
+    own.ancestors().map(|dir| dir.join("guest-image")).find(|dir| dir.join("vmlinuz").is_file())
 }
 
 /// The `zpod` binary: `ZPOD_BIN`, or the one this build made.
@@ -89,15 +95,11 @@ pub fn qemu() -> Result<PathBuf> {
 /// # Errors
 /// When it is not there.
 pub fn vsock_device() -> Result<PathBuf> {
-    let cached = Cache::from_env()?.dir().join("tools/bin/vhost-device-vsock");
+    let cached = Cache::from_env()?.dir().join("bin/vhost-device-vsock");
     if cached.is_file() {
         return Ok(cached);
     }
-    let make = format!(
-        "install it with `cargo install vhost-device-vsock --version 0.3.0 --locked --root {}`",
-        cached.ancestors().nth(2).unwrap_or(Path::new("/usr/local")).display()
-    );
-    program("vhost-device-vsock", &make)
+    program("vhost-device-vsock", "install it with `deploy/setup.sh`")
 }
 
 /// A program of the PATH.

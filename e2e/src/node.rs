@@ -30,13 +30,22 @@ impl Node {
     /// # Errors
     /// When zpod doesn't start.
     pub async fn start() -> Result<Self> {
+        let mut node = Self::idle()?;
+        node.restart_zpod().await?;
+        Ok(node)
+    }
+
+    /// A fresh node without zpod.
+    ///
+    /// # Errors
+    /// When its directories can't be made.
+    pub fn idle() -> Result<Self> {
         let dir = Workdir::new()?;
         for name in ["state", "volumes", "direct-volumes", "kata", "pods"] {
             dir.subdirectory(name)?;
         }
-        let mut csi = Csi::new(&dir.path().join("csi.sock"));
-        let zpod = zpod::start(dir.path(), &mut csi).await?;
-        Ok(Self { zpod: Some(zpod), csi, dir })
+        let csi = Csi::new(&dir.path().join("csi.sock"));
+        Ok(Self { zpod: None, csi, dir })
     }
 
     /// SIGKILL to zpod, then a new one.

@@ -21,7 +21,15 @@ impl Workdir {
     /// # Errors
     /// When it can't be made.
     pub fn new() -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("zpod-").tempdir().context("make a temporary directory")?;
+        Self::within(&std::env::temp_dir())
+    }
+
+    /// A new one in `parent`.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn within(parent: &Path) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("zpod-").tempdir_in(parent).context("make a temporary directory")?;
         let path = dir.path().to_owned();
         Ok(Self { dir: Some(dir), path })
     }

@@ -21,11 +21,18 @@ impl Monitor {
     /// # Errors
     /// When the socket can't be made.
     pub fn serve(run_dir: &Path, sandbox: &str, vsock: &Path) -> Result<Self> {
+        Self::serve_text(run_dir, sandbox, format!("hvsock://{}:1024", vsock.display()))
+    }
+
+    /// The same, with any text in the place of the agent's URL.
+    ///
+    /// # Errors
+    /// When the socket can't be made.
+    pub fn serve_text(run_dir: &Path, sandbox: &str, url: String) -> Result<Self> {
         let dir = run_dir.join(sandbox);
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         let socket = dir.join("shim-monitor.sock");
         let listener = UnixListener::bind(&socket).with_context(|| format!("listen on {}", socket.display()))?;
-        let url = format!("hvsock://{}:1024", vsock.display());
         let task = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let url = url.clone();

@@ -1,0 +1,243 @@
+//! Guests that lie, babble or fall silent on the control channel. No machine is booted: each is a unix socket.
+
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use zpod_e2e::csi::Publish;
+use zpod_e2e::direct_volume::DirectVolume;
+use zpod_e2e::shim::Monitor;
+use zpod_e2e::{Node, workdir::Workdir};
+use zpod_proto::guest::guest_server::{Guest, GuestServer};
+use zpod_proto::guest::*;
+use zpod_volume::{Bytes, VolumeSpec};
+
+/// What a call may take with bad guests about: a few deadlines on guests, none of them kubelet's two minutes.
+const PATIENCE: Duration = Duration::from_secs(30);
+const LIE: u64 = 0x00BA_DBAD;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Manner {
+    NeverAnswersConnect,
+    AnswersWithoutEnd,
+    HangsUp,
+    SpeaksNoise,
+    FallsSilentAfterOk,
+    Lies,
+    LiesAtLength,
+}
+
+const MANNERS: [Manner; 7] = [
+    Manner::NeverAnswersConnect,
+    Manner::AnswersWithoutEnd,
+    Manner::HangsUp,
+    Manner::SpeaksNoise,
+    Manner::FallsSilentAfterOk,
+    Manner::Lies,
+    Manner::LiesAtLength,
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_guests_neither_hang_nor_crash_zpod_nor_speak_for_others_volumes() -> Result<()> {
+    let mut node = Node::start().await?;
+    let sockets = Workdir::new()?;
+    let volume = node.csi.create("pvc-victim", Bytes::mib(256), &[]).await?;
+    let target = node.target("one", "pv")?;
+    node.csi.publish(&volume, &target, &Publish::default()).await?;
+
+    let mut monitors = Vec::new();
+    for (number, manner) in MANNERS.into_iter().enumerate() {
+        let socket = sockets.path().join(number.to_string());
+        start(&socket, manner, &volume.volume_id)?;
+        monitors.push(Monitor::serve(&node.kata_run_dir(), &format!("hostile{number}"), &socket)?);
+    }
+    for (number, url) in hostile_urls().into_iter().enumerate() {
+        monitors.push(Monitor::serve_text(&node.kata_run_dir(), &format!("url{number}"), url)?);
+    }
+    let silent = silent_monitor(&node.kata_run_dir())?;
+
+    // Time for whatever runs in the background to meet them all.
+    for _ in 0..8 {
+        sleep(Duration::from_secs(1)).await;
+        node.zpod_must_run()?;
+        // With no honest guest there are no stats; but there is an answer, and not the liars'.
+        let answer = timeout(PATIENCE, node.csi.stats(&volume, &target)).await.context("stats hang")?;
+        if let Ok(stats) = answer {
+            let lie = i64::try_from(LIE)?;
+            assert!(stats.usage.iter().all(|usage| usage.total != lie && usage.used != lie), "{stats:?}");
+            let message = stats.volume_condition.map(|condition| condition.message).unwrap_or_default();
+            assert!(message.len() < 2000 && !message.contains("LIE"), "{message}");
+        }
+    }
+    let grown = timeout(PATIENCE, node.csi.node_expand(&volume, &target, Bytes::mib(512))).await;
+    assert!(grown.context("expand hangs")?.is_err(), "nobody has grown it");
+
+    // Other work goes on.
+    let begin = Instant::now();
+    let other = node.csi.create("pvc-other", Bytes::mib(256), &[]).await?;
+    let other_target = node.target("two", "pv")?;
+    timeout(PATIENCE, node.csi.publish(&other, &other_target, &Publish::default()))
+        .await
+        .context("publish hangs")??;
+    timeout(PATIENCE, node.csi.unpublish(&other, &other_target)).await.context("unpublish hangs")??;
+    node.csi.delete(&other).await?;
+    println!("create to delete took {:?}", begin.elapsed());
+
+    // A lie about the pool would forbid to make it: the next publication must still allow it.
+    timeout(PATIENCE, node.csi.unpublish(&volume, &target)).await.context("unpublish hangs")??;
+    node.csi.publish(&volume, &target, &Publish::default()).await?;
+    let entry = DirectVolume::read(&node.direct_volume_dir(), &target)?;
+    let option = entry.options.iter().find_map(|option| option.strip_prefix("zpod=")).context("no zpod= option")?;
+    assert!(VolumeSpec::decode(option)?.create, "a guest without the token was believed");
+    node.csi.unpublish(&volume, &target).await?;
+    node.csi.delete(&volume).await?;
+    silent.abort();
+    drop(monitors);
+    node.zpod_must_run()
+}
+
+fn hostile_urls() -> Vec<String> {
+    vec![
+        String::new(),
+        "hvsock:///etc/passwd:1024".into(),
+        "hvsock://../../x:99999999999999999999".into(),
+        "vsock://4294967295:1024".into(),
+        "http://127.0.0.1/".into(),
+        format!("hvsock://{}:1024", "/x".repeat(1 << 20)),
+    ]
+}
+
+/// A shim that takes connections and says nothing.
+fn silent_monitor(run_dir: &Path) -> Result<tokio::task::JoinHandle<()>> {
+    let dir = run_dir.join("silent");
+    std::fs::create_dir_all(&dir)?;
+    let listener = UnixListener::bind(dir.join("shim-monitor.sock"))?;
+    Ok(tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            held.push(stream);
+        }
+    }))
+}
+
+fn start(socket: &PathBuf, manner: Manner, volume: &str) -> Result<()> {
+    let listener = UnixListener::bind(socket)?;
+    let volume = volume.to_owned();
+    let (sender, connections) = mpsc::channel::<std::io::Result<UnixStream>>(16);
+    if matches!(manner, Manner::Lies | Manner::LiesAtLength) {
+        let liar = Liar { volume, at_length: manner == Manner::LiesAtLength };
+        let server = tonic::transport::Server::builder().add_service(GuestServer::new(liar));
+        tokio::spawn(async move { server.serve_with_incoming(ReceiverStream::new(connections)).await });
+    }
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let sender = sender.clone();
+            tokio::spawn(async move { behave(stream, manner, sender).await });
+        }
+    });
+    Ok(())
+}
+
+async fn behave(
+    mut stream: UnixStream,
+    manner: Manner,
+    sender: mpsc::Sender<std::io::Result<UnixStream>>,
+) -> std::io::Result<()> {
+    while stream.read_u8().await? != b'\n' {}
+    match manner {
+        Manner::NeverAnswersConnect => {}
+        Manner::AnswersWithoutEnd => loop {
+            stream.write_all(&[b'O'; 4096]).await?;
+        },
+        Manner::HangsUp => return Ok(()),
+        Manner::SpeaksNoise => {
+            stream.write_all(b"OK 10240\n").await?;
+            for byte in 0.. {
+                stream.write_all(&[byte as u8 ^ 0x5a; 512]).await?;
+            }
+        }
+        Manner::FallsSilentAfterOk => stream.write_all(b"OK 10240\n").await?,
+        Manner::Lies | Manner::LiesAtLength => {
+            stream.write_all(b"OK 10240\n").await?;
+            let _ = sender.send(Ok(stream)).await;
+            return Ok(());
+        }
+    }
+    sleep(Duration::from_secs(3600)).await;
+    Ok(())
+}
+
+/// Speaks the protocol well, and claims a volume whose token it never got.
+struct Liar {
+    volume: String,
+    at_length: bool,
+}
+
+impl Liar {
+    fn status(&self) -> StatusResponse {
+        let length = if self.at_length { 100_000 } else { 8 };
+        let text = format!("LIE\n\x1b[31m{}", "x".repeat(length));
+        let one = VolumeStatus {
+            volume_id: self.volume.clone(),
+            pool: "../../etc".into(),
+            health: 999,
+            message: text.clone(),
+            total_bytes: LIE,
+            used_bytes: u64::MAX,
+            available_bytes: u64::MAX,
+            compress_ratio: f64::NAN,
+            containers: vec![text.clone(); 3],
+            quota_bytes: LIE,
+            partition_bytes: u64::MAX,
+            disk_bytes: u64::MAX,
+            token: "00000000-0000-0000-0000-000000000000".into(),
+            ..VolumeStatus::default()
+        };
+        let volumes = vec![one; if self.at_length { 500 } else { 2 }];
+        StatusResponse { version: text.clone(), zfs_version: text, volumes }
+    }
+}
+
+type Stream = Pin<Box<dyn tokio_stream::Stream<Item = Result<StatusResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Guest for Liar {
+    type WatchStream = Stream;
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        Ok(Response::new(self.status()))
+    }
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Stream>, Status> {
+        let status = self.status();
+        // As fast as it goes, without an end.
+        Ok(Response::new(Box::pin(tokio_stream::iter(std::iter::repeat_with(move || Ok(status.clone()))))))
+    }
+
+    async fn grow(&self, request: Request<GrowRequest>) -> Result<Response<GrowResponse>, Status> {
+        let GrowRequest { capacity_bytes, partition_bytes, .. } = request.into_inner();
+        Ok(Response::new(GrowResponse { capacity_bytes, partition_bytes }))
+    }
+
+    async fn set_properties(
+        &self,
+        _: Request<SetPropertiesRequest>,
+    ) -> Result<Response<SetPropertiesResponse>, Status> {
+        Ok(Response::new(SetPropertiesResponse {}))
+    }
+
+    async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncResponse>, Status> {
+        std::future::pending().await
+    }
+
+    async fn scrub(&self, _: Request<ScrubRequest>) -> Result<Response<ScrubResponse>, Status> {
+        Err(Status::internal("LIE".repeat(10_000)))
+    }
+}
