@@ -1,0 +1,184 @@
+//! Why a volume can't be used, said so that a person can act on it.
+
+use std::time::Duration;
+
+use tonic::Code;
+use zpod_volume::{Bytes, VolumeId};
+
+use crate::machine::{Fault, Health};
+
+/// Why a volume can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum VolumeError {
+    /// Its disk did not come.
+    #[error(
+        "volume {id}: no disk with this GUID appeared within {} s; disks seen: {disks}; check that the node attached the \
+         right device", waited.as_secs()
+    )]
+    NoDisk {
+        /// The volume.
+        id: VolumeId,
+        /// How long was waited.
+        waited: Duration,
+        /// What was there instead.
+        disks: String,
+    },
+    /// Its disk is there more than once.
+    #[error("volume {id}: more than one disk has this GUID, and using the wrong one could lose data; disks seen: {disks}")]
+    ManyDisks {
+        /// The volume.
+        id: VolumeId,
+        /// What is there.
+        disks: String,
+    },
+    /// Its partition table is not as a node plugin writes it.
+    #[error("volume {id}: the partition table of disk {disk} is not one of zpod's: {reason}; nothing was changed")]
+    Table {
+        /// The volume.
+        id: VolumeId,
+        /// Its disk.
+        disk: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// There is no pool where one must be.
+    #[error(
+        "volume {id}: disk {disk} (GUID {id}) is blank, but the volume is recorded as in use since before; nothing was \
+         formatted; check that the backing device is the right one and was not replaced"
+    )]
+    Blank {
+        /// The volume.
+        id: VolumeId,
+        /// Its disk.
+        disk: String,
+    },
+    /// The pool was being made when the machine stopped, and the node says that none may be made.
+    #[error(
+        "volume {id}: making its pool on disk {disk} was cut short before any container started, and the node does not \
+         allow to make it again; nothing was formatted; the pool can't be imported: {cause}"
+    )]
+    HalfMade {
+        /// The volume.
+        id: VolumeId,
+        /// Its disk.
+        disk: String,
+        /// Why it can't be imported.
+        cause: Fault,
+    },
+    /// There is something on the disk, and ZFS can't import it.
+    #[error("volume {id}: the pool {pool} on disk {disk} can't be imported: {cause}; nothing was changed on the disk")]
+    Import {
+        /// The volume.
+        id: VolumeId,
+        /// Its pool.
+        pool: String,
+        /// Its disk.
+        disk: String,
+        /// What ZFS said.
+        cause: Fault,
+    },
+    /// The pool has no dataset.
+    #[error("volume {id}: the pool has no dataset {dataset}; nothing was made in its place")]
+    NoDataset {
+        /// The volume.
+        id: VolumeId,
+        /// The dataset.
+        dataset: String,
+    },
+    /// The pool is left over from a disk that is gone, and won't come back to life.
+    #[error(
+        "volume {id}: its pool is {health} in this virtual machine since its disk was taken away, and does not resume on \
+         the disk that came back ({cause}); delete the pod: the data is safe, and a new virtual machine imports it"
+    )]
+    Stuck {
+        /// The volume.
+        id: VolumeId,
+        /// How the pool is.
+        health: Health,
+        /// What ZFS said.
+        cause: String,
+    },
+    /// A step failed.
+    #[error("volume {id}: {step}: {cause}")]
+    Failed {
+        /// The volume.
+        id: VolumeId,
+        /// What was tried.
+        step: &'static str,
+        /// What came of it.
+        cause: Fault,
+    },
+    /// The caller's time was up.
+    #[error(
+        "volume {id}: not ready yet after {:.1} s: {progress}; the work goes on and a retry will find it further",
+        waited.as_secs_f64()
+    )]
+    Overrun {
+        /// The volume.
+        id: VolumeId,
+        /// How long the caller waited.
+        waited: Duration,
+        /// How far it is.
+        progress: String,
+    },
+    /// A request that asks for something impossible.
+    #[error("volume {id}: {reason}")]
+    Invalid {
+        /// The volume.
+        id: VolumeId,
+        /// What is wrong.
+        reason: String,
+    },
+    /// No such volume here.
+    #[error("volume {id} is not in use in this guest")]
+    NotHere {
+        /// The volume.
+        id: VolumeId,
+    },
+    /// The disk is too small for what is asked.
+    #[error(
+        "volume {id}: a partition of {wanted} does not fit on its disk of {disk}, which holds one of {largest}; the \
+         volume grows when its pod is next started"
+    )]
+    TooLarge {
+        /// The volume.
+        id: VolumeId,
+        /// What was asked.
+        wanted: Bytes,
+        /// What the disk holds.
+        largest: Bytes,
+        /// Size of the disk.
+        disk: Bytes,
+    },
+}
+
+impl VolumeError {
+    /// A step failed.
+    pub fn failed(id: VolumeId, step: &'static str, cause: Fault) -> Self {
+        Self::Failed { id, step, cause }
+    }
+
+    /// The code under which it is reported.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::NoDisk { .. } | Self::NotHere { .. } => Code::NotFound,
+            Self::ManyDisks { .. }
+            | Self::Table { .. }
+            | Self::Blank { .. }
+            | Self::HalfMade { .. }
+            | Self::Import { .. }
+            | Self::Stuck { .. } => Code::FailedPrecondition,
+            Self::NoDataset { .. } => Code::DataLoss,
+            Self::Failed { .. } => Code::Internal,
+            Self::Overrun { .. } => Code::DeadlineExceeded,
+            Self::Invalid { .. } => Code::InvalidArgument,
+            Self::TooLarge { .. } => Code::OutOfRange,
+        }
+    }
+}
+
+impl From<VolumeError> for tonic::Status {
+    fn from(error: VolumeError) -> Self {
+        Self::new(error.code(), error.to_string())
+    }
+}

@@ -1,0 +1,260 @@
+//! What the rest of this program needs of the machine it runs on: disks, ZFS, mounts.
+//!
+//! # Design
+//! The trait cuts at single steps, each of which the kernel does or doesn't do: whoever simulates it can stop between
+//! any two. Every call is bounded in time.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use zpod_volume::{Bytes, PoolName, VolumeId, gpt};
+
+mod linux;
+#[cfg(test)]
+pub(crate) mod simulated;
+
+pub use linux::LinuxMachine;
+
+/// A disk as the kernel shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// Its name, such as `vda`.
+    pub name: String,
+    /// The kernel's number for this appearance of it (`diskseq`): another one when it was unplugged and plugged again.
+    pub sequence: u64,
+    /// Its size.
+    pub size: Bytes,
+    /// What its partition table says, or why it says nothing.
+    pub table: Result<gpt::Header, String>,
+}
+
+/// Whether a step had to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// It was done now.
+    Changed,
+    /// It had been done before.
+    Unchanged,
+}
+
+/// Health of an imported pool, from good to bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Health {
+    /// All is well.
+    Online,
+    /// It works, with errors.
+    Degraded,
+    /// Its device is not to be used.
+    Faulted,
+    /// Its device is not there.
+    Unavailable,
+    /// It has stopped all input and output.
+    Suspended,
+}
+
+impl Health {
+    /// Reads ZFS's word for it.
+    pub fn parse(word: &str) -> Self {
+        match word.trim() {
+            "ONLINE" => Self::Online,
+            "DEGRADED" => Self::Degraded,
+            "SUSPENDED" => Self::Suspended,
+            "FAULTED" | "OFFLINE" => Self::Faulted,
+            _ => Self::Unavailable,
+        }
+    }
+}
+
+impl fmt::Display for Health {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Online => "ONLINE",
+            Self::Degraded => "DEGRADED",
+            Self::Faulted => "FAULTED",
+            Self::Unavailable => "UNAVAIL",
+            Self::Suspended => "SUSPENDED",
+        })
+    }
+}
+
+/// What an imported pool says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PoolState {
+    /// Space allocated in it.
+    pub allocated: u64,
+    /// Whether its device has become larger than the pool.
+    pub expandable: bool,
+    /// Its properties, by name.
+    pub properties: BTreeMap<String, String>,
+}
+
+/// How a pool fares.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PoolReport {
+    /// What ZFS says is wrong and what to do; empty when all is well.
+    pub message: String,
+    /// Reads that failed.
+    pub read_errors: u64,
+    /// Writes that failed.
+    pub write_errors: u64,
+    /// Blocks that were not what was written.
+    pub checksum_errors: u64,
+    /// Files or objects with permanent damage.
+    pub data_errors: u64,
+    /// A scrub is running.
+    pub scrubbing: bool,
+}
+
+/// Properties of a dataset, by name, sizes as plain numbers of bytes.
+pub type Properties = BTreeMap<String, String>;
+
+/// Flags of a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord)]
+pub struct MountFlags {
+    /// Nothing can be written through it.
+    pub read_only: bool,
+    /// No programs are run from it.
+    pub noexec: bool,
+    /// Set-user-id bits are ignored.
+    pub nosuid: bool,
+    /// Device nodes are ignored.
+    pub nodev: bool,
+    /// Access times are not kept.
+    pub noatime: bool,
+}
+
+/// A file system as df(1) sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Bytes in all.
+    pub total_bytes: u64,
+    /// Bytes that can still be written.
+    pub available_bytes: u64,
+    /// Bytes in use.
+    pub used_bytes: u64,
+    /// Inodes in all.
+    pub total_inodes: u64,
+    /// Inodes that can still be made.
+    pub available_inodes: u64,
+    /// Inodes in use.
+    pub used_inodes: u64,
+}
+
+/// Why a step failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub struct Fault {
+    /// For a person: what was tried and what came of it.
+    pub text: String,
+    /// Somebody still uses it: it may work later.
+    pub busy: bool,
+}
+
+impl Fault {
+    /// A failure.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self { text: text.into(), busy: false }
+    }
+}
+
+/// The machine.
+#[async_trait]
+pub trait Machine: Send + Sync + 'static {
+    /// Returns once ZFS can be used.
+    async fn zfs_ready(&self) -> Result<(), Fault>;
+
+    /// Version of the ZFS module; empty until it is loaded.
+    fn zfs_version(&self) -> String;
+
+    /// Every whole disk there is, those without a table too.
+    async fn disks(&self) -> Result<Vec<Disk>, Fault>;
+
+    /// Reads from a disk, past any cache.
+    async fn read(&self, disk: &Disk, offset: u64, length: usize) -> Result<Vec<u8>, Fault>;
+
+    /// Writes to a disk; durable when it returns.
+    async fn write(&self, disk: &Disk, offset: u64, bytes: &[u8]) -> Result<(), Fault>;
+
+    /// Tells the kernel of a disk's first partition: made where there is none, resized where it differs.
+    async fn partition(&self, disk: &Disk, start: u64, size: Bytes) -> Result<Step, Fault>;
+
+    /// Lets the volume's own path lead to the first partition of this disk, and gives the path. Pools know their device
+    /// by it, so that one whose disk comes back under another name can be resumed.
+    async fn link(&self, id: VolumeId, disk: &Disk) -> Result<PathBuf, Fault>;
+
+    /// Health of a pool; `None` when it is not imported. Cheap: no program is run.
+    async fn health(&self, pool: &PoolName) -> Result<Option<Health>, Fault>;
+
+    /// What a pool says of itself.
+    async fn pool(&self, pool: &PoolName) -> Result<PoolState, Fault>;
+
+    /// How a pool fares.
+    async fn report(&self, pool: &PoolName) -> Result<PoolReport, Fault>;
+
+    /// Imports a pool from one device, mounting nothing.
+    async fn import(&self, pool: &PoolName, device: &Path) -> Result<(), Fault>;
+
+    /// Makes a pool on one device. With `force` whatever the device holds is overwritten.
+    async fn create_pool(
+        &self,
+        pool: &PoolName,
+        device: &Path,
+        properties: &[(String, String)],
+        force: bool,
+    ) -> Result<(), Fault>;
+
+    /// Makes the pool's dataset.
+    async fn create_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault>;
+
+    /// Properties of the pool's dataset; `None` when there is none.
+    async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault>;
+
+    /// Sets properties of a dataset.
+    async fn set_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault>;
+
+    /// Sets a property of a pool.
+    async fn set_pool(&self, pool: &PoolName, key: &str, value: &str) -> Result<(), Fault>;
+
+    /// Lets a pool use all of its device.
+    async fn expand(&self, pool: &PoolName, device: &Path) -> Result<(), Fault>;
+
+    /// Opens the pool's device anew, and resumes the pool where it was suspended.
+    async fn resume(&self, pool: &PoolName, suspended: bool) -> Result<(), Fault>;
+
+    /// Writes out all that a pool holds in memory.
+    async fn sync(&self, pool: &PoolName) -> Result<(), Fault>;
+
+    /// Exports a pool.
+    async fn export(&self, pool: &PoolName) -> Result<(), Fault>;
+
+    /// Starts, pauses or stops a scrub.
+    async fn scrub(&self, pool: &PoolName, action: Scrub) -> Result<(), Fault>;
+
+    /// Mounts a dataset, making the mount point where there is none. One mount of it at one place.
+    async fn mount(&self, dataset: &str, target: &Path, flags: MountFlags) -> Result<Step, Fault>;
+
+    /// Unmounts. With `lazy` it goes out of sight at once and ends with its last user.
+    async fn unmount(&self, target: &Path, lazy: bool) -> Result<Step, Fault>;
+
+    /// Usage of what is mounted there.
+    async fn usage(&self, target: &Path) -> Result<Usage, Fault>;
+
+    /// Gives what is mounted there to a group, unless its root already is the group's.
+    async fn own(&self, target: &Path, group: u32) -> Result<Step, Fault>;
+
+    /// Bounds the ARC; `None` for the default.
+    async fn limit_arc(&self, limit: Option<Bytes>) -> Result<(), Fault>;
+}
+
+/// What is done to a scrub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scrub {
+    /// Started, or resumed.
+    Start,
+    /// Paused.
+    Pause,
+    /// Stopped.
+    Stop,
+}

@@ -1,0 +1,420 @@
+//! A machine in memory, which can be killed before or after any step. Its disks live on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use async_trait::async_trait;
+use zpod_volume::{Bytes, DiskLayout, PoolName, VolumeId, gpt};
+
+use super::*;
+
+/// When a machine is killed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Kill {
+    Never,
+    Before(u32),
+    After(u32),
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct SimDisk {
+    pub(crate) name: String,
+    pub(crate) size: u64,
+    /// What was written where, in blocks of 512 bytes.
+    blocks: BTreeMap<u64, Vec<u8>>,
+    pub(crate) plugged: bool,
+    sequence: u64,
+    labels: bool,
+    pub(crate) pool: Option<SimPool>,
+}
+
+#[derive(Debug, Default, Clone)]
+pub(crate) struct SimPool {
+    pub(crate) name: String,
+    pub(crate) properties: Properties,
+    pub(crate) datasets: BTreeMap<String, Properties>,
+    pub(crate) size: u64,
+    /// What containers have written.
+    pub(crate) data: String,
+    group: Option<u32>,
+}
+
+/// What outlives a machine.
+pub(crate) type Disks = Arc<Mutex<Vec<SimDisk>>>;
+
+/// A disk as the node makes it.
+pub(crate) fn disk(name: &str, id: VolumeId, partition: Bytes, size: Bytes) -> SimDisk {
+    let mut disk = SimDisk { name: name.into(), size: size.0, plugged: true, sequence: 1, ..SimDisk::default() };
+    let table = gpt::encode(id, partition, size);
+    disk.put(0, &table.primary);
+    disk.put(table.backup_offset, &table.backup);
+    disk
+}
+
+impl SimDisk {
+    fn put(&mut self, offset: u64, bytes: &[u8]) {
+        for (index, block) in bytes.chunks(512).enumerate() {
+            self.blocks.insert(offset + 512 * index as u64, block.to_vec());
+        }
+    }
+
+    fn get(&self, offset: u64, length: usize) -> Vec<u8> {
+        let labels = self.labels && offset == DiskLayout::PARTITION_START;
+        let blank = if labels { vec![1; 512] } else { vec![0; 512] };
+        (0..length).step_by(512).flat_map(|at| self.blocks.get(&(offset + at as u64)).unwrap_or(&blank).clone()).collect()
+    }
+
+    pub(crate) fn scribble(&mut self, offset: u64) {
+        self.put(offset, &[7; 512]);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Kernel {
+    steps: Vec<String>,
+    dead: bool,
+    partitions: BTreeMap<String, u64>,
+    /// Pool to disk and its sequence.
+    imported: BTreeMap<String, (usize, u64)>,
+    links: BTreeMap<PathBuf, usize>,
+    mounts: BTreeMap<PathBuf, (String, MountFlags)>,
+    lingering: bool,
+    arc: Option<Bytes>,
+}
+
+#[derive(Debug)]
+pub(crate) struct SimMachine {
+    disks: Disks,
+    kernel: Mutex<Kernel>,
+    kill: Kill,
+    /// Steps that fail, by the beginning of their names.
+    pub(crate) failing: Mutex<BTreeSet<String>>,
+    /// Mount points that somebody holds.
+    pub(crate) held: Mutex<BTreeSet<PathBuf>>,
+    /// How long an import takes.
+    pub(crate) import_time: Mutex<std::time::Duration>,
+}
+
+impl SimMachine {
+    pub(crate) fn new(disks: &Disks, kill: Kill) -> Self {
+        Self {
+            disks: Arc::clone(disks),
+            kernel: Mutex::default(),
+            kill,
+            failing: Mutex::default(),
+            held: Mutex::default(),
+            import_time: Mutex::default(),
+        }
+    }
+
+    fn kernel(&self) -> MutexGuard<'_, Kernel> {
+        self.kernel.lock().unwrap()
+    }
+
+    /// Every step that was begun.
+    pub(crate) fn steps(&self) -> Vec<String> {
+        self.kernel().steps.clone()
+    }
+
+    pub(crate) fn dead(&self) -> bool {
+        self.kernel().dead
+    }
+
+    pub(crate) fn mounts(&self) -> Vec<(PathBuf, String, MountFlags)> {
+        self.kernel().mounts.iter().map(|(at, (dataset, flags))| (at.clone(), dataset.clone(), *flags)).collect()
+    }
+
+    pub(crate) fn imported(&self) -> Vec<String> {
+        self.kernel().imported.keys().cloned().collect()
+    }
+
+    pub(crate) fn arc(&self) -> Option<Bytes> {
+        self.kernel().arc
+    }
+
+    pub(crate) fn plug(&self, index: usize, plugged: bool) {
+        let disk = &mut self.disks.lock().unwrap()[index];
+        disk.plugged = plugged;
+        disk.sequence += 10;
+    }
+
+    /// What a container does.
+    pub(crate) fn container_writes(&self, pool: &PoolName, data: &str) {
+        let (index, _) = self.kernel().imported[pool.as_str()];
+        data.clone_into(&mut self.disks.lock().unwrap()[index].pool.as_mut().unwrap().data);
+    }
+
+    /// A step with an effect. Killed before, it has none; killed after, nobody learns of it.
+    fn step<T>(
+        &self,
+        name: impl Into<String>,
+        effect: impl FnOnce(&mut Kernel, &mut Vec<SimDisk>) -> Result<T, Fault>,
+    ) -> Result<T, Fault> {
+        let (mut kernel, mut disks) = (self.kernel(), self.disks.lock().unwrap());
+        let killed = || Err(Fault::new("killed"));
+        if kernel.dead {
+            return killed();
+        }
+        let name = name.into();
+        if self.failing.lock().unwrap().iter().any(|failing| name.starts_with(failing)) {
+            return Err(Fault::new(format!("{name} fails")));
+        }
+        kernel.steps.push(name);
+        let number = kernel.steps.len() as u32;
+        if matches!(self.kill, Kill::Before(at) if at == number) {
+            kernel.dead = true;
+            return killed();
+        }
+        let result = effect(&mut kernel, &mut disks);
+        if matches!(self.kill, Kill::After(at) if at == number) {
+            kernel.dead = true;
+            return killed();
+        }
+        result
+    }
+
+    fn look<T>(&self, look: impl FnOnce(&Kernel, &[SimDisk]) -> Result<T, Fault>) -> Result<T, Fault> {
+        let (kernel, disks) = (self.kernel(), self.disks.lock().unwrap());
+        if kernel.dead { Err(Fault::new("killed")) } else { look(&kernel, &disks) }
+    }
+
+    fn pool_step<T>(
+        &self,
+        name: String,
+        pool: &str,
+        effect: impl FnOnce(&mut SimPool, u64) -> Result<T, Fault>,
+    ) -> Result<T, Fault> {
+        let pool = pool.to_owned();
+        self.step(name, |kernel, disks| {
+            let (index, _) = *kernel.imported.get(&pool).ok_or_else(|| Fault::new("no such pool"))?;
+            let disk = &mut disks[index];
+            let partition = kernel.partitions[&disk.name];
+            effect(disk.pool.as_mut().unwrap(), partition)
+        })
+    }
+}
+
+fn index(disks: &[SimDisk], disk: &Disk) -> Result<usize, Fault> {
+    disks.iter().position(|d| d.plugged && d.name == disk.name).ok_or_else(|| Fault::new("no such disk"))
+}
+
+fn pool_of(dataset: &str) -> &str {
+    dataset.split('/').next().unwrap()
+}
+
+#[async_trait]
+impl Machine for SimMachine {
+    async fn zfs_ready(&self) -> Result<(), Fault> {
+        self.look(|_, _| Ok(()))
+    }
+
+    fn zfs_version(&self) -> String {
+        "simulated".into()
+    }
+
+    async fn disks(&self) -> Result<Vec<Disk>, Fault> {
+        self.look(|_, disks| {
+            let seen = disks.iter().filter(|disk| disk.plugged).map(|disk| Disk {
+                name: disk.name.clone(),
+                sequence: disk.sequence,
+                size: Bytes(disk.size),
+                table: gpt::decode(&disk.get(0, gpt::PRIMARY_BYTES)).map_err(|error| error.to_string()),
+            });
+            Ok(seen.collect())
+        })
+    }
+
+    async fn read(&self, disk: &Disk, offset: u64, length: usize) -> Result<Vec<u8>, Fault> {
+        self.look(|_, disks| Ok(disks[index(disks, disk)?].get(offset, length)))
+    }
+
+    async fn write(&self, disk: &Disk, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
+        self.step(format!("write {offset}"), |_, disks| {
+            let index = index(disks, disk)?;
+            disks[index].put(offset, bytes);
+            Ok(())
+        })
+    }
+
+    async fn partition(&self, disk: &Disk, _start: u64, size: Bytes) -> Result<Step, Fault> {
+        self.step("partition", |kernel, _| {
+            let before = kernel.partitions.insert(disk.name.clone(), size.0);
+            Ok(if before == Some(size.0) { Step::Unchanged } else { Step::Changed })
+        })
+    }
+
+    async fn link(&self, id: VolumeId, disk: &Disk) -> Result<PathBuf, Fault> {
+        self.step("link", |kernel, disks| {
+            let path = PathBuf::from(format!("/zpod/disks/{id}"));
+            kernel.links.insert(path.clone(), index(disks, disk)?);
+            Ok(path)
+        })
+    }
+
+    async fn health(&self, pool: &PoolName) -> Result<Option<Health>, Fault> {
+        self.look(|kernel, disks| {
+            Ok(kernel.imported.get(pool.as_str()).map(|(index, sequence)| {
+                let there = disks[*index].plugged && disks[*index].sequence == *sequence;
+                if there { Health::Online } else { Health::Suspended }
+            }))
+        })
+    }
+
+    async fn pool(&self, pool: &PoolName) -> Result<PoolState, Fault> {
+        self.look(|kernel, disks| {
+            let (index, _) = kernel.imported[pool.as_str()];
+            let on = disks[index].pool.as_ref().unwrap();
+            let expandable = kernel.partitions[&disks[index].name] > on.size;
+            Ok(PoolState { allocated: 1, expandable, properties: on.properties.clone() })
+        })
+    }
+
+    async fn report(&self, _pool: &PoolName) -> Result<PoolReport, Fault> {
+        Ok(PoolReport::default())
+    }
+
+    async fn import(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
+        let time = *self.import_time.lock().unwrap();
+        tokio::time::sleep(time).await;
+        self.step("import", |kernel, disks| {
+            let index = kernel.links[device];
+            match &disks[index].pool {
+                Some(found) if found.name == pool.as_str() => {
+                    kernel.imported.insert(pool.to_string(), (index, disks[index].sequence));
+                    Ok(())
+                }
+                _ => Err(Fault::new("no pools available to import")),
+            }
+        })
+    }
+
+    async fn create_pool(
+        &self,
+        pool: &PoolName,
+        device: &Path,
+        properties: &[(String, String)],
+        force: bool,
+    ) -> Result<(), Fault> {
+        self.step("create: labels", |kernel, disks| {
+            let disk = &mut disks[kernel.links[device]];
+            if disk.labels && !force {
+                return Err(Fault::new("the device is in use"));
+            }
+            // Whatever happens: nothing ever formats over data.
+            let data = disk.pool.take().map(|pool| pool.data).unwrap_or_default();
+            assert_eq!(data, "", "formatted over data");
+            disk.labels = true;
+            Ok(())
+        })?;
+        self.step("create: pool", |kernel, disks| {
+            let index = kernel.links[device];
+            let (name, size) = (pool.to_string(), kernel.partitions[&disks[index].name]);
+            let properties = properties.iter().cloned().collect();
+            disks[index].pool = Some(SimPool { name: name.clone(), size, properties, ..SimPool::default() });
+            kernel.imported.insert(name, (index, disks[index].sequence));
+            Ok(())
+        })
+    }
+
+    async fn create_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
+        self.pool_step("create dataset".into(), pool_of(dataset), |pool, _| {
+            pool.datasets.insert(dataset.into(), properties.iter().cloned().collect());
+            Ok(())
+        })
+    }
+
+    async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {
+        self.look(|kernel, disks| {
+            let (index, _) = kernel.imported[pool_of(dataset)];
+            Ok(disks[index].pool.as_ref().unwrap().datasets.get(dataset).cloned())
+        })
+    }
+
+    async fn set_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
+        self.pool_step(format!("set {properties:?}"), pool_of(dataset), |pool, _| {
+            pool.datasets.get_mut(dataset).unwrap().extend(properties.iter().cloned());
+            Ok(())
+        })
+    }
+
+    async fn set_pool(&self, pool: &PoolName, key: &str, value: &str) -> Result<(), Fault> {
+        self.pool_step(format!("set pool {key}"), pool.as_str(), |pool, _| {
+            pool.properties.insert(key.into(), value.into());
+            Ok(())
+        })
+    }
+
+    async fn expand(&self, pool: &PoolName, _device: &Path) -> Result<(), Fault> {
+        self.pool_step("expand".into(), pool.as_str(), |pool, partition| {
+            pool.size = partition;
+            Ok(())
+        })
+    }
+
+    async fn resume(&self, pool: &PoolName, _suspended: bool) -> Result<(), Fault> {
+        self.step("resume", |kernel, disks| {
+            let (index, _) = kernel.imported[pool.as_str()];
+            let sequence = disks[index].sequence;
+            kernel.imported.insert(pool.to_string(), (index, sequence));
+            Ok(())
+        })
+    }
+
+    async fn sync(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.pool_step("sync".into(), pool.as_str(), |_, _| Ok(()))
+    }
+
+    async fn export(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.step("export", |kernel, _| {
+            let mounted = kernel.mounts.values().any(|(dataset, _)| pool_of(dataset) == pool.as_str());
+            if mounted || kernel.lingering {
+                return Err(Fault { text: "pool is busy".into(), busy: true });
+            }
+            kernel.imported.remove(pool.as_str());
+            Ok(())
+        })
+    }
+
+    async fn scrub(&self, _pool: &PoolName, _action: Scrub) -> Result<(), Fault> {
+        self.step("scrub", |_, _| Ok(()))
+    }
+
+    async fn mount(&self, dataset: &str, target: &Path, flags: MountFlags) -> Result<Step, Fault> {
+        self.step(format!("mount {}", target.display()), |kernel, disks| {
+            let (index, _) = *kernel.imported.get(pool_of(dataset)).ok_or_else(|| Fault::new("not imported"))?;
+            if !disks[index].pool.as_ref().unwrap().datasets.contains_key(dataset) {
+                return Err(Fault::new("no such dataset"));
+            }
+            let before = kernel.mounts.insert(target.into(), (dataset.into(), flags));
+            Ok(if before.is_some() { Step::Unchanged } else { Step::Changed })
+        })
+    }
+
+    async fn unmount(&self, target: &Path, lazy: bool) -> Result<Step, Fault> {
+        let held = self.held.lock().unwrap().contains(target);
+        self.step(format!("unmount {}", target.display()), |kernel, _| {
+            if held && !lazy {
+                return Err(Fault { text: "target is busy".into(), busy: true });
+            }
+            kernel.lingering |= held;
+            Ok(if kernel.mounts.remove(target).is_some() { Step::Changed } else { Step::Unchanged })
+        })
+    }
+
+    async fn usage(&self, _target: &Path) -> Result<Usage, Fault> {
+        Ok(Usage { total_bytes: 100, available_bytes: 60, used_bytes: 40, ..Usage::default() })
+    }
+
+    async fn own(&self, target: &Path, group: u32) -> Result<Step, Fault> {
+        let dataset = self.kernel().mounts[target].0.clone();
+        self.pool_step(format!("own {group}"), pool_of(&dataset), |pool, _| {
+            Ok(if pool.group.replace(group) == Some(group) { Step::Unchanged } else { Step::Changed })
+        })
+    }
+
+    async fn limit_arc(&self, limit: Option<Bytes>) -> Result<(), Fault> {
+        self.kernel().arc = limit;
+        Ok(())
+    }
+}

@@ -1,0 +1,263 @@
+//! Bringing a volume up: its disk, its pool, its properties, its place of our own.
+
+use std::path::{Path, PathBuf};
+
+use zpod_volume::{Bytes, DiskLayout, QuotaMode, VolumeId, VolumeSpec};
+
+use super::{Active, Request, progress::Progress};
+use crate::disk;
+use crate::error::VolumeError;
+use crate::journal::{self, Journal};
+use crate::machine::{Disk, Fault, Health, Machine, MountFlags, Properties};
+
+pub(super) struct Activation<'a, M> {
+    pub(super) machine: &'a M,
+    pub(super) id: VolumeId,
+    pub(super) request: &'a Request,
+    pub(super) progress: &'a Progress,
+    /// The largest of the pod's volumes.
+    pub(super) arc_max: Option<Bytes>,
+}
+
+/// How a pool came to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Opened {
+    /// It was made now, with the properties and quota of the spec.
+    Made,
+    /// It was there.
+    Found,
+}
+
+/// Flags of our own mount: nothing is run from it.
+const BASE_FLAGS: MountFlags =
+    MountFlags { read_only: false, noexec: true, nosuid: true, nodev: true, noatime: true };
+
+impl<M: Machine> Activation<'_, M> {
+    pub(super) async fn run(&self, previous: Option<Active>, base: PathBuf) -> Result<Active, VolumeError> {
+        let spec = &self.request.spec;
+        self.progress.stage("loading ZFS");
+        self.machine.zfs_ready().await.map_err(self.failed("loading ZFS"))?;
+        self.progress.stage("waiting for its disk");
+        let disk = disk::find(self.machine, self.id, disk::WAIT, |seen| self.progress.detail(seen)).await?;
+        let health = self.machine.health(&spec.pool).await.map_err(self.failed("looking at its pool"))?;
+        let known = previous.as_ref().is_some_and(|active| active.disk.sequence == disk.sequence);
+        if let Some(active) = previous.filter(|active| active.request == *self.request)
+            && known
+            && matches!(health, Some(Health::Online | Health::Degraded))
+        {
+            return Ok(active);
+        }
+        self.machine.limit_arc(self.arc_max).await.map_err(self.failed("bounding the ARC"))?;
+
+        let (partition, _) = disk::settle_partition(self.machine, self.id, &disk, spec.partition).await?;
+        let device = self.machine.link(self.id, &disk).await.map_err(self.failed("naming its disk"))?;
+        if let Some(health) = health {
+            self.resume(health, known).await?;
+        }
+        let opened = self.open(&disk, partition, &device, health.is_some()).await?;
+        let quota = match opened {
+            Opened::Made => quota_property(spec).map_or(0, |_| spec.capacity.0),
+            Opened::Found => self.settle(&device).await?,
+        };
+
+        self.progress.stage("mounting it");
+        self.machine.mount(&spec.dataset(), &base, BASE_FLAGS).await.map_err(self.failed("mounting it"))?;
+        if let Some(group) = self.request.fs_group {
+            self.progress.stage("giving its files to the pod's group (fsGroup)");
+            self.machine.own(&base, group).await.map_err(self.failed("giving its files to the pod's group (fsGroup)"))?;
+        }
+        Ok(Active { request: self.request.clone(), disk, partition, quota, base })
+    }
+
+    fn failed(&self, step: &'static str) -> impl Fn(Fault) -> VolumeError + use<M> {
+        let id = self.id;
+        move |fault| VolumeError::failed(id, step, fault)
+    }
+
+    /// A pool that is imported already: left over from a container that was here before, whose disk may have been
+    /// unplugged and plugged again since, or from work that was cut short.
+    async fn resume(&self, health: Health, known: bool) -> Result<(), VolumeError> {
+        let pool = &self.request.spec.pool;
+        if known && matches!(health, Health::Online | Health::Degraded) {
+            return Ok(());
+        }
+        self.progress.stage("resuming its pool on the disk that came back");
+        let resumed = self.machine.resume(pool, health == Health::Suspended).await;
+        let now = self.machine.health(pool).await.map_err(self.failed("looking at its pool"))?;
+        match (resumed, now) {
+            (Ok(()), Some(Health::Online | Health::Degraded)) => {
+                tracing::warn!(volume = %self.id, "the pool was left imported and was resumed on its disk");
+                Ok(())
+            }
+            (resumed, now) => Err(VolumeError::Stuck {
+                id: self.id,
+                health: now.unwrap_or(health),
+                cause: resumed.err().map_or_else(|| "no error was reported".to_owned(), |fault| fault.text),
+            }),
+        }
+    }
+
+    /// Imports the pool, or makes it where that is allowed and nothing can be lost (DESIGN: create once).
+    async fn open(&self, disk: &Disk, partition: Bytes, device: &Path, imported: bool) -> Result<Opened, VolumeError> {
+        let spec = &self.request.spec;
+        let block = self.machine.read(disk, DiskLayout::JOURNAL_OFFSET, journal::BYTES).await;
+        let journal = Journal::decode(&block.map_err(self.failed("reading its journal"))?, self.id);
+        let blank = !imported && disk::is_blank(self.machine, self.id, disk, partition).await?;
+        match journal {
+            Journal::Blank if blank && spec.create => {
+                self.write_journal(disk, Journal::Creating).await?;
+                self.make(device, false).await?;
+            }
+            Journal::Creating if imported => {}
+            Journal::Creating => {
+                let cause = match blank {
+                    true => Some(Fault::new("there are no labels on it yet")),
+                    false => self.import(device).await.err(),
+                };
+                match cause {
+                    None => {}
+                    Some(cause) if !spec.create => {
+                        return Err(VolumeError::HalfMade { id: self.id, disk: disk.name.clone(), cause });
+                    }
+                    Some(cause) => {
+                        tracing::warn!(volume = %self.id, "making the pool was cut short, it is made again: {cause}");
+                        self.make(device, true).await?;
+                    }
+                }
+            }
+            Journal::Blank | Journal::Created | Journal::Foreign if blank => {
+                return Err(VolumeError::Blank { id: self.id, disk: disk.name.clone() });
+            }
+            Journal::Blank | Journal::Created | Journal::Foreign => {
+                if !imported {
+                    self.import(device).await.map_err(|cause| VolumeError::Import {
+                        id: self.id,
+                        pool: spec.pool.to_string(),
+                        disk: disk.name.clone(),
+                        cause,
+                    })?;
+                }
+                return Ok(Opened::Found);
+            }
+        }
+        self.finish(disk).await
+    }
+
+    async fn import(&self, device: &Path) -> Result<(), Fault> {
+        self.progress.stage("importing its pool");
+        self.machine.import(&self.request.spec.pool, device).await
+    }
+
+    async fn make(&self, device: &Path, force: bool) -> Result<(), VolumeError> {
+        self.progress.stage("making its pool");
+        let spec = &self.request.spec;
+        let properties: Vec<_> = pairs(&spec.pool_creation_properties).chain(pairs(&spec.pool_properties)).collect();
+        self.machine.create_pool(&spec.pool, device, &properties, force).await.map_err(self.failed("making its pool"))
+    }
+
+    /// What is left to do after the pool was made: the dataset, and the note that all is done.
+    async fn finish(&self, disk: &Disk) -> Result<Opened, VolumeError> {
+        let spec = &self.request.spec;
+        self.progress.stage("making its dataset");
+        let dataset = spec.dataset();
+        let found = self.machine.dataset(&dataset).await.map_err(self.failed("looking for its dataset"))?;
+        let opened = if found.is_some() { Opened::Found } else { Opened::Made };
+        if opened == Opened::Made {
+            let mut properties: Vec<_> = pairs(&spec.dataset_properties).collect();
+            if let Some(key) = quota_property(spec) {
+                properties.push((key.to_owned(), spec.capacity.0.to_string()));
+            }
+            let made = self.machine.create_dataset(&dataset, &properties).await;
+            made.map_err(self.failed("making its dataset"))?;
+        }
+        self.machine.sync(&spec.pool).await.map_err(self.failed("writing out its pool"))?;
+        self.write_journal(disk, Journal::Created).await?;
+        Ok(opened)
+    }
+
+    async fn write_journal(&self, disk: &Disk, journal: Journal) -> Result<(), VolumeError> {
+        let block = journal.encode(self.id).unwrap_or_default();
+        let written = self.machine.write(disk, DiskLayout::JOURNAL_OFFSET, &block).await;
+        written.map_err(self.failed("writing its journal"))
+    }
+
+    /// Brings size, properties and quota of a pool that was there to what the spec says; gives the quota.
+    async fn settle(&self, device: &Path) -> Result<u64, VolumeError> {
+        let spec = &self.request.spec;
+        self.progress.stage("setting its properties");
+        let pool = self.machine.pool(&spec.pool).await.map_err(self.failed("reading its pool's properties"))?;
+        if pool.expandable {
+            self.machine.expand(&spec.pool, device).await.map_err(self.failed("growing its pool"))?;
+        }
+        for (key, value) in different(&pool.properties, pairs(&spec.pool_properties)) {
+            let set = self.machine.set_pool(&spec.pool, &key, &value).await;
+            set.map_err(self.failed("setting its pool's properties"))?;
+        }
+        let dataset = spec.dataset();
+        let now = self.machine.dataset(&dataset).await.map_err(self.failed("reading its properties"))?;
+        let now = now.ok_or(VolumeError::NoDataset { id: self.id, dataset: dataset.clone() })?;
+        let mut changes: Vec<_> = different(&now, pairs(&spec.dataset_properties)).collect();
+        let quota = quota_change(spec, &now);
+        changes.extend(quota.map(|(key, bytes)| (key.to_owned(), bytes.to_string())));
+        if !changes.is_empty() {
+            let set = self.machine.set_dataset(&dataset, &changes).await;
+            set.map_err(self.failed("setting its properties"))?;
+        }
+        Ok(match quota {
+            Some((_, bytes)) => bytes,
+            None => quota_property(spec).map_or(0, |key| number(&now, key)),
+        })
+    }
+}
+
+fn pairs(map: &Properties) -> impl Iterator<Item = (String, String)> {
+    map.iter().map(|(key, value)| (key.clone(), value.clone()))
+}
+
+/// The property that bounds a volume.
+pub(super) fn quota_property(spec: &VolumeSpec) -> Option<&'static str> {
+    match spec.quota {
+        QuotaMode::Refquota => Some("refquota"),
+        QuotaMode::Quota => Some("quota"),
+        QuotaMode::None => None,
+    }
+}
+
+/// The quota to set, if any. It is only ever raised: the spec may be older than what the volume was grown to while it
+/// ran. Where there was none it is not set below what the volume already holds, which ZFS would refuse.
+fn quota_change(spec: &VolumeSpec, now: &Properties) -> Option<(&'static str, u64)> {
+    let key = quota_property(spec)?;
+    let held = if key == "quota" { "used" } else { "referenced" };
+    let quota = number(now, key);
+    (quota < spec.capacity.0 && (quota != 0 || number(now, held) <= spec.capacity.0)).then_some((key, spec.capacity.0))
+}
+
+fn number(properties: &Properties, key: &str) -> u64 {
+    properties.get(key).and_then(|value| value.parse().ok()).unwrap_or(0)
+}
+
+fn different(now: &Properties, wanted: impl Iterator<Item = (String, String)>) -> impl Iterator<Item = (String, String)> {
+    wanted.filter(|(key, value)| now.get(key).is_none_or(|now| !same(now, value)))
+}
+
+/// Whether two values are one, though `128K` may be written as `131072`.
+fn same(now: &str, wanted: &str) -> bool {
+    let size = |text: &str| match text.strip_suffix(['K', 'M']) {
+        Some(digits) => Some(digits.parse::<u64>().ok()? << if text.ends_with('K') { 10 } else { 20 }),
+        None => text.parse().ok(),
+    };
+    now == wanted || (size(now).is_some() && size(now) == size(wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_compared_as_zfs_means_them() {
+        assert!(same("131072", "128K"));
+        assert!(same("lz4", "lz4"));
+        assert!(!same("lz4", "zstd"));
+        assert!(!same("131072", "1M"));
+    }
+}

@@ -1,0 +1,121 @@
+//! Growing a volume while it is in use, and what else is done to a running one.
+
+use zpod_volume::{Bytes, DiskLayout, Property, PropertyKind, SECTOR, VolumeId};
+
+use super::{Volumes, activate::quota_property};
+use crate::disk;
+use crate::error::VolumeError;
+use crate::machine::{Fault, Machine, Properties, Scrub};
+
+/// What a volume has after it was grown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grown {
+    /// Its quota, or what was asked for where it has none.
+    pub capacity: Bytes,
+    /// Its partition.
+    pub partition: Bytes,
+}
+
+impl<M: Machine> Volumes<M> {
+    /// Grows a volume's partition, pool and quota. Never shrinks; can be repeated.
+    ///
+    /// # Errors
+    /// When the volume is not here, its disk is too small, or a step fails.
+    pub async fn grow(&self, id: VolumeId, capacity: Bytes, partition: Bytes) -> Result<Grown, VolumeError> {
+        if capacity < DiskLayout::MIN_CAPACITY || capacity > DiskLayout::MAX_CAPACITY || partition < capacity {
+            let reason = format!("a capacity of {capacity} in a partition of {partition} can't be");
+            return Err(VolumeError::Invalid { id, reason });
+        }
+        let (volume, _) = self.known(id)?;
+        let _gate = volume.gate.lock().await;
+        let (_, mut active) = self.known(id)?;
+        let failed = |step: &'static str| move |fault: Fault| VolumeError::failed(id, step, fault);
+
+        let disk = disk::find(&self.machine, id, disk::WAIT, |_| {}).await?;
+        let largest = DiskLayout::largest_partition(disk.size);
+        let now = active.partition;
+        if partition.round_down(SECTOR) > now && partition > largest {
+            return Err(VolumeError::TooLarge { id, wanted: partition, largest, disk: disk.size });
+        }
+        let (size, _) = disk::settle_partition(&self.machine, id, &disk, partition).await?;
+        active.partition = size;
+        volume.state().active = Some(active.clone());
+
+        let spec = &active.request.spec;
+        let device = self.machine.link(id, &disk).await.map_err(failed("naming its disk"))?;
+        // Also when the partition was large enough: an earlier call may have been cut short before this.
+        self.machine.expand(&spec.pool, &device).await.map_err(failed("growing its pool"))?;
+        if let Some(key) = quota_property(spec)
+            && active.quota < capacity.0
+        {
+            let change = [(key.to_owned(), capacity.0.to_string())];
+            self.machine.set_dataset(&spec.dataset(), &change).await.map_err(failed("raising its quota"))?;
+            active.quota = capacity.0;
+        }
+        let capacity = Bytes(active.quota.max(capacity.0));
+        volume.state().active = Some(active);
+        tracing::info!(volume = %id, "grown: quota {capacity}, partition {size}");
+        Ok(Grown { capacity, partition: size })
+    }
+
+    /// Sets properties of a running volume.
+    ///
+    /// # Errors
+    /// When one is unknown, of the wrong kind or not allowed that value; then none is set.
+    pub async fn set_properties(&self, id: VolumeId, pool: &Properties, dataset: &Properties) -> Result<(), VolumeError> {
+        for (kind, properties) in [(PropertyKind::Pool, pool), (PropertyKind::Dataset, dataset)] {
+            for (key, value) in properties {
+                check(id, kind, key, value)?;
+            }
+        }
+        let (volume, _) = self.known(id)?;
+        let _gate = volume.gate.lock().await;
+        let (_, active) = self.known(id)?;
+        let spec = &active.request.spec;
+        let failed = |fault| VolumeError::failed(id, "setting its properties", fault);
+        for (key, value) in pool {
+            self.machine.set_pool(&spec.pool, key, value).await.map_err(failed)?;
+        }
+        let changes: Vec<_> = dataset.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        if !changes.is_empty() {
+            self.machine.set_dataset(&spec.dataset(), &changes).await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Writes out all that a volume holds in memory.
+    ///
+    /// # Errors
+    /// When it is not here or the pool does not answer.
+    pub async fn sync(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let (_, active) = self.known(id)?;
+        let synced = self.machine.sync(&active.request.spec.pool).await;
+        synced.map_err(|fault| VolumeError::failed(id, "writing out its pool", fault))
+    }
+
+    /// Starts, pauses or stops a scrub. What is so already is no error.
+    ///
+    /// # Errors
+    /// When it is not here or ZFS refuses.
+    pub async fn scrub(&self, id: VolumeId, action: Scrub) -> Result<(), VolumeError> {
+        let (_, active) = self.known(id)?;
+        let pool = &active.request.spec.pool;
+        let failed = |fault| VolumeError::failed(id, "scrubbing its pool", fault);
+        let running = self.machine.report(pool).await.map_err(failed)?.scrubbing;
+        if running == (action == Scrub::Start) {
+            return Ok(());
+        }
+        self.machine.scrub(pool, action).await.map_err(failed)
+    }
+}
+
+fn check(id: VolumeId, kind: PropertyKind, key: &str, value: &str) -> Result<(), VolumeError> {
+    let reason = match Property::named(key) {
+        None => "it is not known".to_owned(),
+        Some(known) if known.kind != kind => "it can't be set there on a running volume".to_owned(),
+        Some(known) if !known.allows(value) => format!("{value:?} is not allowed; allowed is: {}", known.allowed()),
+        Some(_) => return Ok(()),
+    };
+    let key: String = key.chars().take(64).collect();
+    Err(VolumeError::Invalid { id, reason: format!("property {key:?}: {reason}") })
+}

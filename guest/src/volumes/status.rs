@@ -1,0 +1,140 @@
+//! What can be told about the volumes here.
+//!
+//! # Design
+//! Health and usage cost two system calls and are read each time. Error counters, compression and allocation need the
+//! ZFS tools; they are read again when the health changes or [`DETAIL_AGE`] has passed.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+use zpod_volume::{Bytes, PoolName, VolumeId};
+
+use super::{Active, Volume, Volumes};
+use crate::machine::{Health, Machine, PoolReport, Usage};
+
+/// How old details may be in a stream of states.
+pub const DETAIL_AGE: Duration = Duration::from_secs(10);
+
+/// A volume as it is now.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Snapshot {
+    /// The volume.
+    pub id: VolumeId,
+    /// Proof that it was given to this guest.
+    pub token: Uuid,
+    /// Its pool.
+    pub pool: PoolName,
+    /// Health of the pool; `None` when it is not imported any more.
+    pub health: Option<Health>,
+    /// What df(1) says.
+    pub usage: Usage,
+    /// Its partition.
+    pub partition: Bytes,
+    /// Its disk.
+    pub disk: Bytes,
+    /// Its quota, 0 for none.
+    pub quota: u64,
+    /// Containers that use it.
+    pub containers: BTreeSet<String>,
+    /// What takes the ZFS tools to find out.
+    pub details: Details,
+}
+
+/// What takes the ZFS tools to find out.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Details {
+    /// Errors, and what ZFS says about them.
+    pub report: PoolReport,
+    /// Space allocated in the pool.
+    pub allocated: u64,
+    /// Logical size over stored size.
+    pub compress_ratio: f64,
+}
+
+/// Details, and when and in which health they were read.
+#[derive(Debug, Clone)]
+pub(super) struct Cached {
+    at: Instant,
+    health: Option<Health>,
+    details: Details,
+}
+
+impl<M: Machine> Volumes<M> {
+    /// Every volume whose pool was brought up here, with details no older than `age`.
+    pub async fn status(&self, age: Duration) -> Vec<Snapshot> {
+        let mut all = Vec::new();
+        for volume in self.volumes() {
+            let active = volume.state().active.clone();
+            if let Some(active) = active {
+                all.push(self.snapshot(&volume, &active, age).await);
+            }
+        }
+        all
+    }
+
+    async fn snapshot(&self, volume: &Volume, active: &Active, age: Duration) -> Snapshot {
+        let spec = &active.request.spec;
+        let health = self.machine.health(&spec.pool).await.unwrap_or(None);
+        // A suspended pool may not answer.
+        let answers = health.is_some_and(|health| health < Health::Suspended);
+        let usage = match answers {
+            true => self.machine.usage(&active.base).await.unwrap_or_default(),
+            false => Usage::default(),
+        };
+        let cached = volume.state().details.clone();
+        let details = match cached {
+            Some(cached) if cached.at.elapsed() < age && cached.health == health => cached.details,
+            _ => {
+                let details = self.details(active).await;
+                volume.state().details = Some(Cached { at: Instant::now(), health, details: details.clone() });
+                details
+            }
+        };
+        Snapshot {
+            id: volume.id,
+            token: spec.token,
+            pool: spec.pool.clone(),
+            health,
+            usage,
+            partition: active.partition,
+            disk: active.disk.size,
+            quota: active.quota,
+            containers: volume.state().uses.iter().map(|usage| usage.container.clone()).collect(),
+            details,
+        }
+    }
+
+    async fn details(&self, active: &Active) -> Details {
+        let spec = &active.request.spec;
+        let report = self.machine.report(&spec.pool).await.unwrap_or_else(|fault| PoolReport {
+            message: format!("the pool does not answer: {fault}"),
+            ..PoolReport::default()
+        });
+        let allocated = self.machine.pool(&spec.pool).await.map_or(0, |pool| pool.allocated);
+        let dataset = self.machine.dataset(&spec.dataset()).await.ok().flatten().unwrap_or_default();
+        let ratio = dataset.get("compressratio").and_then(|ratio| ratio.trim_end_matches('x').parse().ok());
+        Details { report, allocated, compress_ratio: ratio.unwrap_or(1.0) }
+    }
+}
+
+impl Snapshot {
+    /// What is wrong, for a person; `None` when all is well.
+    pub fn problem(&self) -> Option<String> {
+        let report = &self.details.report;
+        let state = match self.health {
+            None => format!("pool {} is not imported any more", self.pool),
+            Some(Health::Online) if report.data_errors > 0 => {
+                format!("pool {} has {} permanent errors in its data", self.pool, report.data_errors)
+            }
+            Some(Health::Online) if report.read_errors + report.write_errors + report.checksum_errors > 0 => format!(
+                "pool {} is online, with {} read, {} write and {} checksum errors",
+                self.pool, report.read_errors, report.write_errors, report.checksum_errors
+            ),
+            Some(Health::Online) => return None,
+            Some(health) => format!("pool {} is {health}", self.pool),
+        };
+        Some(if report.message.is_empty() { state } else { format!("{state}: {}", report.message) })
+    }
+}
