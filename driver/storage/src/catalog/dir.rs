@@ -210,3 +210,6 @@ impl Catalog for DirCatalog {
         self.run(move |store| store.list(from, limit)).await
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,6 +84,8 @@ impl Abilities {
                 fcntl::give_lease_back(file.as_fd())?;
                 Fencing::Lease
             }
+            // Leases there are: a child between fork and exec has the file open at this moment.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Fencing::Lease,
             // EINVAL: the file system has none, or /proc/sys/fs/leases-enable is 0.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP)) => {
                 Fencing::Lock

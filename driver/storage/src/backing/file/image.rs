@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{FallocateFlags, IFlags, SeekFrom, XattrFlags};
+use rustix::fs::{Advice, FallocateFlags, IFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
 use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId, gpt};
 
@@ -18,8 +19,21 @@ pub(super) fn disable_cow(file: &File) -> io::Result<()> {
 }
 
 /// Whether any byte in `[from, to)` is backed by written blocks. Blocks that are allocated but were never written count
-/// as holes, on all of XFS, btrfs, ext4 and tmpfs (lseek(2), SEEK_DATA).
+/// as holes on XFS, btrfs and ext4 (lseek(2), SEEK_DATA) unless they are in the page cache, be it only because somebody
+/// has read them, as a guest's kernel does that looks for partitions and labels. So what looks like data is written out
+/// and its cache dropped before it is believed; what can't be dropped counts as data.
+///
+/// tmpfs is its own page cache: there, what was allocated and then read counts as data.
 pub(super) fn has_data(file: &File, from: u64, to: u64) -> io::Result<bool> {
+    if !seek_data(file, from, to)? {
+        return Ok(false);
+    }
+    rustix::fs::fdatasync(file)?;
+    rustix::fs::fadvise(file, from, NonZeroU64::new(to.saturating_sub(from)), Advice::DontNeed)?;
+    seek_data(file, from, to)
+}
+
+fn seek_data(file: &File, from: u64, to: u64) -> io::Result<bool> {
     match rustix::fs::seek(file, SeekFrom::Data(from)) {
         Ok(at) => Ok(at < to),
         Err(Errno::NXIO) => Ok(false),

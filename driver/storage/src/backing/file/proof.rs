@@ -10,8 +10,8 @@ use super::{Fencing, fcntl};
 use crate::backing::Exclusive;
 
 /// A child between fork and exec has copies of every descriptor for a moment.
-const TRIES: u32 = 3;
-const PAUSE: Duration = Duration::from_millis(5);
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// An image that only this process has open, through this description.
 #[derive(Debug)]

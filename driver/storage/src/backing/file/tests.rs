@@ -266,6 +266,20 @@ fn a_path_that_leads_elsewhere_by_now_is_not_handed_out() {
 }
 
 #[test]
+fn reading_a_thick_device_is_not_writing_it() {
+    let files = Files::new();
+    let spec = spec("a", 16, 130, Provisioning::Thick);
+    files.backing.create(&spec).unwrap();
+    // A guest looks for partitions and labels, finds none, and dies before it makes the pool.
+    let mut bytes = vec![0; 1 << 20];
+    File::open(files.path(spec.id)).unwrap().read_exact_at(&mut bytes, MIB).unwrap();
+    assert!(!files.backing.ever_written(&spec).unwrap());
+    // Written, not yet on the disk.
+    File::options().write(true).open(files.path(spec.id)).unwrap().write_all_at(&[1; 512], 5 * MIB).unwrap();
+    assert!(files.backing.ever_written(&spec).unwrap());
+}
+
+#[test]
 fn data_at_the_end_of_a_used_disk_survives_growth() {
     let files = Files::new();
     let small = spec("a", 16, 18, Provisioning::Thin);

@@ -1,0 +1,198 @@
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+use zpod_volume::{Bytes, VolumeParameters};
+
+use super::super::Phase;
+use super::*;
+
+struct Fixture {
+    catalog: DirCatalog,
+    dir: TempDir,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self { catalog: DirCatalog::open(dir.path()).unwrap(), dir }
+    }
+
+    fn restart(self) -> Self {
+        drop(self.catalog);
+        Self { catalog: DirCatalog::open(self.dir.path()).unwrap(), dir: self.dir }
+    }
+
+    fn path(&self, id: VolumeId) -> PathBuf {
+        self.dir.path().join("volumes").join(format!("{id}.json"))
+    }
+
+    async fn create(&self, name: &str) -> Volume {
+        match self.catalog.create(volume(name)).await.unwrap() {
+            Created::Created(volume) => volume,
+            Created::Existed(volume) => panic!("{volume:?} existed"),
+        }
+    }
+}
+
+fn volume(name: &str) -> Volume {
+    Volume {
+        id: VolumeId::from_name(name),
+        name: name.to_owned(),
+        capacity: Bytes::gib(1),
+        initial_capacity: Bytes::gib(1),
+        parameters: VolumeParameters::default(),
+        node: "node-1".to_owned(),
+        phase: Phase::Creating,
+        initialized: false,
+        table_capacity: Bytes::gib(1),
+        publication: None,
+        condition: None,
+        labels: [("pvc".to_owned(), name.to_owned())].into(),
+        revision: 0,
+    }
+}
+
+#[tokio::test]
+async fn a_record_is_there_after_a_restart_as_it_was_last_written() {
+    let fixture = Fixture::new();
+    let created = fixture.create("a").await;
+    assert_eq!(created.revision, 1);
+    let updated = fixture.catalog.update(Volume { phase: Phase::Ready, ..created }).await.unwrap();
+    assert_eq!(updated.revision, 2);
+    let fixture = fixture.restart();
+    assert_eq!(fixture.catalog.get(updated.id).await.unwrap(), Some(updated.clone()));
+    fixture.catalog.remove(updated.id).await.unwrap();
+    fixture.catalog.remove(updated.id).await.unwrap();
+    let fixture = fixture.restart();
+    assert_eq!(fixture.catalog.get(updated.id).await.unwrap(), None);
+    assert!(matches!(fixture.catalog.update(updated).await, Err(CatalogError::NotFound(_))));
+}
+
+#[tokio::test]
+async fn a_second_creation_gives_what_is_recorded_unchanged() {
+    let fixture = Fixture::new();
+    let first = fixture.create("a").await;
+    let other = Volume { capacity: Bytes::gib(2), ..volume("a") };
+    assert_eq!(fixture.catalog.create(other).await.unwrap(), Created::Existed(first));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_writers_that_read_the_same_record_one_wins() {
+    let fixture = Fixture::new();
+    let read = fixture.create("a").await;
+    let catalog = Arc::new(fixture.catalog);
+    let writers: Vec<_> = (0..16u64)
+        .map(|n| {
+            let (catalog, volume) = (Arc::clone(&catalog), Volume { capacity: Bytes(n), ..read.clone() });
+            tokio::spawn(async move { catalog.update(volume).await })
+        })
+        .collect();
+    let mut won = None;
+    for writer in writers {
+        match writer.await.unwrap() {
+            Ok(volume) => assert!(won.replace(volume).is_none(), "two won"),
+            Err(error) => assert!(matches!(error, CatalogError::Conflict(_)), "{error}"),
+        }
+    }
+    assert_eq!(catalog.get(read.id).await.unwrap(), won);
+}
+
+#[tokio::test]
+async fn one_process_has_the_catalog() {
+    let fixture = Fixture::new();
+    assert!(matches!(DirCatalog::open(fixture.dir.path()), Err(CatalogError::Locked(_))));
+    fixture.restart();
+}
+
+#[tokio::test]
+async fn a_damaged_record_is_refused_by_name_and_hides_no_other() {
+    let mut fixture = Fixture::new();
+    let (good, bad) = (fixture.create("good").await, fixture.create("bad").await);
+    let sound = std::fs::read_to_string(fixture.path(bad.id)).unwrap();
+    let others = sound.replace(&bad.id.to_string(), &good.id.to_string());
+    let long = format!("{sound}{}", " ".repeat(1 << 20));
+    let unstored = sound.replace("\"revision\": 1", "\"revision\": 0");
+    for text in ["", "{", "null", &sound[..sound.len() / 2], &others, &long, &unstored] {
+        for restart in [false, true] {
+            std::fs::write(fixture.path(bad.id), text).unwrap();
+            if restart {
+                fixture = fixture.restart();
+            }
+            let catalog = &fixture.catalog;
+            for result in [
+                catalog.get(bad.id).await.map(drop),
+                catalog.create(volume("bad")).await.map(drop),
+                catalog.update(bad.clone()).await.map(drop),
+                catalog.remove(bad.id).await,
+            ] {
+                let error = result.unwrap_err();
+                assert!(matches!(error, CatalogError::Damaged { .. }), "{error}");
+                assert!(error.to_string().contains(&bad.id.to_string()), "{error}");
+            }
+            assert_eq!(catalog.list(None, 10).await.unwrap().volumes, std::slice::from_ref(&good));
+            assert_eq!(std::fs::read_to_string(fixture.path(bad.id)).unwrap(), text, "nothing is done to it");
+        }
+    }
+    std::fs::write(fixture.path(bad.id), &sound).unwrap();
+    assert_eq!(fixture.catalog.get(bad.id).await.unwrap(), Some(bad.clone()));
+    fixture.catalog.update(bad).await.unwrap();
+}
+
+#[tokio::test]
+async fn leftovers_go_at_the_start_and_nothing_else_does() {
+    let fixture = Fixture::new();
+    let volumes = fixture.dir.path().join("volumes");
+    let ours = volumes.join(directory::temporary_name(VolumeId::from_name("a")));
+    let strangers = ["notes.json", ".x.tmp", "README"].map(|name| volumes.join(name));
+    std::fs::write(&ours, "{").unwrap();
+    strangers.iter().for_each(|path| std::fs::write(path, "x").unwrap());
+    let fixture = fixture.restart();
+    assert!(!ours.exists());
+    assert!(strangers.iter().all(|path| path.exists()));
+    assert_eq!(fixture.catalog.list(None, 10).await.unwrap(), Page::default());
+}
+
+#[tokio::test]
+async fn pages_give_every_record_once_in_the_order_of_ids() {
+    let fixture = Fixture::new();
+    let mut all = Vec::new();
+    for n in 0..23 {
+        all.push(fixture.create(&n.to_string()).await);
+    }
+    all.sort_by_key(|volume| volume.id);
+    let (mut from, mut seen) = (None, Vec::new());
+    loop {
+        let page = fixture.catalog.list(from, 5).await.unwrap();
+        seen.extend(page.volumes);
+        from = page.next;
+        if from.is_none() {
+            break;
+        }
+        // Removed meanwhile: the next page begins behind it.
+        if seen.len() == 10 {
+            fixture.catalog.remove(all.remove(10).id).await.unwrap();
+        }
+    }
+    assert_eq!(seen, all);
+}
+
+#[tokio::test]
+#[expect(clippy::await_holding_lock, reason = "it keeps the call waiting until its caller is gone")]
+async fn a_call_is_finished_even_if_its_caller_goes_away() {
+    let fixture = Fixture::new();
+    let id = VolumeId::from_name("a");
+    let gate = fixture.catalog.store.lock(id);
+    {
+        let call = fixture.catalog.create(volume("a"));
+        let given_up = tokio::time::timeout(std::time::Duration::from_millis(20), call).await;
+        assert!(given_up.is_err());
+    }
+    drop(gate);
+    for _ in 0..100 {
+        if fixture.catalog.get(id).await.unwrap().is_some() {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    panic!("the creation was dropped half way");
+}
