@@ -169,9 +169,11 @@ fn bootstrap(dir: &Path, log: &Path, versions: &Versions) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::NeedsRoot);
     }
-    // Own mount and process namespaces: when this is killed, everything that
-    // runs in the chroot and everything mounted in it goes too.
-    let mut build = Command::new(command::find("unshare")?);
+    // Own mount and process namespaces, and the parent's death as a signal:
+    // when this process is killed, everything that runs in the chroot and
+    // everything mounted in it goes too, before another build starts over.
+    let mut build = Command::new(command::find("setpriv")?);
+    build.args(["--pdeathsig", "KILL", "--"]).arg(command::find("unshare")?);
     build.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--"]);
     build.arg(command::find("mmdebstrap")?);
     build.args(["--mode=root", "--variant=minbase", "--format=directory"]);
