@@ -10,7 +10,10 @@ use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep};
 
+use zpod_image::Archive;
+
 use crate::accel::Accel;
+use crate::inputs::Image;
 use crate::process::Process;
 use crate::qmp::Qmp;
 use crate::slot::Slot;
@@ -31,6 +34,8 @@ pub enum Boot {
     Zpod,
     /// The agent alone, with ZFS in the kernel but nothing of ours before it.
     Bare,
+    /// An initramfs with nothing in it: the kernel comes up and gives up. For comparison.
+    Empty,
 }
 
 impl Boot {
@@ -38,9 +43,20 @@ impl Boot {
         let start = match self {
             Self::Zpod => "rdinit=/zpod/init agent.server_addr=unix:///run/kata-agent.sock".to_owned(),
             Self::Bare => format!("rdinit={} agent.server_addr=vsock://-1:1024", base_initrd::BARE_INIT),
+            Self::Empty => String::new(),
         };
         // cgroup_no_v1=all is how kata-agent learns to use cgroup v2.
         format!("console=ttyS0 panic=-1 {start} cgroup_no_v1=all")
+    }
+
+    fn write_initrd(self, image: &Image, to: &Path) -> Result<()> {
+        if self == Self::Empty {
+            return fs::write(to, Archive::new().to_cpio()?).context("write an empty initrd");
+        }
+        let base = to.with_extension("base");
+        base_initrd::write(&base)?;
+        zpod_image::initrd::append(&base, &image.overlay, to)?;
+        fs::remove_file(&base).context("remove the base initrd")
     }
 }
 
@@ -54,6 +70,8 @@ pub struct Guest {
     disks: BTreeMap<usize, PathBuf>,
     dir: Workdir,
     _slot: Slot,
+    /// When QEMU was started.
+    pub power_on: Instant,
 }
 
 impl Guest {
@@ -65,11 +83,8 @@ impl Guest {
         let slot = Slot::take().await?;
         let image = inputs::guest_image()?;
         let dir = Workdir::new()?;
-        let (base, initrd) = (dir.path().join("base"), dir.path().join("initrd"));
-        base_initrd::write(&base)?;
-        zpod_image::initrd::append(&base, &image.overlay, &initrd)?;
-        fs::remove_file(&base)?;
-
+        let initrd = dir.path().join("initrd");
+        boot.write_initrd(&image, &initrd)?;
         let vsock_device = start_vsock_device(dir.path())?;
         let place = |name: &str| dir.path().join(name).display().to_string();
         let mut arguments: Vec<String> = vec![
@@ -111,10 +126,11 @@ impl Guest {
             let slot = FIRST_PORT + port;
             arguments.push(format!("pcie-root-port,id=port{port},chassis={},addr={slot:#x}", port + 1));
         }
+        let power_on = Instant::now();
         let qemu = Process::start(&inputs::qemu()?, arguments, &[], &dir.path().join("qemu.log"))?;
         let qmp = Qmp::connect(&dir.path().join("qmp.sock"), Duration::from_secs(10)).await;
         let qmp = qmp.with_context(|| format!("QEMU: {}", qemu.tail()))?;
-        Ok(Self { qmp, qemu, _vsock_device: vsock_device, disks: BTreeMap::new(), dir, _slot: slot })
+        Ok(Self { qmp, qemu, _vsock_device: vsock_device, disks: BTreeMap::new(), dir, _slot: slot, power_on })
     }
 
     /// The unix socket of its hybrid vsock.
@@ -135,7 +151,7 @@ impl Guest {
                 Err(error) if Instant::now() >= end => {
                     return Err(error.context(format!("nobody listens after {deadline:?}")));
                 }
-                Err(_) => sleep(Duration::from_millis(50)).await,
+                Err(_) => sleep(Duration::from_millis(20)).await,
             }
         }
     }
@@ -187,6 +203,21 @@ impl Guest {
     /// SIGKILL, as at the end of every Kata pod, and as in a crash of its host.
     pub fn kill(mut self) {
         self.qemu.kill();
+    }
+
+    /// Waits until its console shows a text.
+    ///
+    /// # Errors
+    /// When it doesn't within the deadline.
+    pub async fn shows(&self, text: &str, deadline: Duration) -> Result<()> {
+        let end = Instant::now() + deadline;
+        while !console::contains(&self.dir.path().join("console"), text) {
+            if Instant::now() >= end {
+                bail!("the console doesn't show {text:?}; it ends:\n{}", self.console_tail(30));
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
     }
 
     /// The last lines of its console.

@@ -73,12 +73,11 @@ impl Sandbox {
     /// When the agent doesn't answer in time.
     pub async fn start_with(node: &Node, runtime: Runtime, boot: Boot) -> Result<Self> {
         let mut guest = Guest::boot(boot).await?;
-        let power_on = Instant::now();
         let agent = match connect(&mut guest).await {
             Ok(agent) => agent,
             Err(error) => return Err(guest.explain(error)),
         };
-        let boot_time = power_on.elapsed();
+        let boot_time = guest.power_on.elapsed();
         let id = uuid::Uuid::new_v4().simple().to_string();
         let monitor = Monitor::serve(&node.kata_run_dir(), &id, &guest.vsock())?;
         let request = agent::CreateSandboxRequest { hostname: "e2e".into(), sandbox_id: id, ..Default::default() };

@@ -1,0 +1,145 @@
+//! `make demo`: a ZFS volume inside a real guest kernel, from the CSI call to data that survives.
+
+mod screen;
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, ensure};
+use zpod_e2e::accel::Accel;
+use zpod_e2e::csi::Publish;
+use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, inputs};
+use zpod_proto::csi::{NodeGetVolumeStatsResponse, volume_usage::Unit};
+use zpod_volume::{Bytes, PoolName, VolumeId};
+
+use screen::Screen;
+
+const SIZE: Bytes = Bytes::gib(1);
+const GROWN: Bytes = Bytes::gib(2);
+
+// One thread: what it starts dies with it.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let mut screen = Screen::new();
+    let result = tokio::select! {
+        result = demo(&mut screen) => result,
+        // Dropping the demo ends its machines and removes its files.
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            screen.fail(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn demo(screen: &mut Screen) -> Result<()> {
+    inputs::guest_image()?;
+    screen.headline("zpod: ZFS volumes whose pools live inside each pod's own guest kernel");
+
+    screen.begin("zpod --standalone");
+    let mut node = Node::start().await?;
+    screen.done("controller and node answer on one CSI socket");
+    let result = with_node(screen, &mut node).await;
+    result.map_err(|error| error.context(format!("zpod's log ends:\n{}\n--- end of log", node.log_tail())))
+}
+
+async fn with_node(screen: &mut Screen, node: &mut Node) -> Result<()> {
+    screen.begin("CreateVolume");
+    let volume = node.csi.create("demo", SIZE, &[("compression", "zstd"), ("headroom", "8x")]).await?;
+    let pool = PoolName::for_volume(volume.volume_id.parse::<VolumeId>()?);
+    screen.done(&format!("{SIZE}, compression zstd, room to grow to 8 GiB"));
+    screen.detail(&format!("volume {}", volume.volume_id));
+
+    // The first pod, as Kata's runtime-rs runs it.
+    let target = node.target("pod-1", "demo")?;
+    screen.begin("NodePublishVolume");
+    node.csi.publish(&volume, &target, &Publish::default()).await?;
+    let disk = node.device(&target)?;
+    screen.done("a raw disk and a Kata direct-volume entry; the host mounts no ZFS");
+
+    screen.begin("Pod 1 boots");
+    let accel = if Accel::detect().await? == Accel::Kvm { "with KVM" } else { "in pure emulation" };
+    let mut pod = Sandbox::start(node, Runtime::Rs).await?;
+    screen.done(&format!("a Kata-style guest in QEMU, {accel}"));
+    screen.begin("Its container starts");
+    pod.run(Container::new("app", [Mount::new(&target, "/data")])).await?;
+    let mount = pod.sh("app", "grep ' /data ' /proc/mounts").await?;
+    ensure!(mount.split(' ').nth(2) == Some("zfs"), "/data is not ZFS: {mount}");
+    screen.done("/data is ZFS, from a pool made in the guest:");
+    screen.detail(&mount);
+
+    screen.begin("Write a file");
+    let write = "head -c 20000000 /dev/urandom > /data/file && sync /data/file && sha256sum /data/file";
+    let sum = pod.sh("app", write).await?;
+    screen.done("20 MB, fsynced");
+    screen.detail(&sum);
+    screen.begin("zpool status");
+    pod.run(Container::debug("debug")).await?;
+    let status = pod.zfs_tool("debug", &format!("zpool status {pool}")).await?;
+    screen.done("asked in the guest: the host knows no such pool");
+    screen.detail(&status);
+
+    screen.begin("SIGKILL the virtual machine");
+    pod.kill();
+    node.csi.unpublish(&volume, &target).await?;
+    node.must_be_unpublished(&target)?;
+    screen.done("no export, no sync, no goodbye");
+
+    // The second pod, as Kata's Go runtime runs it.
+    let target = node.target("pod-2", "demo")?;
+    screen.begin("Pod 2 boots");
+    node.csi.publish(&volume, &target, &Publish::default()).await?;
+    let mut pod = Sandbox::start(node, Runtime::Go).await?;
+    screen.done("another guest, the same volume");
+    screen.begin("Its container starts");
+    pod.run(Container::new("app", [Mount::new(&target, "/data")])).await?;
+    let found = pod.sh("app", "sha256sum /data/file").await?;
+    ensure!(found == sum, "the checksum was {sum} and is {found}");
+    screen.done("the checksum is the same:");
+    screen.detail(&found);
+
+    screen.begin("Grow it while it is in use");
+    let before = pod.sh("app", "df -h /data").await?;
+    node.csi.controller_expand(&volume, GROWN).await?;
+    let size = node.csi.node_expand(&volume, &target, GROWN).await?;
+    ensure!(size == GROWN, "it grew to {size}");
+    screen.done(&format!("{SIZE} to {GROWN}; nothing unmounted, the machine untouched"));
+    screen.detail(&before);
+    screen.detail(pod.sh("app", "df -h /data").await?.lines().last().unwrap_or_default());
+
+    screen.begin("NodeGetVolumeStats");
+    let stats = node.csi.stats(&volume, &target).await?;
+    screen.done("as kubelet sees it:");
+    screen.detail(&describe(&stats)?);
+
+    screen.begin("Stop, unpublish, delete");
+    pod.stop().await?;
+    node.csi.unpublish(&volume, &target).await?;
+    node.must_be_unpublished(&target)?;
+    node.csi.delete(&volume).await?;
+    ensure!(!disk.exists(), "{} is left", disk.display());
+    node.must_be_empty()?;
+    screen.done("no disk, no mount, no entry is left");
+    screen.finish("A ZFS volume, from CSI call to data that survived a killed machine:");
+    Ok(())
+}
+
+fn describe(stats: &NodeGetVolumeStatsResponse) -> Result<String> {
+    let of = |unit: Unit| stats.usage.iter().find(|usage| usage.unit() == unit);
+    let bytes = of(Unit::Bytes).context("no usage in bytes")?;
+    let inodes = of(Unit::Inodes).context("no usage in inodes")?;
+    let condition = stats.volume_condition.as_ref().context("no condition")?;
+    let mib = |bytes: i64| bytes >> 20;
+    Ok(format!(
+        "total {} MiB, used {} MiB, available {} MiB; {} of {} inodes used\ncondition: {}{}",
+        mib(bytes.total),
+        mib(bytes.used),
+        mib(bytes.available),
+        inodes.used,
+        inodes.total,
+        if condition.abnormal { "abnormal" } else { "normal" },
+        if condition.message.is_empty() { String::new() } else { format!(", {:?}", condition.message) },
+    ))
+}
