@@ -139,9 +139,8 @@ impl NodeVolumes {
         crash::point("publish: recorded");
         let installed = self.install(&volume, &publication, target).await;
         if let Err(error) = &installed {
-            // No pod was told of it, and nobody may come to take it back: it must not keep other pods out.
             tracing::warn!(volume = %id, "publication is taken back: {error}");
-            if let Err(error) = self.withdraw(Some(volume), id, &publication.target_path).await {
+            if let Err(error) = self.take_back(volume, target).await {
                 tracing::warn!(volume = %id, "publication could not be taken back: {error}");
             }
         }
@@ -217,6 +216,25 @@ impl NodeVolumes {
         let volume = self.context.catalog.get(id).await?;
         crash::point("unpublish: begin");
         self.withdraw(volume, id, target).await
+    }
+
+    /// Takes back a publication that failed half way. No pod was told of it, and nobody may come to unpublish it: it
+    /// must not keep other pods out, also when something foreign at the target path is why it failed.
+    async fn take_back(&self, volume: Volume, target: &TargetPath) -> Result<(), VolumeError> {
+        let (direct, target, id) = (self.direct.clone(), target.clone(), volume.id);
+        blocking(move || {
+            // Without the entry no virtual machine finds the device, whatever is left of the rest.
+            direct.remove(&target)?;
+            if let Err(error) = target.remove_placeholder() {
+                tracing::warn!(volume = %id, "target path is left as it is: {error}");
+            }
+            Ok(())
+        })
+        .await?;
+        crash::point("publish: taken back");
+        self.context.catalog.update(Volume { publication: None, ..volume }).await?;
+        self.context.published.remove(id);
+        Ok(())
     }
 
     /// Removes entry, placeholder and record of a publication, in that order.

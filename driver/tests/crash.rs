@@ -1,0 +1,193 @@
+//! Kills zpod between every two steps of a volume's life, and goes on where it was.
+//!
+//! `cargo test -p zpod-driver --features crash-points --test crash`. Needs root, as the driver mounts.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "support/calls.rs"]
+#[allow(dead_code)]
+mod calls;
+#[path = "support/daemon.rs"]
+#[allow(dead_code)]
+mod daemon;
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+
+use calls::Calls;
+use daemon::{Daemon, Node};
+use tonic::{Code, Status};
+use zpod_volume::{DiskLayout, VolumeId, VolumeSpec};
+
+const NAME: &str = "pvc-1";
+const MIB: i64 = 1 << 20;
+/// Where a guest has written: its journal, the pool's labels, the pool's inside.
+const WRITTEN: [u64; 3] = [DiskLayout::JOURNAL_OFFSET, DiskLayout::PARTITION_START, 64 << 20];
+const TENANTS_BYTES: &[u8] = b"the tenant's bytes";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Create,
+    Stage,
+    Publish,
+    Write,
+    Unpublish,
+    PublishAgain,
+    Expand,
+    NodeExpand,
+    ExpandBeyondHeadroom,
+    NodeExpandBeyondHeadroom,
+    UnpublishAgain,
+    Unstage,
+    Delete,
+}
+
+const LIFE: [Step; 13] = [
+    Step::Create,
+    Step::Stage,
+    Step::Publish,
+    Step::Write,
+    Step::Unpublish,
+    Step::PublishAgain,
+    Step::Expand,
+    Step::NodeExpand,
+    Step::ExpandBeyondHeadroom,
+    Step::NodeExpandBeyondHeadroom,
+    Step::UnpublishAgain,
+    Step::Unstage,
+    Step::Delete,
+];
+/// What an orchestrator does that gives up.
+const END: [Step; 4] = [Step::Unpublish, Step::UnpublishAgain, Step::Unstage, Step::Delete];
+
+struct Life {
+    node: Node,
+    written: bool,
+}
+
+impl Life {
+    fn device(&self) -> PathBuf {
+        self.node.device(&VolumeId::from_name(NAME).to_string())
+    }
+
+    fn target(&self, step: Step) -> PathBuf {
+        let second = matches!(step, Step::PublishAgain | Step::UnpublishAgain);
+        self.node.path("pods").join(if second { "pod-2" } else { "pod-1" })
+    }
+
+    fn spec(&self, step: Step) -> VolumeSpec {
+        self.node.entry(&self.target(step)).unwrap()
+    }
+
+    async fn run(&mut self, calls: &mut Calls, step: Step) -> Result<(), Status> {
+        let id = VolumeId::from_name(NAME).to_string();
+        let (target, staging) = (self.target(step), self.node.path("staging"));
+        match step {
+            Step::Create => assert_eq!(calls.create(NAME, 256 * MIB).await?.volume_id, id),
+            Step::Stage => calls.stage(&id, &staging).await?,
+            Step::Publish => {
+                calls.publish(&id, &target).await?;
+                assert!(self.spec(step).create, "nothing was ever written: the guest may make the pool");
+            }
+            Step::Write => {
+                let file = OpenOptions::new().write(true).open(self.device()).unwrap();
+                for at in WRITTEN {
+                    file.write_all_at(TENANTS_BYTES, at).unwrap();
+                }
+                file.sync_all().unwrap();
+                self.written = true;
+            }
+            Step::PublishAgain => {
+                calls.publish(&id, &target).await?;
+                assert!(!self.spec(step).create, "what was written to must never be made again");
+            }
+            Step::Unpublish | Step::UnpublishAgain => calls.unpublish(&id, &target).await?,
+            Step::Expand => assert_eq!(calls.expand(&id, 300 * MIB + 1).await?, 300 * MIB + 1),
+            Step::ExpandBeyondHeadroom => assert_eq!(calls.expand(&id, 4000 * MIB).await?, 4000 * MIB),
+            Step::NodeExpand => assert_eq!(calls.node_expand(&id, &target).await?, 300 * MIB + 1),
+            Step::NodeExpandBeyondHeadroom => assert_eq!(calls.node_expand(&id, &target).await?, 4000 * MIB),
+            Step::Unstage => calls.unstage(&id, &staging).await?,
+            Step::Delete => calls.delete(&id).await?,
+        }
+        Ok(())
+    }
+
+    /// What must hold at every moment, dead or alive.
+    fn check(&self, ended: bool, context: &str) {
+        let devices = self.node.names("volumes");
+        let images = devices.iter().filter(|name| name.ends_with(".img")).count();
+        let records = self.node.names("state/volumes");
+        let records = records.iter().filter(|name| name.ends_with(".json")).count();
+        assert!(images <= 1 && records <= 1, "{context}: {devices:?}");
+        assert!(records >= images, "{context}: a device without a record");
+        if self.written && !ended {
+            let file = fs::File::open(self.device()).unwrap_or_else(|e| panic!("{context}: device lost: {e}"));
+            for at in WRITTEN {
+                let mut found = vec![0; TENANTS_BYTES.len()];
+                file.read_exact_at(&mut found, at).unwrap();
+                assert_eq!(found, TENANTS_BYTES, "{context}: the tenant's bytes at {at} were changed");
+            }
+        }
+    }
+
+    fn check_clean(&self, context: &str) {
+        for dir in ["volumes", "state/volumes", "direct-volumes", "pods"] {
+            assert_eq!(self.node.names(dir), [""; 0], "{context}: {dir} is not empty\n{}", self.node.log());
+        }
+    }
+}
+
+/// Lives one life with a kill at the Nth point, and at `again` points after each restart. Gives the step it was killed
+/// in.
+async fn live(at: u64, again: Option<u64>, give_up: bool) -> Option<Step> {
+    let mut life = Life { node: Node::new(), written: false };
+    let mut kills = [Some(at), again].into_iter().flatten();
+    let mut daemon: Daemon = life.node.start(kills.next());
+    let mut calls = Calls::new(daemon.channel());
+    let mut killed_in = None;
+    let mut steps: Vec<Step> = LIFE.into_iter().rev().collect();
+    while let Some(&step) = steps.last() {
+        let context = format!("point {at}, again {again:?}, give up {give_up}, {step:?}");
+        match life.run(&mut calls, step).await {
+            Ok(()) => {
+                steps.pop();
+            }
+            Err(status) => {
+                let lost =
+                    matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal);
+                assert!(lost && daemon.crashed(), "{context}: {status:?}\n{}", life.node.log());
+                life.check(step == Step::Delete, &context);
+                killed_in.get_or_insert(step);
+                daemon = life.node.start(kills.next());
+                calls = Calls::new(daemon.channel());
+                if give_up && steps.len() > END.len() {
+                    steps = END.into_iter().rev().collect();
+                }
+            }
+        }
+        life.check(steps.len() <= 1, &context);
+    }
+    life.check_clean(&format!("point {at}, again {again:?}, give up {give_up}, killed in {killed_in:?}"));
+    killed_in
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_survives_a_kill_between_any_two_steps_of_its_life() {
+    let (mut at, mut steps) = (1, Vec::new());
+    while let Some(step) = live(at, None, false).await {
+        live(at, None, true).await;
+        // Killed again soon after, while it is picking up what the first kill left.
+        live(at, Some(1 + at % 5), false).await;
+        if !steps.contains(&step) {
+            steps.push(step);
+        }
+        at += 1;
+        assert!(at < 500, "no end of crash points");
+    }
+    println!("killed at each of {} points, in {steps:?}", at - 1);
+    for step in LIFE {
+        let silent = matches!(step, Step::Stage | Step::Write | Step::Unstage);
+        assert!(silent || steps.contains(&step), "no crash point was reached in {step:?}");
+    }
+}

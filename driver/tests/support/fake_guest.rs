@@ -1,0 +1,186 @@
+//! A sandbox that is none: the sockets of a shim and of a VMM, and a guest that answers as the test wants.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use zpod_proto::guest::guest_server::{Guest, GuestServer};
+use zpod_proto::guest::*;
+
+/// How a guest behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Behaviour {
+    /// As zpod-guest does.
+    Honest,
+    /// Takes the connection and says nothing.
+    Silent,
+    /// Sends bytes that are no HTTP/2.
+    Garbage,
+    /// Sends reports as fast as it can.
+    Flood,
+    /// Sends reports larger than any message may be.
+    Huge,
+    /// Serves the stream of reports and no call.
+    DeafToCalls,
+}
+
+/// What the test and the guest share.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    pub(crate) volumes: Mutex<Vec<VolumeStatus>>,
+    pub(crate) grown: Mutex<Vec<GrowRequest>>,
+}
+
+/// A sandbox; gone when dropped.
+pub(crate) struct FakeGuest {
+    dir: PathBuf,
+    pub(crate) state: Arc<State>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl FakeGuest {
+    pub(crate) fn start(kata_dir: &Path, id: &str, behaviour: Behaviour, volumes: Vec<VolumeStatus>) -> Self {
+        let dir = kata_dir.join(id);
+        fs::create_dir(&dir).unwrap();
+        let state = Arc::new(State { volumes: Mutex::new(volumes), ..State::default() });
+        let uds = dir.join("vm.sock");
+        let vmm = UnixListener::bind(&uds).unwrap();
+        let shim = UnixListener::bind(dir.join("shim-monitor.sock")).unwrap();
+        let tasks =
+            vec![tokio::spawn(serve_shim(shim, uds)), tokio::spawn(serve_vmm(vmm, behaviour, Arc::clone(&state)))];
+        Self { dir, state, tasks }
+    }
+}
+
+impl Drop for FakeGuest {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+async fn serve_shim(listener: UnixListener, uds: PathBuf) {
+    let url = format!("hvsock://{}:1024", uds.display());
+    while let Ok((mut stream, _)) = listener.accept().await {
+        let mut request = [0; 1024];
+        let _ = stream.read(&mut request).await;
+        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{url}", url.len());
+        let _ = stream.write_all(answer.as_bytes()).await;
+    }
+}
+
+async fn serve_vmm(listener: UnixListener, behaviour: Behaviour, state: Arc<State>) {
+    let (connections, incoming) = tokio::sync::mpsc::channel::<std::io::Result<UnixStream>>(8);
+    let service = GuestServer::new(Service { behaviour, state });
+    let server = tonic::transport::Server::builder().add_service(service);
+    let _server = AbortOnDrop(tokio::spawn(async move {
+        let _ = server.serve_with_incoming(ReceiverStream::new(incoming)).await;
+    }));
+    let mut kept = Vec::new();
+    while let Ok((mut stream, _)) = listener.accept().await {
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
+            line.push(stream.read_u8().await.unwrap());
+        }
+        assert_eq!(line, b"CONNECT 10240\n");
+        match behaviour {
+            Behaviour::Silent => kept.push(stream),
+            Behaviour::Garbage => {
+                let _ = stream.write_all(b"OK 1\n").await;
+                let _ = stream.write_all(&[0x55; 1 << 16]).await;
+                kept.push(stream);
+            }
+            _ => {
+                stream.write_all(b"OK 1073741824\n").await.unwrap();
+                connections.send(Ok(stream)).await.unwrap();
+            }
+        }
+    }
+}
+
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+struct Service {
+    behaviour: Behaviour,
+    state: Arc<State>,
+}
+
+impl Service {
+    fn report(&self) -> StatusResponse {
+        let mut report = StatusResponse { version: "test".into(), ..Default::default() };
+        report.volumes = self.state.volumes.lock().unwrap().clone();
+        if self.behaviour == Behaviour::Huge {
+            report.zfs_version = "x".repeat(8 << 20);
+        }
+        report
+    }
+
+    async fn deaf(&self) {
+        if self.behaviour == Behaviour::DeafToCalls {
+            tokio::time::sleep(Duration::from_secs(3600)).await;
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Guest for Service {
+    type WatchStream = ReceiverStream<Result<StatusResponse, Status>>;
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        self.deaf().await;
+        Ok(Response::new(self.report()))
+    }
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        let service = Self { behaviour: self.behaviour, state: Arc::clone(&self.state) };
+        tokio::spawn(async move {
+            while sender.send(Ok(service.report())).await.is_ok() {
+                if service.behaviour != Behaviour::Flood {
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn grow(&self, request: Request<GrowRequest>) -> Result<Response<GrowResponse>, Status> {
+        self.deaf().await;
+        let request = request.into_inner();
+        let mut volumes = self.state.volumes.lock().unwrap();
+        let volume = volumes.iter_mut().find(|volume| volume.volume_id == request.volume_id);
+        let volume = volume.ok_or_else(|| Status::not_found("no such volume"))?;
+        volume.partition_bytes = request.partition_bytes;
+        volume.quota_bytes = request.capacity_bytes;
+        let answer = GrowResponse { capacity_bytes: request.capacity_bytes, partition_bytes: request.partition_bytes };
+        self.state.grown.lock().unwrap().push(request);
+        Ok(Response::new(answer))
+    }
+
+    async fn set_properties(
+        &self,
+        _: Request<SetPropertiesRequest>,
+    ) -> Result<Response<SetPropertiesResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn scrub(&self, _: Request<ScrubRequest>) -> Result<Response<ScrubResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
