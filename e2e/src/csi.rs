@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
@@ -17,6 +18,7 @@ use zpod_volume::Bytes;
 
 /// csi-provisioner and kubelet give up later than this; nothing here should take nearly as long.
 const DEADLINE: Duration = Duration::from_secs(60);
+const REPORTED: Duration = Duration::from_secs(20);
 
 /// The three CSI services on one socket.
 #[derive(Debug, Clone)]
@@ -27,6 +29,13 @@ pub struct Csi {
     pub controller: ControllerClient<Channel>,
     /// Node.
     pub node: NodeClient<Channel>,
+}
+
+/// The usage in bytes: total, used, available. Zeros where there is none.
+pub fn bytes(stats: &csi::NodeGetVolumeStatsResponse) -> (i64, i64, i64) {
+    let unit = csi::volume_usage::Unit::Bytes;
+    let usage = stats.usage.iter().find(|usage| usage.unit() == unit);
+    usage.map(|usage| (usage.total, usage.used, usage.available)).unwrap_or_default()
 }
 
 /// How a volume is published.
@@ -146,6 +155,28 @@ impl Csi {
             ..Default::default()
         };
         Ok(self.node.node_get_volume_stats(request).await?.into_inner())
+    }
+
+    /// NodeGetVolumeStats, repeated until it says what is wanted: guests report about once a second, and ZFS accounts
+    /// for a write when its transaction group is on the disk.
+    ///
+    /// # Errors
+    /// When it doesn't say so in time; with what it said last.
+    pub async fn stats_when(
+        &mut self,
+        volume: &csi::Volume,
+        target: &Path,
+        wanted: impl Fn(&csi::NodeGetVolumeStatsResponse) -> bool,
+    ) -> anyhow::Result<csi::NodeGetVolumeStatsResponse> {
+        let end = Instant::now() + REPORTED;
+        loop {
+            let answer = self.stats(volume, target).await;
+            match answer {
+                Ok(stats) if wanted(&stats) => return Ok(stats),
+                other if Instant::now() >= end => anyhow::bail!("after {REPORTED:?} the stats are still {other:?}"),
+                _ => sleep(Duration::from_millis(200)).await,
+            }
+        }
     }
 
     /// NodeExpandVolume; gives the size reached.

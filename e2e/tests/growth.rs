@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 use tonic::Code;
-use zpod_e2e::csi::Publish;
+use zpod_e2e::csi::{Publish, bytes};
 use zpod_e2e::shim::User;
 use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox};
 use zpod_volume::Bytes;
@@ -25,15 +25,9 @@ async fn a_volume_grows_under_a_writer_and_after_a_restart_of_zpod_and_beyond_it
 
     // Killed and started again while the pod runs.
     node.restart_zpod().await?;
-    let end = Instant::now() + Duration::from_secs(20);
-    let stats = loop {
-        match node.csi.stats(&volume, &target).await {
-            Ok(stats) => break stats,
-            Err(error) => assert!(Instant::now() < end, "no stats after a restart of zpod: {error}"),
-        }
-        sleep(Duration::from_millis(200)).await;
-    };
-    assert_eq!(stats.usage.iter().find(|usage| usage.unit == 1).context("no bytes")?.total, 256 << 20);
+    let total = |size: Bytes| move |stats: &_| bytes(stats).0 == i64::try_from(size.0).unwrap_or_default();
+    let used = |stats: &_| total(Bytes::mib(256))(stats) && bytes(stats).1 > 200_000;
+    node.csi.stats_when(&volume, &target, used).await.context("after a restart of zpod")?;
 
     for size in [Bytes::mib(700), Bytes::gib(1)] {
         let answer = node.csi.controller_expand(&volume, size).await?;
@@ -44,8 +38,7 @@ async fn a_volume_grows_under_a_writer_and_after_a_restart_of_zpod_and_beyond_it
         assert_eq!(pod.sh("app", CAPACITY).await?, size.0.to_string());
         // Again: nothing to do.
         assert_eq!(node.csi.node_expand(&volume, &target, size).await?, size);
-        let stats = node.csi.stats(&volume, &target).await?;
-        assert!(stats.usage.iter().any(|usage| usage.total == i64::try_from(size.0).unwrap_or(0)), "{stats:?}");
+        node.csi.stats_when(&volume, &target, total(size)).await?;
     }
 
     // Beyond the headroom: recorded, but not while the pod runs.

@@ -1,6 +1,6 @@
 //! Guests that lie, babble or fall silent on the control channel. No machine is booted: each is a unix socket.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use zpod_volume::{Bytes, VolumeSpec};
 /// What a call may take with bad guests about: a few deadlines on guests, none of them kubelet's two minutes.
 const PATIENCE: Duration = Duration::from_secs(30);
 const LIE: u64 = 0x00BA_DBAD;
+const NO_TOKEN: &str = "00000000-0000-0000-0000-000000000000";
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Manner {
@@ -55,7 +56,7 @@ async fn hostile_guests_neither_hang_nor_crash_zpod_nor_speak_for_others_volumes
     let mut monitors = Vec::new();
     for (number, manner) in MANNERS.into_iter().enumerate() {
         let socket = sockets.path().join(number.to_string());
-        start(&socket, manner, &volume.volume_id)?;
+        start(&socket, manner, &volume.volume_id, NO_TOKEN)?;
         monitors.push(Monitor::serve(&node.kata_run_dir(), &format!("hostile{number}"), &socket)?);
     }
     for (number, url) in hostile_urls().into_iter().enumerate() {
@@ -103,6 +104,37 @@ async fn hostile_guests_neither_hang_nor_crash_zpod_nor_speak_for_others_volumes
     node.zpod_must_run()
 }
 
+/// A guest that was broken into has its own volume's token: what it says then is bounded all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_lies_about_its_own_volume_yields_no_absurd_numbers_and_no_escape_sequences() -> Result<()> {
+    let mut node = Node::start().await?;
+    let sockets = Workdir::new()?;
+    for (number, manner) in [Manner::Lies, Manner::LiesAtLength].into_iter().enumerate() {
+        let volume = node.csi.create(&format!("pvc-{number}"), Bytes::mib(256), &[]).await?;
+        let target = node.target("one", &format!("pv-{number}"))?;
+        node.csi.publish(&volume, &target, &Publish::default()).await?;
+        let entry = DirectVolume::read(&node.direct_volume_dir(), &target)?;
+        let option = entry.options.iter().find_map(|option| option.strip_prefix("zpod=")).context("no zpod= option")?;
+        let token = VolumeSpec::decode(option)?.token.to_string();
+        let socket = sockets.path().join(number.to_string());
+        start(&socket, manner, &volume.volume_id, &token)?;
+        let _monitor = Monitor::serve(&node.kata_run_dir(), &format!("hostile{number}"), &socket)?;
+        for _ in 0..4 {
+            sleep(Duration::from_secs(1)).await;
+            node.zpod_must_run()?;
+            let answer = timeout(PATIENCE, node.csi.stats(&volume, &target)).await.context("stats hang")?;
+            let Ok(stats) = answer else { continue };
+            println!("{manner:?}: {stats:?}");
+            assert!(stats.usage.iter().all(|usage| usage.total >= 0 && usage.used >= 0 && usage.available >= 0));
+            let message = stats.volume_condition.map(|condition| condition.message).unwrap_or_default();
+            assert!(message.len() < 2000 && !message.contains(char::is_control), "{message:?}");
+        }
+        timeout(PATIENCE, node.csi.unpublish(&volume, &target)).await.context("unpublish hangs")??;
+        node.csi.delete(&volume).await?;
+    }
+    node.zpod_must_run()
+}
+
 fn hostile_urls() -> Vec<String> {
     vec![
         String::new(),
@@ -127,12 +159,12 @@ fn silent_monitor(run_dir: &Path) -> Result<tokio::task::JoinHandle<()>> {
     }))
 }
 
-fn start(socket: &PathBuf, manner: Manner, volume: &str) -> Result<()> {
+fn start(socket: &Path, manner: Manner, volume: &str, token: &str) -> Result<()> {
     let listener = UnixListener::bind(socket)?;
-    let volume = volume.to_owned();
+    let (volume, token) = (volume.to_owned(), token.to_owned());
     let (sender, connections) = mpsc::channel::<std::io::Result<UnixStream>>(16);
     if matches!(manner, Manner::Lies | Manner::LiesAtLength) {
-        let liar = Liar { volume, at_length: manner == Manner::LiesAtLength };
+        let liar = Liar { volume, token, at_length: manner == Manner::LiesAtLength };
         let server = tonic::transport::Server::builder().add_service(GuestServer::new(liar));
         tokio::spawn(async move { server.serve_with_incoming(ReceiverStream::new(connections)).await });
     }
@@ -177,6 +209,7 @@ async fn behave(
 /// Speaks the protocol well, and claims a volume whose token it never got.
 struct Liar {
     volume: String,
+    token: String,
     at_length: bool,
 }
 
@@ -197,7 +230,7 @@ impl Liar {
             quota_bytes: LIE,
             partition_bytes: u64::MAX,
             disk_bytes: u64::MAX,
-            token: "00000000-0000-0000-0000-000000000000".into(),
+            token: self.token.clone(),
             ..VolumeStatus::default()
         };
         let volumes = vec![one; if self.at_length { 500 } else { 2 }];

@@ -1,10 +1,10 @@
 //! One pod and everything Kubernetes lets it do with volumes.
 
 use anyhow::{Context as _, Result};
-use zpod_e2e::csi::Publish;
+use zpod_e2e::csi::{Publish, bytes};
 use zpod_e2e::shim::User;
 use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, node};
-use zpod_proto::csi::Volume;
+use zpod_proto::csi::{NodeGetVolumeStatsResponse, Volume};
 use zpod_volume::{Bytes, DiskLayout};
 
 const SIZE: Bytes = Bytes::mib(256);
@@ -56,8 +56,10 @@ async fn a_pod_has_eight_volumes_one_inside_another_and_its_container_can_start_
         "{names}"
     );
     for (volume, target) in &volumes {
-        let stats = node.csi.stats(volume, target).await?;
-        assert!(stats.volume_condition.is_some_and(|condition| !condition.abnormal), "{}", volume.volume_id);
+        let healthy = |stats: &NodeGetVolumeStatsResponse| {
+            bytes(stats).1 > 0 && stats.volume_condition.as_ref().is_some_and(|condition| !condition.abnormal)
+        };
+        node.csi.stats_when(volume, target, healthy).await?;
     }
     println!("the machine takes {} MiB", pod.guest().resident_kib().context("no such process")? / 1024);
     pod.stop().await?;
@@ -89,8 +91,7 @@ async fn a_volume_belongs_to_its_group_and_holds_its_capacity_and_can_be_publish
     let allocated = node::allocated(&disk)?;
     let most = DiskLayout::disk_for(DiskLayout::partition_for(SIZE)).0;
     assert!(allocated <= most, "{allocated} bytes of host disk for a partition of {most}");
-    let stats = node.csi.stats(volume, target).await?;
-    assert!(stats.usage.iter().any(|usage| usage.unit == 1 && usage.available < 4 << 20), "{stats:?}");
+    node.csi.stats_when(volume, target, |stats| bytes(stats).2 < 4 << 20).await?;
     // A full volume can be emptied.
     pod.sh("app", "rm /data/full && sync && echo still > /data/more").await?;
     pod.remove("app").await?;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use zpod_e2e::accel::Accel;
-use zpod_e2e::csi::Publish;
+use zpod_e2e::csi::{Publish, bytes};
 use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, inputs};
 use zpod_proto::csi::{NodeGetVolumeStatsResponse, volume_usage::Unit};
 use zpod_volume::{Bytes, PoolName, VolumeId};
@@ -110,7 +110,8 @@ async fn with_node(screen: &mut Screen, node: &mut Node) -> Result<()> {
     screen.detail(pod.sh("app", "df -h /data").await?.lines().last().unwrap_or_default());
 
     screen.begin("NodeGetVolumeStats");
-    let stats = node.csi.stats(&volume, &target).await?;
+    let total = i64::try_from(GROWN.0)?;
+    let stats = node.csi.stats_when(&volume, &target, |stats| bytes(stats).0 == total).await?;
     screen.done("as kubelet sees it:");
     screen.detail(&describe(&stats)?);
 
@@ -128,15 +129,15 @@ async fn with_node(screen: &mut Screen, node: &mut Node) -> Result<()> {
 
 fn describe(stats: &NodeGetVolumeStatsResponse) -> Result<String> {
     let of = |unit: Unit| stats.usage.iter().find(|usage| usage.unit() == unit);
-    let bytes = of(Unit::Bytes).context("no usage in bytes")?;
+    let (total, used, available) = bytes(stats);
     let inodes = of(Unit::Inodes).context("no usage in inodes")?;
     let condition = stats.volume_condition.as_ref().context("no condition")?;
     let mib = |bytes: i64| bytes >> 20;
     Ok(format!(
         "total {} MiB, used {} MiB, available {} MiB; {} of {} inodes used\ncondition: {}{}",
-        mib(bytes.total),
-        mib(bytes.used),
-        mib(bytes.available),
+        mib(total),
+        mib(used),
+        mib(available),
         inodes.used,
         inodes.total,
         if condition.abnormal { "abnormal" } else { "normal" },
