@@ -1,13 +1,15 @@
 use std::any::Any;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::Command;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
-use zpod_volume::gpt;
+use zpod_volume::{Provisioning, gpt};
 
 use super::super::conformance::{MIB, Rig, conformance, id, spec, thin};
+use super::super::{Backing, Outcome};
 use super::*;
 
 struct Files {

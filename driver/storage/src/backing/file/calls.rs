@@ -1,0 +1,239 @@
+//! The calls of [`Backing`] on image files, step by step.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+
+use rustix::fs::{FileType, OFlags};
+use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId};
+
+use super::proof::{Held, Proof, TakeError};
+use super::{FIGURE_AGE, FileBacking, Image, STAT_BLOCK, image, name_of};
+use crate::backing::{Backing, BackingError, Capacity, DeviceSpec, Exclusive, Outcome};
+use crate::crash;
+use crate::directory;
+
+impl FileBacking {
+    /// Makes the image under its temporary name and gives it its own.
+    fn make(&self, spec: &DeviceSpec, temporary: &str) -> Result<u64, BackingError> {
+        let fail = |what| move |error| self.fail_taking(spec, what, error);
+        let file = self.directory.fresh_file(temporary).map_err(fail("create"))?;
+        crash::point("create: temporary file made");
+        if self.abilities.nocow {
+            image::disable_cow(&file).map_err(fail("disable copy-on-write of"))?;
+        }
+        image::fill(&file, spec, self.abilities.attribute).map_err(fail("create"))?;
+        let taken = file.metadata().map_err(fail("look at"))?.blocks() * STAT_BLOCK;
+        crash::point("create: image durable");
+        self.directory.rename_new(temporary, &name_of(spec.id)).map_err(fail("name"))?;
+        Ok(taken)
+    }
+
+    /// Whether an image that exists is the one asked for.
+    fn compare(&self, spec: &DeviceSpec, length: u64) -> Result<(), BackingError> {
+        let (promised, DiskLayout { partition, disk, .. }) = (self.promised(spec.id)?, spec.layout);
+        if length != disk.0 {
+            return Err(self.mismatch(spec.id, Bytes(length), disk));
+        }
+        if promised != partition {
+            return Err(self.mismatch(spec.id, promised, partition));
+        }
+        Ok(())
+    }
+
+    /// What an image was promised, by its own attribute.
+    fn promised(&self, id: VolumeId) -> Result<Bytes, BackingError> {
+        let image = self.image(id, OFlags::RDONLY)?;
+        let promised = self.promise(&image).map_err(|error| self.fail_on(id, "use", error))?;
+        // An image put there, or given its attribute, behind our back.
+        if self.ledger().partition(id) != Some(promised) {
+            let taken = self.taken(id)?;
+            self.ledger().adopt(id, promised, taken);
+        }
+        Ok(promised)
+    }
+
+    fn enlarge(&self, spec: &DeviceSpec, image: &File, length: u64, promised: Bytes) -> Result<(), BackingError> {
+        let fail = |what| move |error| self.fail_taking(spec, what, error);
+        let DiskLayout { partition, disk, .. } = spec.layout;
+        if disk.0 > length {
+            image::lengthen(image, length, disk.0).map_err(fail("lengthen"))?;
+            crash::point("grow: lengthened");
+        }
+        if spec.provisioning == Provisioning::Thick {
+            image::allocate(image, partition).map_err(fail("take the space of"))?;
+            crash::point("grow: space taken");
+        }
+        if partition > promised {
+            image::set_promise(image, self.abilities.attribute, partition).map_err(fail("promise"))?;
+            crash::point("grow: promise recorded");
+        }
+        rustix::fs::fsync(image).map_err(|error| fail("sync")(error.into()))
+    }
+}
+
+impl Backing for FileBacking {
+    fn create(&self, spec: &DeviceSpec) -> Result<Outcome, BackingError> {
+        self.check(spec)?;
+        let stat = self.directory.stat(&name_of(spec.id)).map_err(|error| self.fail_on(spec.id, "look at", error))?;
+        if let Some(stat) = stat {
+            self.compare(spec, stat.st_size.unsigned_abs())?;
+            // Whoever made it may have been killed before its name was durable.
+            self.directory.sync().map_err(|error| self.fail("sync", error))?;
+            return Ok(Outcome::Unchanged);
+        }
+        self.ledger().release(spec.id);
+        self.reserve(spec)?;
+        crash::point("create: room promised");
+        let temporary = directory::temporary_name(spec.id);
+        match self.make(spec, &temporary) {
+            Ok(taken) => self.ledger().took(spec.id, taken),
+            Err(error) => {
+                if let Err(error) = self.directory.remove(&temporary) {
+                    tracing::warn!(volume = %spec.id, %error, "a temporary file stays until the next start");
+                }
+                self.ledger().release(spec.id);
+                return Err(error);
+            }
+        }
+        crash::point("create: named");
+        // Where this fails the image stays, and so does its promise: the next try finds it.
+        self.directory.sync().map_err(|error| self.fail("sync", error))?;
+        crash::point("create: name durable");
+        Ok(Outcome::Changed)
+    }
+
+    fn destroy(&self, id: VolumeId) -> Result<Outcome, BackingError> {
+        let proof = match self.exclusive(id) {
+            Ok(proof) => proof,
+            Err(BackingError::Missing { .. }) => {
+                self.ledger().release(id);
+                // Whoever removed it may have been killed before that was durable.
+                self.directory.sync().map_err(|error| self.fail("sync", error))?;
+                return Ok(Outcome::Unchanged);
+            }
+            Err(error) => return Err(error),
+        };
+        crash::point("destroy: exclusive");
+        self.directory.remove(&name_of(id)).map_err(|error| self.fail_on(id, "remove", error))?;
+        crash::point("destroy: removed");
+        // The space comes back with the last descriptor, and so must not be promised before.
+        drop(proof);
+        self.ledger().release(id);
+        self.directory.sync().map_err(|error| self.fail("sync", error))?;
+        crash::point("destroy: removal durable");
+        Ok(Outcome::Changed)
+    }
+
+    fn grow(&self, spec: &DeviceSpec) -> Result<Outcome, BackingError> {
+        self.check(spec)?;
+        let promised = self.promised(spec.id)?;
+        let image = self.image(spec.id, OFlags::RDWR)?;
+        let length = self.length(spec.id, &image)?;
+        if spec.layout.partition <= promised && spec.layout.disk.0 <= length {
+            return Ok(Outcome::Unchanged);
+        }
+        self.reserve(spec)?;
+        crash::point("grow: room promised");
+        if let Err(error) = self.enlarge(spec, &image, length, promised) {
+            // The attribute decides: it may have been written before the failure.
+            let now = self.promise(&image).unwrap_or(spec.layout.partition);
+            self.ledger().restore(spec.id, Some(now));
+            return Err(error);
+        }
+        let taken = self.taken(spec.id)?;
+        self.ledger().took(spec.id, taken);
+        crash::point("grow: durable");
+        Ok(Outcome::Changed)
+    }
+
+    fn exclusive(&self, id: VolumeId) -> Result<Box<dyn Exclusive>, BackingError> {
+        let held = match self.image(id, OFlags::RDWR)? {
+            Image::Held(held) => held,
+            Image::Opened(file) => {
+                let held = Held::take(file, self.abilities.fencing).map_err(|error| match error {
+                    TakeError::InUse(detail) => self.in_use(id, detail),
+                    TakeError::Io(error) => self.fail_on(id, "take a lease on", error),
+                })?;
+                let held = Arc::new(held);
+                let mut all = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+                all.retain(|_, held| held.strong_count() > 0);
+                all.insert(id, Arc::downgrade(&held));
+                held
+            }
+        };
+        if !held.holds().map_err(|error| self.fail_on(id, "look at the lease of", error))? {
+            return Err(self.in_use(id, "somebody is opening it at this moment"));
+        }
+        Ok(Box::new(Proof(held)))
+    }
+
+    fn write_table(&self, spec: &DeviceSpec, _proof: &dyn Exclusive) -> Result<(), BackingError> {
+        self.check(spec)?;
+        let id = spec.id;
+        // Not any proof will do: it must be this image's, from here, and still hold.
+        let held = self.held(id).ok_or_else(|| self.in_use(id, "the proof of exclusive use is another volume's"))?;
+        if !held.holds().map_err(|error| self.fail_on(id, "look at the lease of", error))? {
+            return Err(self.in_use(id, "somebody is opening it at this moment"));
+        }
+        let (promised, length) = (self.promised(id)?, self.length(id, &held.file)?);
+        if spec.layout.partition > promised {
+            return Err(self.mismatch(id, promised, spec.layout.partition));
+        }
+        if spec.layout.disk.0 > length {
+            return Err(self.mismatch(id, Bytes(length), spec.layout.disk));
+        }
+        image::write_tables(&held.file, id, spec.layout.partition, Bytes(length))
+            .map_err(|error| self.fail_taking(spec, "write the partition table of", error))?;
+        crash::point("table: durable");
+        Ok(())
+    }
+
+    /// The guest's journal before the partition does not count: it says that a guest meant to make a pool, which is no
+    /// reason not to make one. `zpool create` writes labels into the partition's first 512 KiB before anything else
+    /// can be in the pool, so a pool there is never missed.
+    fn ever_written(&self, spec: &DeviceSpec) -> Result<bool, BackingError> {
+        let image = self.image(spec.id, OFlags::RDONLY)?;
+        let end = DiskLayout::PARTITION_START.saturating_add(spec.layout.partition.0);
+        let length = self.length(spec.id, &image)?;
+        if length < end {
+            return Err(self.mismatch(spec.id, Bytes(length), spec.layout.disk));
+        }
+        image::has_data(&image, DiskLayout::PARTITION_START, end)
+            .map_err(|error| self.fail_on(spec.id, "look for data in", error))
+    }
+
+    fn device(&self, id: VolumeId) -> Result<PathBuf, BackingError> {
+        let name = name_of(id);
+        let path = self.directory.join(&name);
+        let ours = self.directory.stat(&name).map_err(|error| self.fail_on(id, "look at", error))?;
+        let found = std::fs::symlink_metadata(&path).ok();
+        // The path is for another process: it must lead to the image that is meant, whatever is mounted there by now.
+        match (ours, found) {
+            (Some(ours), Some(found))
+                if (ours.st_dev, ours.st_ino) == (found.dev(), found.ino())
+                    && FileType::from_raw_mode(ours.st_mode) == FileType::RegularFile =>
+            {
+                Ok(path)
+            }
+            _ => Err(self.missing(id)),
+        }
+    }
+
+    fn allocated(&self, id: VolumeId) -> Result<Bytes, BackingError> {
+        let stat = self.directory.stat(&name_of(id)).map_err(|error| self.fail_on(id, "look at", error))?;
+        let stat = stat.ok_or_else(|| self.missing(id))?;
+        Ok(Bytes(stat.st_blocks.unsigned_abs() * STAT_BLOCK))
+    }
+
+    fn capacity(&self) -> Result<Capacity, BackingError> {
+        self.measure(FIGURE_AGE)?;
+        let free = self.free()?;
+        Ok(self.ledger().capacity(free))
+    }
+
+    fn location(&self) -> &Path {
+        self.directory.path()
+    }
+}
