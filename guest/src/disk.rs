@@ -65,7 +65,11 @@ pub async fn settle_partition<M: Machine + ?Sized>(
     wanted: Bytes,
 ) -> Result<(Bytes, Step), VolumeError> {
     let failed = |what: &'static str| move |fault| VolumeError::failed(id, what, fault);
-    let table = disk.table.as_ref().map_err(|reason| VolumeError::Table { id, disk: disk.name.clone(), reason: reason.clone() })?;
+    let table = disk.table.as_ref().map_err(|reason| VolumeError::Table {
+        id,
+        disk: disk.name.clone(),
+        reason: reason.clone(),
+    })?;
     if table.partition_start != DiskLayout::PARTITION_START || table.partition_bytes > disk.size.0 {
         let reason = format!("its partition lies at {}, {} bytes long", table.partition_start, table.partition_bytes);
         return Err(VolumeError::Table { id, disk: disk.name.clone(), reason });

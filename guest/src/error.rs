@@ -24,7 +24,9 @@ pub enum VolumeError {
         disks: String,
     },
     /// Its disk is there more than once.
-    #[error("volume {id}: more than one disk has this GUID, and using the wrong one could lose data; disks seen: {disks}")]
+    #[error(
+        "volume {id}: more than one disk has this GUID, and using the wrong one could lose data; disks seen: {disks}"
+    )]
     ManyDisks {
         /// The volume.
         id: VolumeId,

@@ -15,7 +15,7 @@ mod linux;
 #[cfg(test)]
 pub(crate) mod simulated;
 
-pub use linux::LinuxMachine;
+pub use linux::{LinuxMachine, ZfsLoaded};
 
 /// A disk as the kernel shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use tonic::Code;
 
 use crate::machine::Machine;
-use crate::request::{self, Method, Peek};
+use crate::request::{self, Peek};
 use crate::ttrpc::{self, HEADER_BYTES, Header, MAX_BUFFERED};
 use crate::volumes::Volumes;
 
@@ -212,7 +212,12 @@ impl<M: Machine> Connection<M> {
     /// Sends a whole frame to the host. Where that fails the connection is at its end, which the loops notice.
     async fn reply(&self, frame: &[u8]) {
         let mut to = self.to_host.lock().await;
-        if let Err(error) = async { to.write_all(frame).await?; to.flush().await }.await {
+        if let Err(error) = async {
+            to.write_all(frame).await?;
+            to.flush().await
+        }
+        .await
+        {
             tracing::warn!("an answer could not be sent to the host: {error}");
         }
     }

@@ -243,9 +243,12 @@ fn volume_storage(bytes: &[u8]) -> Result<Option<VolumeStorage>, RequestError> {
         _ => return Err(RequestError::ManySpecs(mount_point)),
     };
     match VolumeSpec::decode(value) {
-        Ok(spec) => {
-            Ok(Some(VolumeStorage { spec, mount_point, options, fs_group: storage.fs_group.map(|group| group.group_id) }))
-        }
+        Ok(spec) => Ok(Some(VolumeStorage {
+            spec,
+            mount_point,
+            options,
+            fs_group: storage.fs_group.map(|group| group.group_id),
+        })),
         Err(source) => Err(RequestError::Spec { mount_point, source }),
     }
 }

@@ -192,11 +192,8 @@ impl<M: Machine> Volumes<M> {
         deadline: Instant,
     ) -> Result<Option<Use>, VolumeError> {
         let volume = self.volume(wanted.spec.id);
-        let overrun = || VolumeError::Overrun {
-            id: volume.id,
-            waited: started.elapsed(),
-            progress: volume.progress.to_string(),
-        };
+        let overrun =
+            || VolumeError::Overrun { id: volume.id, waited: started.elapsed(), progress: volume.progress.to_string() };
         let work = async {
             loop {
                 self.ready(&volume, wanted, run).await?;
@@ -213,7 +210,12 @@ impl<M: Machine> Volumes<M> {
     }
 
     /// Mounts for a container; the gate is held. `None` when the pool is no longer imported.
-    async fn mount(&self, volume: &Volume, container: &str, wanted: &Wanted) -> Option<Result<Option<Use>, VolumeError>> {
+    async fn mount(
+        &self,
+        volume: &Volume,
+        container: &str,
+        wanted: &Wanted,
+    ) -> Option<Result<Option<Use>, VolumeError>> {
         let usage = Use { container: container.to_owned(), mount_point: wanted.mount_point.clone() };
         if let Some(other) = self.at(&wanted.mount_point).filter(|other| *other != volume.id) {
             let reason = format!("volume {other} is mounted at {} already", wanted.mount_point.display());
@@ -298,7 +300,10 @@ impl<M: Machine> Volumes<M> {
 
     async fn release_if_idle(&self, volume: &Volume) {
         let _gate = volume.gate.lock().await;
-        let idle = { let state = volume.state(); state.uses.is_empty() && state.run.is_none() };
+        let idle = {
+            let state = volume.state();
+            state.uses.is_empty() && state.run.is_none()
+        };
         if idle {
             self.close(volume).await;
         }
@@ -339,7 +344,10 @@ impl<M: Machine> Volumes<M> {
         }
         let all = async { while tasks.join_next().await.is_some() {} };
         if tokio::time::timeout(RELEASE, all).await.is_err() {
-            tracing::error!("releasing volumes takes longer than {} s; it goes on in the background", RELEASE.as_secs());
+            tracing::error!(
+                "releasing volumes takes longer than {} s; it goes on in the background",
+                RELEASE.as_secs()
+            );
             tasks.detach_all();
         }
     }

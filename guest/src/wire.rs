@@ -215,7 +215,8 @@ mod tests {
     #[test]
     fn a_longer_than_needed_varint_is_kept_as_it_was_sent() {
         let message = [0x88, 0x00, 0x81, 0x80, 0x00, 0x12, 0x82, 0x00, b'h', b'i', 0x18, 1];
-        let out = rewrite(&message, |field| Ok::<_, WireError>(if field.number == 3 { Edit::Drop } else { Edit::Keep }));
+        let out =
+            rewrite(&message, |field| Ok::<_, WireError>(if field.number == 3 { Edit::Drop } else { Edit::Keep }));
         assert_eq!(out.unwrap().unwrap(), message[..10]);
     }
 

@@ -1,4 +1,325 @@
-//! x
-/// x
+//! The machine as it is.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use zpod_volume::{Bytes, PoolName, SECTOR, VolumeId, gpt};
+
+use super::{Disk, Fault, Health, Machine, MountFlags, PoolReport, PoolState, Properties, Scrub, Step, Usage};
+use crate::sys::{PartitionChange, change_partition};
+use crate::zfs::Tools;
+use crate::{mounts, ownership};
+
+/// How long a call of the kernel is waited for: unmounting waits for writing out.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// How long files may be given to a group.
+const OWN_DEADLINE: Duration = Duration::from_secs(600);
+/// Names of block devices that are no disks of the virtual machine. A pool inside a volume could hold block devices
+/// (`zd`) with any table in them.
+const NOT_DISKS: [&str; 11] = ["loop", "ram", "zram", "zd", "dm-", "md", "sr", "fd", "nbd", "mtd", "drbd"];
+
+const BLOCK: &str = "/sys/class/block";
+const ARC_MAX: &str = "/sys/module/zfs/parameters/zfs_arc_max";
+/// OpenZFS ignores a smaller one (`zfs_arc_max` in zfs(4)).
+const ARC_FLOOR: u64 = 64 << 20;
+
+/// Whether the ZFS modules are loaded: `None` until that is known.
+pub type ZfsLoaded = watch::Receiver<Option<Result<(), String>>>;
+
+/// The machine as it is.
 #[derive(Debug)]
-pub struct LinuxMachine;
+pub struct LinuxMachine {
+    tools: Tools,
+    links: PathBuf,
+    zfs: ZfsLoaded,
+    /// Mount points that were made here, to be removed with their mounts.
+    made: Arc<Mutex<BTreeSet<PathBuf>>>,
+}
+
+impl LinuxMachine {
+    /// The machine, with our files below `root` (`/zpod`).
+    pub fn new(root: &Path, zfs: ZfsLoaded) -> Self {
+        Self { tools: Tools::below(root), links: root.join("disks"), zfs, made: Arc::default() }
+    }
+}
+
+/// Runs what may block, for at most so long. What does not end holds a thread; there are many, and the machine is lost
+/// by then.
+async fn blocking<T: Send + 'static>(
+    what: impl Into<String> + Send,
+    deadline: Duration,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, Fault> {
+    let what = what.into();
+    match tokio::time::timeout(deadline, tokio::task::spawn_blocking(work)).await {
+        Ok(Ok(Ok(value))) => Ok(value),
+        Ok(Ok(Err(error))) => {
+            Err(Fault { busy: error.kind() == io::ErrorKind::ResourceBusy, text: format!("{what}: {error}") })
+        }
+        Ok(Err(_)) => Err(Fault::new(format!("{what}: cut off"))),
+        Err(_) => Err(Fault::new(format!("{what}: not done after {} s", deadline.as_secs()))),
+    }
+}
+
+fn sys_number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+fn device(name: &str) -> PathBuf {
+    Path::new("/dev").join(name)
+}
+
+/// The name of a disk's first partition: `vda1`, `nvme0n1p1`.
+fn first_partition(disk: &str) -> String {
+    let separator = if disk.ends_with(|last: char| last.is_ascii_digit()) { "p" } else { "" };
+    format!("{disk}{separator}1")
+}
+
+/// Opens a disk for reading what is on it, and not what was there when it was last looked at: ZFS writes to the
+/// partition, past the cache of the whole disk.
+fn open_uncached(name: &str) -> io::Result<File> {
+    let file = File::open(device(name))?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    Ok(file)
+}
+
+fn table(name: &str) -> Result<gpt::Header, String> {
+    let mut bytes = vec![0; gpt::PRIMARY_BYTES];
+    let read = open_uncached(name).and_then(|file| file.read_exact_at(&mut bytes, 0));
+    read.map_err(|error| format!("can't be read: {error}"))?;
+    gpt::decode(&bytes).map_err(|error| error.to_string())
+}
+
+fn scan() -> io::Result<Vec<Disk>> {
+    let mut disks = Vec::new();
+    for entry in fs::read_dir(BLOCK)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let directory = Path::new(BLOCK).join(&name);
+        let virtual_ = NOT_DISKS.iter().any(|prefix| name.starts_with(prefix));
+        let size = sys_number(&directory.join("size")).unwrap_or(0).saturating_mul(SECTOR);
+        if virtual_ || directory.join("partition").exists() || size == 0 {
+            continue;
+        }
+        let sequence = sys_number(&directory.join("diskseq")).unwrap_or(0);
+        disks.push(Disk { table: table(&name), name, sequence, size: Bytes(size) });
+    }
+    disks.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(disks)
+}
+
+fn tell_partition(disk: &str, start: u64, size: Bytes) -> io::Result<Step> {
+    let known = Path::new(BLOCK).join(first_partition(disk));
+    let sectors = |name| sys_number(&known.join(name)).and_then(|sectors| sectors.checked_mul(SECTOR));
+    let change = match (sectors("start"), sectors("size")) {
+        (Some(at), Some(now)) if at == start && now == size.0 => return Ok(Step::Unchanged),
+        (Some(at), Some(_)) if at == start => PartitionChange::Resize,
+        (None, _) => PartitionChange::Add,
+        (Some(at), _) => {
+            return Err(io::Error::other(format!("the kernel has its partition at {at}, the table at {start}")));
+        }
+    };
+    change_partition(&File::open(device(disk))?, change, 1, start, size)?;
+    Ok(Step::Changed)
+}
+
+fn quarter_of_memory() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok());
+    let kib: u64 = total.ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal"))?;
+    Ok((kib << 10) / 4)
+}
+
+#[async_trait]
+impl Machine for LinuxMachine {
+    async fn zfs_ready(&self) -> Result<(), Fault> {
+        let mut zfs = self.zfs.clone();
+        match zfs.wait_for(Option::is_some).await.map(|loaded| loaded.clone()) {
+            Ok(Some(Ok(()))) => Ok(()),
+            Ok(Some(Err(text))) => Err(Fault::new(text)),
+            Ok(None) | Err(_) => Err(Fault::new("loading the ZFS modules was cut off")),
+        }
+    }
+
+    fn zfs_version(&self) -> String {
+        fs::read_to_string("/sys/module/zfs/version").unwrap_or_default().trim().to_owned()
+    }
+
+    async fn disks(&self) -> Result<Vec<Disk>, Fault> {
+        blocking("listing the disks", DEADLINE, scan).await
+    }
+
+    async fn read(&self, disk: &Disk, offset: u64, length: usize) -> Result<Vec<u8>, Fault> {
+        let name = disk.name.clone();
+        blocking(format!("reading disk {name}"), DEADLINE, move || {
+            let mut bytes = vec![0; length];
+            open_uncached(&name)?.read_exact_at(&mut bytes, offset)?;
+            Ok(bytes)
+        })
+        .await
+    }
+
+    async fn write(&self, disk: &Disk, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let (name, bytes) = (disk.name.clone(), bytes.to_vec());
+        blocking(format!("writing disk {name}"), DEADLINE, move || {
+            let file = OpenOptions::new().write(true).open(device(&name))?;
+            file.write_all_at(&bytes, offset)?;
+            file.sync_all()
+        })
+        .await
+    }
+
+    async fn partition(&self, disk: &Disk, start: u64, size: Bytes) -> Result<Step, Fault> {
+        let name = disk.name.clone();
+        blocking(format!("partition of {name}"), DEADLINE, move || tell_partition(&name, start, size)).await
+    }
+
+    async fn link(&self, id: VolumeId, disk: &Disk) -> Result<PathBuf, Fault> {
+        let (links, target) = (self.links.clone(), device(&first_partition(&disk.name)));
+        blocking("naming the disk", DEADLINE, move || {
+            fs::create_dir_all(&links)?;
+            let (link, new) = (links.join(id.to_string()), links.join(format!("{id}.new")));
+            if fs::read_link(&link).is_ok_and(|now| now == target) {
+                return Ok(link);
+            }
+            let _ = fs::remove_file(&new);
+            symlink(&target, &new)?;
+            fs::rename(&new, &link)?;
+            Ok(link)
+        })
+        .await
+    }
+
+    async fn health(&self, pool: &PoolName) -> Result<Option<Health>, Fault> {
+        // A kstat: memory, never a disk.
+        match fs::read_to_string(format!("/proc/spl/kstat/zfs/{pool}/state")) {
+            Ok(word) => Ok(Some(Health::parse(&word))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Fault::new(format!("reading the state of pool {pool}: {error}"))),
+        }
+    }
+
+    async fn pool(&self, pool: &PoolName) -> Result<PoolState, Fault> {
+        self.tools.pool(pool).await
+    }
+
+    async fn report(&self, pool: &PoolName) -> Result<PoolReport, Fault> {
+        self.tools.report(pool).await
+    }
+
+    async fn import(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
+        self.tools.import(pool, device).await
+    }
+
+    async fn create_pool(
+        &self,
+        pool: &PoolName,
+        device: &Path,
+        properties: &[(String, String)],
+        force: bool,
+    ) -> Result<(), Fault> {
+        self.tools.create_pool(pool, device, properties, force).await
+    }
+
+    async fn create_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
+        self.tools.create_dataset(dataset, properties).await
+    }
+
+    async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {
+        self.tools.dataset(dataset).await
+    }
+
+    async fn set_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
+        self.tools.set_dataset(dataset, properties).await
+    }
+
+    async fn set_pool(&self, pool: &PoolName, key: &str, value: &str) -> Result<(), Fault> {
+        self.tools.set_pool(pool, key, value).await
+    }
+
+    async fn expand(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
+        self.tools.expand(pool, device).await
+    }
+
+    async fn resume(&self, pool: &PoolName, suspended: bool) -> Result<(), Fault> {
+        self.tools.resume(pool, suspended).await
+    }
+
+    async fn sync(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.tools.sync(pool).await
+    }
+
+    async fn export(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.tools.export(pool).await
+    }
+
+    async fn scrub(&self, pool: &PoolName, action: Scrub) -> Result<(), Fault> {
+        self.tools.scrub(pool, action).await
+    }
+
+    async fn mount(&self, dataset: &str, target: &Path, flags: MountFlags) -> Result<Step, Fault> {
+        let (dataset, target, made) = (dataset.to_owned(), target.to_owned(), Arc::clone(&self.made));
+        blocking(format!("mounting {dataset} at {}", target.display()), DEADLINE, move || {
+            if !target.is_dir() {
+                fs::create_dir_all(&target)?;
+                made.lock().unwrap_or_else(PoisonError::into_inner).insert(target.clone());
+            }
+            mounts::mount(&dataset, &target, flags)
+        })
+        .await
+    }
+
+    async fn unmount(&self, target: &Path, lazy: bool) -> Result<Step, Fault> {
+        let (target, made) = (target.to_owned(), Arc::clone(&self.made));
+        blocking(format!("unmounting {}", target.display()), DEADLINE, move || {
+            let step = mounts::unmount(&target, lazy)?;
+            if made.lock().unwrap_or_else(PoisonError::into_inner).remove(&target) {
+                // The directory was ours; whoever has put something in it keeps it.
+                let _ = fs::remove_dir(&target);
+            }
+            Ok(step)
+        })
+        .await
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, Fault> {
+        let target = target.to_owned();
+        blocking(format!("usage of {}", target.display()), Duration::from_secs(5), move || {
+            let stat = rustix::fs::statvfs(&target)?;
+            let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+            Ok(Usage {
+                total_bytes: bytes(stat.f_blocks),
+                available_bytes: bytes(stat.f_bavail),
+                used_bytes: bytes(stat.f_blocks.saturating_sub(stat.f_bfree)),
+                total_inodes: stat.f_files,
+                available_inodes: stat.f_ffree,
+                used_inodes: stat.f_files.saturating_sub(stat.f_ffree),
+            })
+        })
+        .await
+    }
+
+    async fn own(&self, target: &Path, group: u32) -> Result<Step, Fault> {
+        let target = target.to_owned();
+        let end = Instant::now() + OWN_DEADLINE;
+        let what = format!("giving {} to group {group}", target.display());
+        blocking(what, OWN_DEADLINE + DEADLINE, move || Ok(ownership::own(&target, group, end)?)).await
+    }
+
+    async fn limit_arc(&self, limit: Option<Bytes>) -> Result<(), Fault> {
+        blocking("bounding the ARC", DEADLINE, move || {
+            let bytes = match limit {
+                Some(limit) => limit.0,
+                None => quarter_of_memory()?.max(ARC_FLOOR),
+            };
+            fs::write(ARC_MAX, bytes.to_string())
+        })
+        .await
+    }
+}

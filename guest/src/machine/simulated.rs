@@ -62,7 +62,10 @@ impl SimDisk {
     fn get(&self, offset: u64, length: usize) -> Vec<u8> {
         let labels = self.labels && offset == DiskLayout::PARTITION_START;
         let blank = if labels { vec![1; 512] } else { vec![0; 512] };
-        (0..length).step_by(512).flat_map(|at| self.blocks.get(&(offset + at as u64)).unwrap_or(&blank).clone()).collect()
+        (0..length)
+            .step_by(512)
+            .flat_map(|at| self.blocks.get(&(offset + at as u64)).unwrap_or(&blank).clone())
+            .collect()
     }
 
     pub(crate) fn scribble(&mut self, offset: u64) {

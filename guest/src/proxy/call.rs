@@ -20,8 +20,8 @@ use crate::error::VolumeError;
 use crate::machine::{Machine, MountFlags, Usage};
 use crate::request::{CreateContainer, Envelope, Method, VolumeStorage};
 use crate::ttrpc::{self, Header, Outcome};
-use crate::volumes::status::{DETAIL_AGE, Snapshot};
 use crate::volumes::Wanted;
+use crate::volumes::status::{DETAIL_AGE, Snapshot};
 
 /// How long volumes are worked on for a caller who does not say how long it waits. Kata's runtimes wait 30 and 60 s.
 const NO_TIMEOUT: Duration = Duration::from_secs(60);

@@ -274,7 +274,7 @@ async fn frames_of_any_kind_and_length_pass_byte_for_byte() {
     let world = world(&[]);
     let mut session = world.session().await;
     let big = request(5, "CopyFile", vec![7; 9 << 20], 0);
-    let mut frames = vec![
+    let mut frames = [
         Header { length: 0, stream: 1, kind: 3, flags: 5 }.frame(&[]),
         Header { length: 0, stream: 1, kind: 77, flags: 255 }.frame(&[0xff; 1000]),
         Header { length: 0, stream: 3, kind: REQUEST, flags: 0 }.frame(&[]),

@@ -78,7 +78,8 @@ fn our_storage_and_our_option_go_and_the_rest_stays() {
         ..CreateContainerRequest::default()
     };
     let option = spec("pvc-1").to_option();
-    let sent = message(vec![other_storage("a"), zfs_storage("pvc-1"), other_storage("b")], vec!["rbind".into(), option]);
+    let sent =
+        message(vec![other_storage("a"), zfs_storage("pvc-1"), other_storage("b")], vec!["rbind".into(), option]);
     let wanted = message(vec![other_storage("a"), other_storage("b")], vec!["rbind".into()]);
     let tail = unknown(b"from the future");
 
@@ -100,7 +101,8 @@ fn a_request_without_volumes_is_left_alone() {
 
 #[test]
 fn a_zfs_storage_that_is_not_ours_never_reaches_the_agent() {
-    let cases: [(fn(&mut Storage), &str); 4] = [
+    type Spoil = fn(&mut Storage);
+    let cases: [(Spoil, &str); 4] = [
         (|s| s.options.clear(), "no zpod= option"),
         (|s| s.options[1] = "zpod=e30".into(), "not a VolumeSpec"),
         (|s| s.options[1] = "zpod=%".into(), "not base64url"),

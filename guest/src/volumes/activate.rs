@@ -29,8 +29,7 @@ enum Opened {
 }
 
 /// Flags of our own mount: nothing is run from it.
-const BASE_FLAGS: MountFlags =
-    MountFlags { read_only: false, noexec: true, nosuid: true, nodev: true, noatime: true };
+const BASE_FLAGS: MountFlags = MountFlags { read_only: false, noexec: true, nosuid: true, nodev: true, noatime: true };
 
 impl<M: Machine> Activation<'_, M> {
     pub(super) async fn run(&self, previous: Option<Active>, base: PathBuf) -> Result<Active, VolumeError> {
@@ -64,7 +63,10 @@ impl<M: Machine> Activation<'_, M> {
         self.machine.mount(&spec.dataset(), &base, BASE_FLAGS).await.map_err(self.failed("mounting it"))?;
         if let Some(group) = self.request.fs_group {
             self.progress.stage("giving its files to the pod's group (fsGroup)");
-            self.machine.own(&base, group).await.map_err(self.failed("giving its files to the pod's group (fsGroup)"))?;
+            self.machine
+                .own(&base, group)
+                .await
+                .map_err(self.failed("giving its files to the pod's group (fsGroup)"))?;
         }
         Ok(Active { request: self.request.clone(), disk, partition, quota, base })
     }
@@ -236,7 +238,10 @@ fn number(properties: &Properties, key: &str) -> u64 {
     properties.get(key).and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
-fn different(now: &Properties, wanted: impl Iterator<Item = (String, String)>) -> impl Iterator<Item = (String, String)> {
+fn different(
+    now: &Properties,
+    wanted: impl Iterator<Item = (String, String)>,
+) -> impl Iterator<Item = (String, String)> {
     wanted.filter(|(key, value)| now.get(key).is_none_or(|now| !same(now, value)))
 }
 

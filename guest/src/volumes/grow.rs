@@ -62,7 +62,12 @@ impl<M: Machine> Volumes<M> {
     ///
     /// # Errors
     /// When one is unknown, of the wrong kind or not allowed that value; then none is set.
-    pub async fn set_properties(&self, id: VolumeId, pool: &Properties, dataset: &Properties) -> Result<(), VolumeError> {
+    pub async fn set_properties(
+        &self,
+        id: VolumeId,
+        pool: &Properties,
+        dataset: &Properties,
+    ) -> Result<(), VolumeError> {
         for (kind, properties) in [(PropertyKind::Pool, pool), (PropertyKind::Dataset, dataset)] {
             for (key, value) in properties {
                 check(id, kind, key, value)?;

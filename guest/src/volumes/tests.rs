@@ -76,7 +76,11 @@ async fn a_fresh_volume_is_made_mounted_and_exported_with_its_last_user() {
     volumes.release_container("c1").await;
     assert_eq!((volumes.machine().mounts().len(), volumes.machine().imported().len()), (0, 0));
     let steps = volumes.machine().steps();
-    assert!(steps.ends_with(&["sync".into(), format!("unmount /zpod/volumes/{}", spec("a", true).id), "export".into()]));
+    assert!(steps.ends_with(&[
+        "sync".into(),
+        format!("unmount /zpod/volumes/{}", spec("a", true).id),
+        "export".into()
+    ]));
 }
 
 #[tokio::test(start_paused = true)]
@@ -173,7 +177,10 @@ async fn a_blank_disk_where_data_is_expected_is_refused_and_nothing_is_formatted
     let error = prepare(&volumes, "c1", wanted("a", false, "/m1")).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::FailedPrecondition);
     let text = error.to_string();
-    assert!(text.contains(&spec("a", false).id.to_string()) && text.contains("vda") && text.contains("blank"), "{text}");
+    assert!(
+        text.contains(&spec("a", false).id.to_string()) && text.contains("vda") && text.contains("blank"),
+        "{text}"
+    );
     assert_eq!(count(&volumes, "create"), 0);
     assert_eq!(count(&volumes, "write"), 0);
 }
@@ -238,7 +245,7 @@ async fn an_overrun_says_how_far_it_is_and_the_retry_finds_it_done() {
     let missing = guest(&disks);
     let error = missing.prepare("c1", &[wanted("b", true, "/m")], Instant::now() + Duration::from_secs(2)).await;
     let error = error.unwrap_err().to_string();
-    assert!(error.contains("waiting for its disk for 2.0 s (vda (") , "{error}");
+    assert!(error.contains("waiting for its disk for 2.0 s (vda ("), "{error}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,0 +1,153 @@
+//! The control service: what the node asks of this guest over vsock. Parses, calls, maps.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use zpod_proto::guest::guest_server::{Guest, GuestServer};
+use zpod_proto::guest::scrub_request::Action;
+use zpod_proto::guest::{
+    GrowRequest, GrowResponse, Health, ScrubRequest, ScrubResponse, SetPropertiesRequest, SetPropertiesResponse,
+    StatusRequest, StatusResponse, SyncRequest, SyncResponse, VolumeStatus, WatchRequest,
+};
+use zpod_volume::{Bytes, VolumeId};
+
+use crate::machine::{self, Machine, Scrub};
+use crate::volumes::Volumes;
+use crate::volumes::status::{DETAIL_AGE, Snapshot};
+
+/// Longest message that is taken.
+const MESSAGE: usize = 64 << 10;
+/// How often a watched state is looked at, and how often it is sent when it stays the same.
+const LOOK: Duration = Duration::from_secs(1);
+const REPEAT: Duration = Duration::from_secs(30);
+/// How old details may be for who asks once.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// The control service.
+#[derive(Debug)]
+pub struct Control<M> {
+    volumes: Arc<Volumes<M>>,
+}
+
+impl<M: Machine> Control<M> {
+    /// The service for these volumes, with its messages bounded.
+    pub fn server(volumes: Arc<Volumes<M>>) -> GuestServer<Self> {
+        GuestServer::new(Self { volumes }).max_decoding_message_size(MESSAGE)
+    }
+}
+
+async fn state<M: Machine>(volumes: &Volumes<M>, age: Duration) -> StatusResponse {
+    StatusResponse {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        zfs_version: volumes.machine().zfs_version(),
+        volumes: volumes.status(age).await.into_iter().map(volume_status).collect(),
+    }
+}
+
+fn volume_status(snapshot: Snapshot) -> VolumeStatus {
+    let message = snapshot.problem().unwrap_or_default();
+    let (usage, details) = (snapshot.usage, snapshot.details);
+    VolumeStatus {
+        volume_id: snapshot.id.to_string(),
+        pool: snapshot.pool.to_string(),
+        health: match snapshot.health {
+            None => Health::Unavail,
+            Some(machine::Health::Online) => Health::Online,
+            Some(machine::Health::Degraded) => Health::Degraded,
+            Some(machine::Health::Faulted) => Health::Faulted,
+            Some(machine::Health::Unavailable) => Health::Unavail,
+            Some(machine::Health::Suspended) => Health::Suspended,
+        }
+        .into(),
+        message,
+        total_bytes: usage.total_bytes,
+        used_bytes: usage.used_bytes,
+        available_bytes: usage.available_bytes,
+        total_inodes: usage.total_inodes,
+        used_inodes: usage.used_inodes,
+        available_inodes: usage.available_inodes,
+        partition_bytes: snapshot.partition.0,
+        disk_bytes: snapshot.disk.0,
+        pool_allocated_bytes: details.allocated,
+        compress_ratio: details.compress_ratio,
+        read_errors: details.report.read_errors,
+        write_errors: details.report.write_errors,
+        checksum_errors: details.report.checksum_errors,
+        data_errors: details.report.data_errors,
+        containers: snapshot.containers.into_iter().collect(),
+        quota_bytes: snapshot.quota,
+        token: snapshot.token.to_string(),
+    }
+}
+
+fn id(text: &str) -> Result<VolumeId, Status> {
+    text.parse().map_err(|error: zpod_volume::ParseNameError| Status::invalid_argument(format!("volume_id: {error}")))
+}
+
+#[tonic::async_trait]
+impl<M: Machine> Guest for Control<M> {
+    type WatchStream = ReceiverStream<Result<StatusResponse, Status>>;
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        Ok(Response::new(state(&self.volumes, FRESH).await))
+    }
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let (sender, receiver) = mpsc::channel(1);
+        let volumes = Arc::clone(&self.volumes);
+        tokio::spawn(async move {
+            let mut sent: Option<(StatusResponse, Instant)> = None;
+            while !sender.is_closed() {
+                let now = state(&volumes, DETAIL_AGE).await;
+                let quiet = sent.as_ref().is_some_and(|(last, at)| *last == now && at.elapsed() < REPEAT);
+                if !quiet {
+                    if sender.send(Ok(now.clone())).await.is_err() {
+                        return;
+                    }
+                    sent = Some((now, Instant::now()));
+                }
+                tokio::time::sleep(LOOK).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn grow(&self, request: Request<GrowRequest>) -> Result<Response<GrowResponse>, Status> {
+        let request = request.into_inner();
+        let (capacity, partition) = (Bytes(request.capacity_bytes), Bytes(request.partition_bytes));
+        let grown = self.volumes.grow(id(&request.volume_id)?, capacity, partition).await?;
+        Ok(Response::new(GrowResponse { capacity_bytes: grown.capacity.0, partition_bytes: grown.partition.0 }))
+    }
+
+    async fn set_properties(
+        &self,
+        request: Request<SetPropertiesRequest>,
+    ) -> Result<Response<SetPropertiesResponse>, Status> {
+        let request = request.into_inner();
+        let pool = request.pool_properties.into_iter().collect();
+        let dataset = request.dataset_properties.into_iter().collect();
+        self.volumes.set_properties(id(&request.volume_id)?, &pool, &dataset).await?;
+        Ok(Response::new(SetPropertiesResponse {}))
+    }
+
+    async fn sync(&self, request: Request<SyncRequest>) -> Result<Response<SyncResponse>, Status> {
+        self.volumes.sync(id(&request.into_inner().volume_id)?).await?;
+        Ok(Response::new(SyncResponse {}))
+    }
+
+    async fn scrub(&self, request: Request<ScrubRequest>) -> Result<Response<ScrubResponse>, Status> {
+        let request = request.into_inner();
+        let action = match Action::try_from(request.action) {
+            Ok(Action::Start) => Scrub::Start,
+            Ok(Action::Pause) => Scrub::Pause,
+            Ok(Action::Stop) => Scrub::Stop,
+            Err(_) => return Err(Status::invalid_argument(format!("action: {} is not known", request.action))),
+        };
+        self.volumes.scrub(id(&request.volume_id)?, action).await?;
+        Ok(Response::new(ScrubResponse {}))
+    }
+}

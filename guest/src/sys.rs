@@ -1,0 +1,68 @@
+//! The one module with unsafe code: a call of the kernel that no crate wraps.
+
+#![allow(unsafe_code)]
+
+use std::ffi::{c_int, c_longlong, c_void};
+use std::fs::File;
+use std::io;
+
+use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
+use zpod_volume::Bytes;
+
+/// `BLKPG`, `_IO(0x12, 105)` (include/uapi/linux/blkpg.h).
+const BLKPG: Opcode = opcode::none(0x12, 105);
+
+/// What is done to the kernel's idea of a partition. The disk itself is not written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum PartitionChange {
+    /// `BLKPG_ADD_PARTITION`
+    Add = 1,
+    /// `BLKPG_RESIZE_PARTITION`; works while the partition is in use.
+    Resize = 3,
+}
+
+/// `struct blkpg_ioctl_arg`
+#[repr(C)]
+struct Argument {
+    op: c_int,
+    flags: c_int,
+    length: c_int,
+    data: *const c_void,
+}
+
+/// `struct blkpg_partition`
+#[repr(C)]
+struct Partition {
+    start: c_longlong,
+    length: c_longlong,
+    number: c_int,
+    device_name: [u8; 64],
+    volume_name: [u8; 64],
+}
+
+/// Tells the kernel of partition `number` of a disk.
+///
+/// # Errors
+/// Those of the ioctl: EBUSY where it overlaps another one, EINVAL where it does not lie on the disk.
+pub fn change_partition(disk: &File, change: PartitionChange, number: i32, start: u64, size: Bytes) -> io::Result<()> {
+    let too_large = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let partition = Partition {
+        start: start.try_into().map_err(too_large)?,
+        length: size.0.try_into().map_err(too_large)?,
+        number,
+        device_name: [0; 64],
+        volume_name: [0; 64],
+    };
+    let argument = Argument {
+        op: change as c_int,
+        flags: 0,
+        length: size_of::<Partition>() as c_int,
+        data: (&raw const partition).cast(),
+    };
+    // SAFETY: BLKPG takes a `struct blkpg_ioctl_arg`, whose `data` points to a `struct blkpg_partition` of `length`
+    // bytes; both have the kernel's layout (repr(C), the types of the header) and outlive the call. The kernel only
+    // reads them for the two operations that `PartitionChange` can name.
+    unsafe { ioctl(disk, Setter::<BLKPG, Argument>::new(argument)) }?;
+    Ok(())
+}

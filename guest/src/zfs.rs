@@ -1,0 +1,212 @@
+//! The ZFS tools: the one module that runs `zpool` and `zfs`.
+//!
+//! # Design
+//! Always an argv, never a shell; a deadline for each command and a bound for its output. Answers are read as JSON
+//! (`-j`, OpenZFS 2.3), with plain numbers (`-p`). The tools come with their own libraries and loader, since Kata's
+//! initrd may have another C library, or none.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::process::Command;
+use zpod_volume::{PoolName, Property, PropertyKind};
+
+use crate::machine::{Fault, PoolReport, PoolState, Properties, Scrub};
+
+mod json;
+
+/// What most commands get. They take a fraction of a second, some seconds under emulation.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// An import reads the whole of a pool's metadata that is in use, after a crash also what was lost of it.
+const IMPORT_DEADLINE: Duration = Duration::from_secs(600);
+/// Longest output that is read.
+const OUTPUT: u64 = 1 << 20;
+/// Longest part of an error output that is repeated.
+const ERROR_TEXT: usize = 600;
+
+/// Properties of every pool. `cachefile=none`: nothing in the guest outlives it. `failmode=continue`: when the disk is
+/// lost, writes fail with EIO; with `wait` the container's processes would hang where no signal ends them, and the pod
+/// with them (zpoolprops(7)).
+const POOL: [&str; 4] = ["-o", "cachefile=none", "-o", "failmode=continue"];
+
+/// The tools and how they are run.
+#[derive(Debug, Clone)]
+pub struct Tools {
+    /// Dynamic loader and libraries to run them with; `None` runs them as they are.
+    loader: Option<(PathBuf, PathBuf)>,
+    directory: PathBuf,
+}
+
+impl Tools {
+    /// The tools of the guest image, below `root` (`/zpod`).
+    pub fn below(root: &Path) -> Self {
+        let libraries = root.join("lib");
+        let names = ["ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "ld64.so.2", "ld64.so.1"];
+        let loader = names.into_iter().map(|name| libraries.join(name)).find(|path| path.exists());
+        Self { loader: loader.map(|loader| (loader, libraries)), directory: root.join("bin") }
+    }
+
+    async fn run<S: AsRef<OsStr>>(&self, tool: &str, arguments: &[S], deadline: Duration) -> Result<Vec<u8>, Fault> {
+        let program = self.directory.join(tool);
+        let mut command = match &self.loader {
+            Some((loader, libraries)) => {
+                let mut command = Command::new(loader);
+                command.arg("--library-path").arg(libraries).arg(&program);
+                command
+            }
+            None => Command::new(&program),
+        };
+        command.args(arguments).env_clear().env("LC_ALL", "C").env("PATH", &self.directory);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        let name = || {
+            let arguments: Vec<_> = arguments.iter().map(|argument| argument.as_ref().to_string_lossy()).collect();
+            format!("{tool} {}", arguments.join(" "))
+        };
+        let mut child = command.spawn().map_err(|error| Fault::new(format!("{}: {error}", name())))?;
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let work = async { tokio::join!(bounded(stdout), bounded(stderr), child.wait()) };
+        let Ok((stdout, stderr, status)) = tokio::time::timeout(deadline, work).await else {
+            return Err(Fault::new(format!("{}: not done after {} s, given up", name(), deadline.as_secs())));
+        };
+        let status = status.map_err(|error| Fault::new(format!("{}: {error}", name())))?;
+        if status.success() {
+            return Ok(stdout);
+        }
+        let text: String = String::from_utf8_lossy(&stderr).trim().chars().take(ERROR_TEXT).collect();
+        Err(Fault { busy: text.contains("busy"), text: format!("{}: {status}: {text}", name()) })
+    }
+
+    async fn zpool<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<Vec<u8>, Fault> {
+        self.run("zpool", arguments, DEADLINE).await
+    }
+
+    /// What a pool says of itself.
+    ///
+    /// # Errors
+    /// When it is not imported or the tool fails; so for all of these calls.
+    pub async fn pool(&self, pool: &PoolName) -> Result<PoolState, Fault> {
+        let columns: Vec<_> = ["name", "allocated", "expandsize"].into_iter().chain(keys(PropertyKind::Pool)).collect();
+        let output = self.zpool(&["list", "-j", "-p", "-o", &columns.join(","), pool.as_str()]).await?;
+        json::pool(&output, pool)
+    }
+
+    /// How a pool fares.
+    pub async fn report(&self, pool: &PoolName) -> Result<PoolReport, Fault> {
+        json::report(&self.zpool(&["status", "-j", "-p", pool.as_str()]).await?, pool)
+    }
+
+    /// Imports a pool from one device. `-f`: another virtual machine had it, with another hostid; that it is gone is
+    /// the node's to prove (DESIGN: one kernel at a time). `-N`: nothing is mounted.
+    pub async fn import(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
+        let mut arguments: Vec<&OsStr> = vec!["import".as_ref(), "-d".as_ref(), device.as_ref()];
+        arguments.extend(["-N", "-f"].into_iter().chain(POOL).chain([pool.as_str()]).map(OsStr::new));
+        self.run("zpool", &arguments, IMPORT_DEADLINE).await.map(drop)
+    }
+
+    /// Makes a pool on one device, with nothing mounted.
+    pub async fn create_pool(
+        &self,
+        pool: &PoolName,
+        device: &Path,
+        properties: &[(String, String)],
+        force: bool,
+    ) -> Result<(), Fault> {
+        let settings = settings(properties);
+        let mut arguments = vec!["create"];
+        arguments.extend(force.then_some("-f"));
+        arguments.extend(POOL);
+        arguments.extend(settings.iter().flat_map(|setting| ["-o", setting]));
+        arguments.extend(["-O", "mountpoint=none", "-O", "canmount=off", pool.as_str()]);
+        let mut arguments: Vec<&OsStr> = arguments.into_iter().map(OsStr::new).collect();
+        arguments.push(device.as_ref());
+        self.run("zpool", &arguments, IMPORT_DEADLINE).await.map(drop)
+    }
+
+    /// Makes a dataset that is mounted by mount(2) only.
+    pub async fn create_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
+        let settings = settings(properties);
+        let mut arguments = vec!["create", "-o", "mountpoint=legacy"];
+        arguments.extend(settings.iter().flat_map(|setting| ["-o", setting]));
+        arguments.push(dataset);
+        self.run("zfs", &arguments, DEADLINE).await.map(drop)
+    }
+
+    /// Properties of a dataset right below its pool; `None` when there is none.
+    pub async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {
+        let more = ["quota", "refquota", "used", "referenced", "compressratio"];
+        let keys: Vec<_> = more.into_iter().chain(keys(PropertyKind::Dataset)).collect();
+        let pool = dataset.split('/').next().unwrap_or_default();
+        // Of the pool and what is in it: that a dataset is missing is no error then.
+        let arguments = ["get", "-j", "-p", "-r", "-d", "1", "-t", "filesystem", &keys.join(","), pool];
+        json::dataset(&self.run("zfs", &arguments, DEADLINE).await?, dataset)
+    }
+
+    /// Sets properties of a dataset.
+    pub async fn set_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
+        let settings = settings(properties);
+        let mut arguments = vec!["set"];
+        arguments.extend(settings.iter().map(String::as_str));
+        arguments.push(dataset);
+        self.run("zfs", &arguments, DEADLINE).await.map(drop)
+    }
+
+    /// Sets a property of a pool.
+    pub async fn set_pool(&self, pool: &PoolName, key: &str, value: &str) -> Result<(), Fault> {
+        self.zpool(&["set", &format!("{key}={value}"), pool.as_str()]).await.map(drop)
+    }
+
+    /// Lets a pool use all of its device.
+    pub async fn expand(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
+        let arguments: [&OsStr; 4] = ["online".as_ref(), "-e".as_ref(), pool.as_str().as_ref(), device.as_ref()];
+        self.zpool(&arguments).await.map(drop)
+    }
+
+    /// Opens the devices of a pool anew; `clear` also resumes a suspended one (zpool-clear(8)).
+    pub async fn resume(&self, pool: &PoolName, suspended: bool) -> Result<(), Fault> {
+        self.zpool(&[if suspended { "clear" } else { "reopen" }, pool.as_str()]).await.map(drop)
+    }
+
+    /// Writes out all that a pool holds in memory.
+    pub async fn sync(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.zpool(&["sync", pool.as_str()]).await.map(drop)
+    }
+
+    /// Exports a pool.
+    pub async fn export(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.zpool(&["export", pool.as_str()]).await.map(drop)
+    }
+
+    /// Starts, pauses or stops a scrub.
+    pub async fn scrub(&self, pool: &PoolName, action: Scrub) -> Result<(), Fault> {
+        let option = match action {
+            Scrub::Start => None,
+            Scrub::Pause => Some("-p"),
+            Scrub::Stop => Some("-s"),
+        };
+        let arguments: Vec<_> = ["scrub"].into_iter().chain(option).chain([pool.as_str()]).collect();
+        self.zpool(&arguments).await.map(drop)
+    }
+}
+
+fn keys(kind: PropertyKind) -> impl Iterator<Item = &'static str> {
+    Property::all().iter().filter(move |property| property.kind == kind).map(|property| property.key)
+}
+
+fn settings(properties: &[(String, String)]) -> Vec<String> {
+    properties.iter().map(|(key, value)| format!("{key}={value}")).collect()
+}
+
+/// Reads all of it and keeps the first part: a tool that is not read blocks.
+async fn bounded(from: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
+    let mut kept = Vec::new();
+    if let Some(from) = from {
+        let mut head = from.take(OUTPUT);
+        // What could not be read is missing from JSON, which then does not parse.
+        let _ = head.read_to_end(&mut kept).await;
+        let _ = tokio::io::copy(&mut head.into_inner(), &mut tokio::io::sink()).await;
+    }
+    kept
+}
