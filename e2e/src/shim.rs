@@ -35,6 +35,13 @@ pub enum Runtime {
     Go,
 }
 
+/// A container and the disks that it uses.
+#[derive(Debug, Default)]
+struct Held {
+    disks: Vec<PathBuf>,
+    capabilities: agent::LinuxCapabilities,
+}
+
 /// A disk that containers of the pod use.
 #[derive(Debug)]
 struct Disk {
@@ -51,7 +58,7 @@ pub struct Sandbox {
     _monitor: Monitor,
     direct_volumes: PathBuf,
     disks: BTreeMap<PathBuf, Disk>,
-    containers: HashMap<String, Vec<PathBuf>>,
+    containers: HashMap<String, Held>,
     substitutes: HashMap<PathBuf, PathBuf>,
     execs: u64,
     /// From power-on to the agent's first answer.
@@ -120,7 +127,8 @@ impl Sandbox {
 
     async fn create(&mut self, container: &Container) -> Result<()> {
         let (mut storages, mut mounts) = (Vec::new(), Vec::new());
-        self.containers.insert(container.id.clone(), Vec::new());
+        let held = Held { disks: Vec::new(), capabilities: container.capabilities() };
+        self.containers.insert(container.id.clone(), held);
         for mount in &container.mounts {
             let volume = DirectVolume::read(&self.direct_volumes, &mount.target)?;
             // Traps of the runtimes: see kata-contract, section 1.
@@ -152,13 +160,13 @@ impl Sandbox {
         }
         let Some(disk) = self.disks.get_mut(&device) else { bail!("{} got lost", device.display()) };
         disk.users += 1;
-        self.containers.entry(container.to_owned()).or_default().push(device);
+        self.containers.entry(container.to_owned()).or_default().disks.push(device);
         Ok(disk.source.clone())
     }
 
     /// Unplugs what nobody uses any more, right after the agent's answer, as the shims do.
     async fn release(&mut self, container: &str) -> Result<()> {
-        for device in self.containers.remove(container).unwrap_or_default() {
+        for device in self.containers.remove(container).unwrap_or_default().disks {
             let Some(disk) = self.disks.get_mut(&device) else { continue };
             disk.users -= 1;
             if disk.users == 0 {
@@ -194,10 +202,11 @@ impl Sandbox {
     pub async fn spawn(&mut self, container: &str, user: User, args: &[&str]) -> Result<Running> {
         self.execs += 1;
         let exec_id = format!("exec{}", self.execs);
+        let capabilities = self.containers.get(container).map(|held| held.capabilities.clone()).unwrap_or_default();
         let request = agent::ExecProcessRequest {
             container_id: container.into(),
             exec_id: exec_id.clone(),
-            process: Some(container::process(args, user)),
+            process: Some(container::process(args, user, capabilities)),
             ..Default::default()
         };
         self.agent.run("ExecProcess", &request).await?;

@@ -50,6 +50,19 @@ impl Container {
         Self { guest_mounts: guest_mounts.to_vec(), ..Self::new(id, []) }
     }
 
+    pub(super) fn capabilities(&self) -> agent::LinuxCapabilities {
+        // zpool(8) asks the kernel through /dev/zfs as an administrator.
+        let extra: &[&str] = if self.guest_mounts.is_empty() { &[] } else { &["CAP_SYS_ADMIN"] };
+        let all: Vec<String> = CAPABILITIES.iter().chain(extra).map(|&name| name.to_owned()).collect();
+        agent::LinuxCapabilities {
+            bounding: all.clone(),
+            effective: all.clone(),
+            inheritable: Vec::new(),
+            permitted: all,
+            ambient: Vec::new(),
+        }
+    }
+
     /// The spec, with the volumes' mounts as the runtime made them.
     pub(super) fn spec(&self, volumes: Vec<agent::Mount>) -> agent::Spec {
         let mut mounts = vec![mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])];
@@ -65,7 +78,7 @@ impl Container {
             ["mount", "ipc", "uts"].map(|kind| agent::LinuxNamespace { r#type: kind.into(), ..Default::default() });
         agent::Spec {
             version: "1.1.0".into(),
-            process: Some(process(&["/bin/sleep", "1000000"], User::ROOT)),
+            process: Some(process(&["/bin/sleep", "1000000"], User::ROOT, self.capabilities())),
             root: Some(agent::Root { path: ROOTFS.into(), readonly: false }),
             hostname: "e2e".into(),
             mounts,
@@ -78,6 +91,24 @@ impl Container {
         }
     }
 }
+
+/// containerd's defaults.
+const CAPABILITIES: [&str; 14] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
+];
 
 /// Who a process runs as.
 #[derive(Debug, Clone, Copy)]
@@ -93,12 +124,13 @@ impl User {
     pub const ROOT: Self = Self { uid: 0, group: None };
 }
 
-pub(super) fn process(args: &[&str], user: User) -> agent::Process {
+pub(super) fn process(args: &[&str], user: User, capabilities: agent::LinuxCapabilities) -> agent::Process {
     agent::Process {
         user: Some(agent::User { uid: user.uid, gid: user.uid, additional_gids: user.group.into_iter().collect() }),
         args: args.iter().map(|&arg| arg.to_owned()).collect(),
         env: vec!["PATH=/bin:/sbin".into(), "HOME=/root".into()],
         cwd: "/".into(),
+        capabilities: Some(capabilities),
         ..Default::default()
     }
 }
