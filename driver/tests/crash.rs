@@ -10,14 +10,20 @@ mod calls;
 #[path = "support/daemon.rs"]
 #[allow(dead_code)]
 mod daemon;
+#[path = "support/fake_guest.rs"]
+#[allow(dead_code)]
+mod fake_guest;
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use calls::Calls;
 use daemon::{Daemon, Node};
+use fake_guest::{Behaviour, FakeGuest};
 use tonic::{Code, Status};
+use zpod_proto::guest::{Health, VolumeStatus};
 use zpod_volume::{DiskLayout, VolumeId, VolumeSpec};
 
 const NAME: &str = "pvc-1";
@@ -190,4 +196,62 @@ async fn a_volume_survives_a_kill_between_any_two_steps_of_its_life() {
         let silent = matches!(step, Step::Stage | Step::Write | Step::Unstage);
         assert!(silent || steps.contains(&step), "no crash point was reached in {step:?}");
     }
+}
+
+/// A kill at the Nth point from the start of a zpod that finds a pod running and hears its guest for the first time.
+async fn hear(at: u64) -> bool {
+    let node = Node::new();
+    let target = node.path("pods/pod-1");
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let id = calls.create(NAME, 256 * MIB).await.unwrap().volume_id;
+    calls.publish(&id, &target).await.unwrap();
+    daemon.kill();
+    let spec = node.entry(&target).unwrap();
+    assert!(spec.create);
+    let report = VolumeStatus {
+        volume_id: id.clone(),
+        token: spec.token.to_string(),
+        health: Health::Online.into(),
+        ..VolumeStatus::default()
+    };
+    let guest = FakeGuest::start(&node.path("kata"), "sandbox-1", Behaviour::Honest, vec![report]);
+
+    let mut daemon = node.start(Some(at));
+    let (mut killed, deadline) = (false, Instant::now() + Duration::from_secs(20));
+    loop {
+        if daemon.ended() {
+            killed = true;
+            daemon = node.start(None);
+        }
+        let entry = node.entry(&target).expect("the entry of a running pod is never missing");
+        assert_eq!(entry.token, spec.token);
+        // A point right behind the last step is reached a moment later.
+        if !entry.create && !daemon.ended() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "point {at}: not recorded\n{}", node.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(guest);
+    drop(daemon);
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    calls.unpublish(&id, &target).await.unwrap();
+    calls.publish(&id, &target).await.unwrap();
+    assert!(!node.entry(&target).unwrap().create, "point {at}: the pool could be made again");
+    calls.unpublish(&id, &target).await.unwrap();
+    calls.delete(&id).await.unwrap();
+    killed
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_guest_reports_first_is_recorded_wherever_zpod_is_killed() {
+    let mut at = 1;
+    while hear(at).await {
+        at += 1;
+        assert!(at < 100, "no end of crash points");
+    }
+    println!("killed at each of {} points", at - 1);
+    assert!(at > 3, "no crash point was reached");
 }

@@ -135,6 +135,11 @@ impl Daemon {
         self.child.wait().unwrap()
     }
 
+    /// Whether it has ended.
+    pub(crate) fn ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Whether it has ended by SIGKILL, waiting a little for it.
     pub(crate) fn crashed(&mut self) -> bool {
         let deadline = Instant::now() + Duration::from_secs(5);
