@@ -275,3 +275,32 @@ async fn a_failure_in_the_middle_keeps_no_name_and_no_pod_out() {
     }
     provisioner.delete(id).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn told_to_end_zpod_finishes_its_calls_and_is_not_held_up_by_idle_connections() {
+    let node = Node::new();
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let mut idle = Calls::new(daemon.channel());
+    idle.capacity().await.unwrap();
+    let id = calls.create("a", GIB).await.unwrap().volume_id;
+    let target = node.path("pods/pod-1");
+    // Waits for a virtual machine that closes after zpod was told to end.
+    let vmm = File::open(node.device(&id)).unwrap();
+    let (call_id, call_target) = (id.clone(), target.clone());
+    let call = tokio::spawn(async move { calls.publish(&call_id, &call_target).await });
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let begun = Instant::now();
+    let end = tokio::task::spawn_blocking(move || daemon.terminate());
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    drop(vmm);
+    call.await.unwrap().unwrap();
+    assert!(end.await.unwrap().success());
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(!node.path("csi.sock").exists());
+
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    calls.unpublish(&id, &target).await.unwrap();
+    calls.delete(&id).await.unwrap();
+}
