@@ -60,6 +60,8 @@ impl Tools {
             None => Command::new(&program),
         };
         command.args(arguments).env_clear().env("LC_ALL", "C").env("PATH", &self.directory);
+        // Device ids come from udev, which is not here: an import would wait 3 s for them (measured: 3.5 s, else 0.4 s).
+        command.env("ZFS_VDEV_DEVID_OPT_OUT", "YES");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let name = || {
             let arguments: Vec<_> = arguments.iter().map(|argument| argument.as_ref().to_string_lossy()).collect();
