@@ -10,6 +10,51 @@ pub const SECTOR: u64 = 512;
 
 const MIB: u64 = 1 << 20;
 
+/// Labels and boot block of a device: `VDEV_LABEL_START_SIZE` and `VDEV_LABEL_END_SIZE` (vdev_impl.h).
+const LABELS: u64 = (4 << 20) + (512 << 10);
+/// Room for a pool's own metadata, which no quota counts: space maps, the meta-objset, history.
+const METADATA: u64 = 16 << 20;
+/// One part in so many of the capacity, for the same.
+const METADATA_SHARE: u64 = 256;
+
+/// What the datasets of a pool on a partition can hold together.
+///
+/// A pool uses whole metaslabs; with 64 of them or more one is kept for the intent log (`zfs_embedded_slog_min_ms`).
+/// Of the rest 1/32 is held back, at least 128 MiB, at most half, at most 128 GiB, less what the log has
+/// (`spa_get_slop_space` in OpenZFS 2.3).
+fn usable(partition: Bytes) -> u64 {
+    let asize = partition.0.saturating_sub(LABELS);
+    let metaslab = metaslab(asize);
+    let count = asize / metaslab;
+    let log = if count >= 64 { metaslab } else { 0 };
+    let space = count * metaslab - log;
+    let slop = (space >> 5).min(128 << 30);
+    let slop = (slop - log.min(slop / 2)).max((space / 2).min(128 << 20));
+    space - slop
+}
+
+/// Size of a new pool's metaslabs: about 16 below 8 GiB, 512 MiB each below 100 GiB, about 200 above
+/// (`vdev_metaslab_set_size` in OpenZFS 2.3). A pool that grows keeps the smaller ones it was made with.
+const fn metaslab(asize: u64) -> u64 {
+    let count = asize >> 29;
+    // `highbit64` counts from one: what is no power of two is rounded up.
+    let shift = if count < 16 {
+        64 - (asize / 16).leading_zeros()
+    } else if count > 200 {
+        64 - (asize / 200).leading_zeros()
+    } else {
+        29
+    };
+    // At least the largest block, at most 16 GiB.
+    1 << if shift < 24 {
+        24
+    } else if shift > 34 {
+        34
+    } else {
+        shift
+    }
+}
+
 /// How the virtual disk of a volume is laid out.
 ///
 /// ```text
@@ -19,9 +64,8 @@ const MIB: u64 = 1 << 20;
 ///
 /// # Design
 /// The **quota** of the dataset is the volume's capacity, so that `df` in the container shows what the PVC says. ZFS
-/// needs room of its own beside that: labels, metadata, and the slop space it holds back (1/32 of the pool, at least
-/// 128 MiB, at most half the pool, at most 128 GiB: `spa_get_slop_space` in OpenZFS 2.3). The **partition** is the
-/// capacity plus that room, and bounds what a guest that keeps to its partition can ever take from the host. The
+/// needs room of its own beside that: labels, metadata, whole metaslabs, and the slop space it holds back (1/32 of the
+/// pool, at least 128 MiB). The **partition** is the capacity plus that room, and bounds what a guest that keeps to its partition can ever take from the host. The
 /// **disk** is larger by the headroom, sparse, and costs nothing: growing inside it needs no hypervisor.
 ///
 /// The space before the partition holds the guest's creation journal ([`DiskLayout::JOURNAL_OFFSET`]).
@@ -54,22 +98,24 @@ impl DiskLayout {
         Self { capacity, partition: Self::partition_for(capacity), disk: Self::disk_for(Self::partition_for(largest)) }
     }
 
-    /// The partition a pool needs to hold `capacity`.
+    /// The partition a pool needs to hold `capacity`: the smallest that does.
     pub fn partition_for(capacity: Bytes) -> Bytes {
-        let room = (capacity.0 / 24).max(192 * MIB);
-        Bytes(capacity.0.saturating_add(room)).round_up(MIB)
+        let needed = capacity.0.saturating_add(capacity.0 / METADATA_SHARE + METADATA);
+        let mut partition = Bytes(needed).round_up(MIB);
+        // What a pool can hold changes where another metaslab fits: few steps, since it needs little more than it holds.
+        while usable(partition) < needed {
+            let asize = partition.0.saturating_sub(LABELS);
+            let metaslab = metaslab(asize);
+            let next = Bytes((asize / metaslab + 1) * metaslab + LABELS).round_up(MIB);
+            partition = next.max(Bytes(partition.0 + MIB));
+        }
+        partition
     }
 
-    /// The largest capacity whose partition is not larger than `partition`; zero where there is none.
+    /// A capacity whose partition is not larger than `partition`; zero where there is none.
     pub fn capacity_for(partition: Bytes) -> Bytes {
-        let small = partition.0.saturating_sub(192 * MIB);
-        let large = (u128::from(partition.0) * 24 / 25) as u64;
-        let mut capacity = Bytes(small.min(large)).round_down(MIB);
-        // Rounding goes both ways above: step down to the first that fits.
-        while capacity.0 > 0 && Self::partition_for(capacity) > partition {
-            capacity = Bytes(capacity.0 - MIB);
-        }
-        capacity
+        let room = u128::from(usable(partition).saturating_sub(METADATA));
+        Bytes((room * u128::from(METADATA_SHARE) / u128::from(METADATA_SHARE + 1)) as u64).round_down(MIB)
     }
 
     /// The disk that holds a partition of that size.
@@ -146,7 +192,10 @@ mod tests {
             let capacity = Bytes(mib * MIB + odd);
             let partition = DiskLayout::partition_for(capacity);
             prop_assert!(partition.0.is_multiple_of(MIB));
-            prop_assert!(partition.0 >= capacity.0 + 192 * MIB);
+            prop_assert!(partition.0 >= capacity.0 + 128 * MIB + LABELS);
+            prop_assert!(partition.0 <= capacity.0 + capacity.0 / 8 + 384 * MIB, "{capacity:?} takes {partition:?}");
+            prop_assert!(usable(partition) >= capacity.0);
+            prop_assert!(usable(Bytes(partition.0 - MIB)) < capacity.0 + capacity.0 / METADATA_SHARE + METADATA);
             let back = DiskLayout::capacity_for(partition);
             prop_assert!(DiskLayout::partition_for(back) <= partition);
             prop_assert!(back.0 + 2 * MIB > capacity.0, "{capacity:?} came back as {back:?}");
@@ -158,6 +207,18 @@ mod tests {
             prop_assert!(DiskLayout::largest_partition(layout.disk) >= layout.partition);
             prop_assert!(layout.disk.0.is_multiple_of(SECTOR));
         }
+    }
+
+    #[test]
+    fn a_pool_holds_what_openzfs_was_measured_to_let_it_hold() {
+        // 704 MiB made ten metaslabs of 64 MiB, of which 128 MiB are held back: 512 MiB, less the metadata.
+        assert_eq!(usable(Bytes::mib(704)), 512 * MIB);
+    }
+
+    #[test]
+    fn a_larger_capacity_never_has_a_smaller_partition() {
+        let sizes: Vec<_> = (256..20_000).step_by(7).map(|mib| DiskLayout::partition_for(Bytes::mib(mib))).collect();
+        assert!(sizes.is_sorted());
     }
 
     #[test]
