@@ -12,7 +12,7 @@ use zpod_e2e::workdir::Workdir;
 use crate::report::{Table, Times};
 
 const RECORD: [u8; 512] = [b'x'; 512];
-const TABLE: [u8; 17 << 10] = [0; 17 << 10];
+static TABLE: [u8; 17 << 10] = [0; 17 << 10];
 const SPARSE: u64 = 8 << 30;
 
 /// One client, `cycles` times: a sparse file with its table and a record, each written aside, synced, renamed into
