@@ -2,7 +2,7 @@
 //!
 //! `cargo test -p zpod-driver --features crash-points --test crash`. Needs root, as the driver mounts.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "support/calls.rs"]
 #[allow(dead_code)]
