@@ -24,7 +24,7 @@ use daemon::{Daemon, Node};
 use fake_guest::{Behaviour, FakeGuest};
 use tonic::{Code, Status};
 use zpod_proto::guest::{Health, VolumeStatus};
-use zpod_volume::{DiskLayout, VolumeId, VolumeSpec};
+use zpod_volume::{Create, DiskLayout, VolumeId, VolumeSpec};
 
 const NAME: &str = "pvc-1";
 const MIB: i64 = 1 << 20;
@@ -94,7 +94,11 @@ impl Life {
             Step::Stage => calls.stage(&id, &staging).await?,
             Step::Publish => {
                 calls.publish(&id, &target).await?;
-                assert!(self.spec(step).create, "nothing was ever written: the guest may make the pool");
+                assert_eq!(
+                    self.spec(step).create,
+                    Create::Fresh,
+                    "nothing was ever written: the guest may make the pool"
+                );
             }
             Step::Write => {
                 let file = OpenOptions::new().write(true).open(self.device()).unwrap();
@@ -106,7 +110,7 @@ impl Life {
             }
             Step::PublishAgain => {
                 calls.publish(&id, &target).await?;
-                assert!(!self.spec(step).create, "what was written to must never be made again");
+                assert_eq!(self.spec(step).create, Create::Resume, "what was written to must not be made anew");
             }
             Step::Unpublish | Step::UnpublishAgain => calls.unpublish(&id, &target).await?,
             Step::Expand => assert_eq!(calls.expand(&id, 300 * MIB + 1).await?, 300 * MIB + 1),
@@ -208,7 +212,7 @@ async fn hear(at: u64) -> bool {
     calls.publish(&id, &target).await.unwrap();
     daemon.kill();
     let spec = node.entry(&target).unwrap();
-    assert!(spec.create);
+    assert_eq!(spec.create, Create::Fresh);
     let report = VolumeStatus {
         volume_id: id.clone(),
         token: spec.token.to_string(),
@@ -227,7 +231,7 @@ async fn hear(at: u64) -> bool {
         let entry = node.entry(&target).expect("the entry of a running pod is never missing");
         assert_eq!(entry.token, spec.token);
         // A point right behind the last step is reached a moment later.
-        if !entry.create && !daemon.ended() {
+        if entry.create == Create::Never && !daemon.ended() {
             break;
         }
         assert!(Instant::now() < deadline, "point {at}: not recorded\n{}", node.log());
@@ -239,7 +243,7 @@ async fn hear(at: u64) -> bool {
     let mut calls = Calls::new(daemon.channel());
     calls.unpublish(&id, &target).await.unwrap();
     calls.publish(&id, &target).await.unwrap();
-    assert!(!node.entry(&target).unwrap().create, "point {at}: the pool could be made again");
+    assert_eq!(node.entry(&target).unwrap().create, Create::Never, "point {at}: the pool could be made again");
     calls.unpublish(&id, &target).await.unwrap();
     calls.delete(&id).await.unwrap();
     killed

@@ -20,7 +20,7 @@ use daemon::{Daemon, Node};
 use fake_guest::{Behaviour, FakeGuest};
 use tonic::Code;
 use zpod_proto::guest::{Health, VolumeStatus};
-use zpod_volume::{Bytes, DiskLayout, VolumeSpec};
+use zpod_volume::{Bytes, Create, DiskLayout, VolumeSpec};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -109,16 +109,16 @@ async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 async fn create_once_the_pool_that_a_guest_reported_is_never_made_again() {
     let mut world = World::new();
     let (id, target, spec) = world.published("a").await;
-    assert!(spec.create);
+    assert_eq!(spec.create, Create::Fresh);
     let _guest = world.guest("sandbox-1", Behaviour::Honest, vec![status(&spec)]);
     let create = |world: &World| world.node.entry(&target).unwrap().create;
-    eventually("the entry of the running pod forbids it", || !create(&world)).await;
+    eventually("the entry of the running pod forbids it", || create(&world) == Create::Never).await;
     assert_eq!(world.node.entry(&target).unwrap().token, spec.token, "the publication stays what it is");
     // The device was never written to here: it is the guest's word that counts.
     world.calls.unpublish(&id, &target).await.unwrap();
     let mut world = world.restart();
     world.calls.publish(&id, &target).await.unwrap();
-    assert!(!create(&world));
+    assert_eq!(create(&world), Create::Never);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -141,7 +141,7 @@ async fn a_guest_cannot_speak_for_another_tenants_volume() {
 
     let (_, abnormal, message) = world.stats(&other, &other_target).await;
     assert!(!abnormal && message.contains("no guest has reported"), "{message}");
-    assert!(world.node.entry(&other_target).unwrap().create, "nothing was recorded of it");
+    assert_eq!(world.node.entry(&other_target).unwrap().create, Create::Fresh, "nothing was recorded of it");
     assert!(guest.state.grown.lock().unwrap().is_empty());
     let condition = world.calls.get(&other).await.unwrap().status.unwrap().volume_condition.unwrap();
     assert!(!condition.abnormal, "{condition:?}");

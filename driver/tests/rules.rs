@@ -24,7 +24,7 @@ use zpod_driver::kata::DirectVolumes;
 use zpod_driver::volumes::{Context, CreateRequest, NodeVolumes, Provisioner, PublishRequest, VolumeError};
 use zpod_storage::backing::sim::SimBacking;
 use zpod_storage::catalog::dir::DirCatalog;
-use zpod_volume::{Bytes, DiskLayout, VolumeId};
+use zpod_volume::{Bytes, Create, DiskLayout, VolumeId};
 
 const GIB: i64 = 1 << 30;
 
@@ -36,14 +36,14 @@ async fn create_once_a_device_that_was_ever_written_to_never_becomes_a_new_pool(
     let id = calls.create("a", GIB).await.unwrap().volume_id;
     let target = node.path("pods/pod-1");
     calls.publish(&id, &target).await.unwrap();
-    assert!(node.entry(&target).unwrap().create);
+    assert_eq!(node.entry(&target).unwrap().create, Create::Fresh);
     calls.unpublish(&id, &target).await.unwrap();
     // No guest ever reported; all there is is a byte somewhere in the partition.
     let file = OpenOptions::new().write(true).open(node.device(&id)).unwrap();
     file.write_all_at(b"x", 512 << 20).unwrap();
     drop(file);
     calls.publish(&id, &target).await.unwrap();
-    assert!(!node.entry(&target).unwrap().create);
+    assert_eq!(node.entry(&target).unwrap().create, Create::Resume);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -207,7 +207,7 @@ async fn a_publication_of_an_earlier_boot_is_over_and_one_of_this_boot_is_not() 
     fs::remove_dir_all(dir.path().join("direct-volumes")).unwrap();
     let (provisioner, node) = boot(dir.path(), &backing, "boot-2").await;
     node.publish(publish(id, &second)).await.unwrap();
-    assert!(provisioner.get(id).await.unwrap().initialized, "what was written before the restart counts");
+    assert!(provisioner.get(id).await.unwrap().written, "what was written before the restart counts");
     node.unpublish(id, first.clone()).await.unwrap();
     assert!(!first.exists(), "the leftover of the earlier boot is cleared");
     assert!(second.exists(), "and the publication of this boot is not");

@@ -17,7 +17,7 @@ use zpod_e2e::shim::Monitor;
 use zpod_e2e::{Node, workdir::Workdir};
 use zpod_proto::guest::guest_server::{Guest, GuestServer};
 use zpod_proto::guest::*;
-use zpod_volume::{Bytes, VolumeSpec};
+use zpod_volume::{Bytes, Create, VolumeSpec};
 
 /// What a call may take with bad guests about: a few deadlines on guests, none of them kubelet's two minutes.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -96,7 +96,7 @@ async fn hostile_guests_neither_hang_nor_crash_zpod_nor_speak_for_others_volumes
     node.csi.publish(&volume, &target, &Publish::default()).await?;
     let entry = DirectVolume::read(&node.direct_volume_dir(), &target)?;
     let option = entry.options.iter().find_map(|option| option.strip_prefix("zpod=")).context("no zpod= option")?;
-    assert!(VolumeSpec::decode(option)?.create, "a guest without the token was believed");
+    assert!(VolumeSpec::decode(option)?.create == Create::Fresh, "a guest without the token was believed");
     node.csi.unpublish(&volume, &target).await?;
     node.csi.delete(&volume).await?;
     silent.abort();

@@ -19,4 +19,4 @@ pub use id::{ParseNameError, PoolName, VolumeId};
 pub use layout::{DiskLayout, Headroom, ParseHeadroomError, SECTOR};
 pub use parameters::{Backing, ParameterError, Provisioning, QuotaMode, VolumeParameters};
 pub use property::{Property, PropertyKind};
-pub use spec::{DecodeSpecError, MountFlag, OPTION_PREFIX, Version, VolumeSpec};
+pub use spec::{Create, DecodeSpecError, MountFlag, OPTION_PREFIX, Version, VolumeSpec};

@@ -43,8 +43,8 @@ pub struct VolumeSpec {
     pub token: Uuid,
     /// Its pool.
     pub pool: PoolName,
-    /// Whether the guest may make the pool. Only ever true before a guest has reported it (DESIGN: create once).
-    pub create: bool,
+    /// Whether the guest may make the pool (DESIGN: create once).
+    pub create: Create,
     /// What the volume holds: the quota.
     pub capacity: Bytes,
     /// The partition's size.
@@ -72,6 +72,20 @@ pub struct VolumeSpec {
     /// Mount flags.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mount_flags: Vec<MountFlag>,
+}
+
+/// Whether a guest may make a pool. The guest's own journal on the disk has the last word: no pool is made where the
+/// journal says that one was finished, or where labels are without a journal that says one was begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Create {
+    /// A new volume: nothing was ever written where its pool goes, and no guest has reported one.
+    Fresh,
+    /// Something was written, but no guest has ever reported the pool: a creation that the journal says was begun and
+    /// not finished may be finished. No container has seen such a volume.
+    Resume,
+    /// A guest has reported the pool: it is there, or something is wrong.
+    Never,
 }
 
 /// The one version there is. Another number does not parse.
@@ -177,7 +191,7 @@ mod tests {
             id,
             token: Uuid::from_u128(7),
             pool: PoolName::for_volume(id),
-            create: true,
+            create: Create::Fresh,
             capacity: Bytes::gib(1),
             partition: DiskLayout::partition_for(Bytes::gib(1)),
             quota: QuotaMode::Refquota,
@@ -208,8 +222,9 @@ mod tests {
         let json = serde_json::to_string(&spec()).unwrap();
         for (from, to, want) in [
             ("\"v\":1", "\"v\":2", "version 2"),
-            ("\"create\":true,", "", "missing field"),
-            ("\"create\":true", "\"create\":true,\"more\":1", "unknown field"),
+            ("\"create\":\"fresh\",", "", "missing field"),
+            ("\"create\":\"fresh\"", "\"create\":\"fresh\",\"more\":1", "unknown field"),
+            ("\"create\":\"fresh\"", "\"create\":\"always\"", "unknown variant"),
             ("\"compression\":\"lz4\"", "\"mountpoint\":\"/\"", "mountpoint=/"),
             ("\"compression\":\"lz4\"", "\"compression\":\"lz4 -f\"", "not allowed"),
             ("zpod-3addcb024c3d", "-f", "not a pool name"),

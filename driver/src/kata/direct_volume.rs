@@ -189,9 +189,9 @@ fn sync_dir(path: &Path) -> Result<(), KataError> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
-    use zpod_volume::{Bytes, DiskLayout, PoolName, QuotaMode, Version, VolumeId};
+    use zpod_volume::{Bytes, Create, DiskLayout, PoolName, QuotaMode, Version, VolumeId};
 
-    fn volume(create: bool) -> DirectVolume {
+    fn volume(create: Create) -> DirectVolume {
         let id = VolumeId::from_name("pvc-1");
         let spec = VolumeSpec {
             v: Version,
@@ -223,8 +223,8 @@ mod tests {
     #[test]
     fn the_entry_is_what_both_runtimes_of_kata_read() {
         let (_dir, volumes, target) = open();
-        assert_eq!(volumes.publish(&target, &volume(true)).unwrap(), Outcome::Changed);
-        assert_eq!(volumes.publish(&target, &volume(true)).unwrap(), Outcome::Unchanged);
+        assert_eq!(volumes.publish(&target, &volume(Create::Fresh)).unwrap(), Outcome::Changed);
+        assert_eq!(volumes.publish(&target, &volume(Create::Fresh)).unwrap(), Outcome::Unchanged);
         let name = URL_SAFE.encode(target.as_path().to_str().unwrap());
         let entry = volumes.dir.join(name);
         let json: serde_json::Value = serde_json::from_slice(&fs::read(entry.join(FILE)).unwrap()).unwrap();
@@ -237,16 +237,16 @@ mod tests {
         assert_eq!(json["options"][1], "discard");
         assert_eq!(fs::metadata(&entry).unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(fs::metadata(entry.join(FILE)).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(volumes.spec(&target).unwrap(), Some(volume(true).spec));
+        assert_eq!(volumes.spec(&target).unwrap(), Some(volume(Create::Fresh).spec));
     }
 
     #[test]
     fn an_entry_is_replaced_in_place_and_removed_with_the_sandbox_files_of_kata() {
         let (_dir, volumes, target) = open();
-        volumes.publish(&target, &volume(true)).unwrap();
+        volumes.publish(&target, &volume(Create::Fresh)).unwrap();
         fs::write(volumes.entry(&target).join("sandbox-1"), "").unwrap();
-        volumes.publish(&target, &volume(false)).unwrap();
-        assert!(!volumes.spec(&target).unwrap().unwrap().create);
+        volumes.publish(&target, &volume(Create::Never)).unwrap();
+        assert_eq!(volumes.spec(&target).unwrap().unwrap().create, Create::Never);
         assert!(volumes.entry(&target).join("sandbox-1").exists());
         assert_eq!(volumes.remove(&target).unwrap(), Outcome::Changed);
         assert_eq!(volumes.remove(&target).unwrap(), Outcome::Unchanged);

@@ -135,6 +135,7 @@ async fn create(context: &Context, request: CreateRequest) -> Result<Volume, Vol
         node: context.node.clone(),
         phase: Phase::Creating,
         initialized: false,
+        written: false,
         table_capacity: Bytes(0),
         publication: None,
         condition: None,

@@ -155,18 +155,18 @@ impl NodeVolumes {
     ) -> Result<(Volume, Publication), VolumeError> {
         crash::point("publish: begin");
         let proof = self.prove_exclusive(volume.id).await?;
-        let (spec, initialized) = (device_spec(&volume), volume.initialized);
+        let (spec, written) = (device_spec(&volume), volume.written);
         let write_table = volume.table_capacity != volume.capacity;
         let prepare = move |backing: &dyn zpod_storage::backing::Backing| {
-            let initialized = initialized || backing.ever_written(&spec)?;
+            let written = written || backing.ever_written(&spec)?;
             if write_table {
                 crash::point("publish: table");
                 backing.write_table(&spec, proof.as_ref())?;
                 crash::point("publish: table written");
             }
-            Ok((initialized, proof))
+            Ok((written, proof))
         };
-        let (initialized, proof) = self.context.with_backing(prepare).await?;
+        let (written, proof) = self.context.with_backing(prepare).await?;
         let publication = Publication {
             target_path: request.target,
             token: Uuid::new_v4(),
@@ -177,7 +177,7 @@ impl NodeVolumes {
             boot_id: self.context.boot_id.clone(),
         };
         let table_capacity = volume.capacity;
-        let record = Volume { initialized, table_capacity, publication: Some(publication.clone()), ..volume };
+        let record = Volume { written, table_capacity, publication: Some(publication.clone()), ..volume };
         let volume = self.context.catalog.update(record).await?;
         self.context.published.insert(&volume, &publication);
         // Held until the record keeps others out; let go before the shim may open the device.

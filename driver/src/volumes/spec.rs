@@ -1,5 +1,5 @@
 use zpod_storage::catalog::{Publication, Volume};
-use zpod_volume::{PoolName, PropertyKind, Provisioning, Version, VolumeSpec};
+use zpod_volume::{Create, PoolName, PropertyKind, Provisioning, Version, VolumeSpec};
 
 use super::mount_options;
 
@@ -11,8 +11,7 @@ pub(super) fn volume_spec(volume: &Volume, publication: &Publication) -> VolumeS
         id: volume.id,
         token: publication.token,
         pool: PoolName::for_volume(volume.id),
-        // Create once: never again when a guest has reported the pool or anything was ever written where it lies.
-        create: !volume.initialized,
+        create: create(volume),
         capacity: layout.capacity,
         partition: layout.partition,
         quota: volume.parameters.quota,
@@ -23,6 +22,15 @@ pub(super) fn volume_spec(volume: &Volume, publication: &Publication) -> VolumeS
         arc_max: volume.parameters.arc_max,
         fs_group: publication.fs_group,
         mount_flags: mount_options::flags(&publication.mount_flags),
+    }
+}
+
+/// Create once (DESIGN, rules that keep data).
+fn create(volume: &Volume) -> Create {
+    match (volume.initialized, volume.written) {
+        (true, _) => Create::Never,
+        (false, true) => Create::Resume,
+        (false, false) => Create::Fresh,
     }
 }
 

@@ -136,6 +136,7 @@ fn record(name: &str) -> Volume {
         node: "node-1".to_owned(),
         phase: Phase::Ready,
         initialized: true,
+        written: true,
         table_capacity: Bytes::gib(1),
         publication: None,
         condition: None,

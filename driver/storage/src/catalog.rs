@@ -33,9 +33,12 @@ pub struct Volume {
     pub node: String,
     /// How far it has come.
     pub phase: Phase,
-    /// Whether a guest has ever reported its pool, or its device was ever written to. Never goes back to false: nothing
-    /// makes a pool from then on.
+    /// Whether a guest has ever reported its pool. Never goes back to false: nothing makes a pool from then on.
     pub initialized: bool,
+    /// Whether the region of its pool was once found written to. Never goes back to false: from then on a guest may
+    /// only finish a creation that was begun.
+    #[serde(default)]
+    pub written: bool,
     /// The capacity that the partition table on the disk was last written for by the host.
     pub table_capacity: Bytes,
     /// Where it is published. One pod at a time.

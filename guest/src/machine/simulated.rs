@@ -17,7 +17,7 @@ pub(crate) enum Kill {
     After(u32),
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(crate) struct SimDisk {
     pub(crate) name: String,
     pub(crate) size: u64,

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use zpod_proto::agent::{self, CreateContainerRequest, RemoveContainerRequest, Storage, VolumeStatsRequest};
 use zpod_proto::agent::{VolumeStatsResponse, volume_usage::Unit};
 use zpod_proto::ttrpc::{Request, Response, Status};
-use zpod_volume::{Bytes, DiskLayout, Headroom, PoolName, QuotaMode, Version, VolumeId, VolumeSpec};
+use zpod_volume::{Bytes, Create, DiskLayout, Headroom, PoolName, QuotaMode, Version, VolumeId, VolumeSpec};
 
 struct World {
     volumes: Arc<Volumes<SimMachine>>,
@@ -95,7 +95,7 @@ fn storage(name: &str) -> Storage {
         id,
         token: Uuid::from_u128(7),
         pool: PoolName::for_volume(id),
-        create: true,
+        create: Create::Fresh,
         capacity: Bytes::gib(1),
         partition: DiskLayout::partition_for(Bytes::gib(1)),
         quota: QuotaMode::Refquota,

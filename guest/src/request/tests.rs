@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use uuid::Uuid;
 use zpod_proto::agent::{CreateContainerRequest, FsGroup, Mount, Spec};
 use zpod_proto::ttrpc::Request;
-use zpod_volume::{Bytes, DiskLayout, PoolName, QuotaMode, Version, VolumeId};
+use zpod_volume::{Bytes, Create, DiskLayout, PoolName, QuotaMode, Version, VolumeId};
 
 fn spec(name: &str) -> VolumeSpec {
     let id = VolumeId::from_name(name);
@@ -12,7 +12,7 @@ fn spec(name: &str) -> VolumeSpec {
         id,
         token: Uuid::from_u128(7),
         pool: PoolName::for_volume(id),
-        create: true,
+        create: Create::Fresh,
         capacity: Bytes::gib(1),
         partition: DiskLayout::partition_for(Bytes::gib(1)),
         quota: QuotaMode::Refquota,

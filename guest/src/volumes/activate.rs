@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use zpod_volume::{Bytes, DiskLayout, QuotaMode, VolumeId, VolumeSpec};
+use zpod_volume::{Bytes, Create, DiskLayout, QuotaMode, VolumeId, VolumeSpec};
 
 use super::{Active, Request, progress::Progress};
 use crate::disk;
@@ -106,7 +106,7 @@ impl<M: Machine> Activation<'_, M> {
         let journal = Journal::decode(&block.map_err(self.failed("reading its journal"))?, self.id);
         let blank = !imported && disk::is_blank(self.machine, self.id, disk, partition).await?;
         match journal {
-            Journal::Blank if blank && spec.create => {
+            Journal::Blank if blank && spec.create == Create::Fresh => {
                 self.write_journal(disk, Journal::Creating).await?;
                 self.make(device, false).await?;
             }
@@ -118,7 +118,7 @@ impl<M: Machine> Activation<'_, M> {
                 };
                 match cause {
                     None => {}
-                    Some(cause) if !spec.create => {
+                    Some(cause) if spec.create == Create::Never => {
                         return Err(VolumeError::HalfMade { id: self.id, disk: disk.name.clone(), cause });
                     }
                     Some(cause) => {

@@ -2,11 +2,11 @@ use super::*;
 use crate::journal::Journal;
 use crate::machine::simulated::{self, Disks, Kill, SimMachine};
 use uuid::Uuid;
-use zpod_volume::{DiskLayout, Headroom, MountFlag, PoolName, QuotaMode, Version};
+use zpod_volume::{Create, DiskLayout, Headroom, MountFlag, PoolName, QuotaMode, Version};
 
 const WAIT: Duration = Duration::from_secs(60);
 
-fn spec(name: &str, create: bool) -> VolumeSpec {
+fn spec(name: &str, create: Create) -> VolumeSpec {
     let id = VolumeId::from_name(name);
     let capacity = Bytes::gib(1);
     VolumeSpec {
@@ -28,7 +28,7 @@ fn spec(name: &str, create: bool) -> VolumeSpec {
     }
 }
 
-fn wanted(name: &str, create: bool, mount_point: &str) -> Wanted {
+fn wanted(name: &str, create: Create, mount_point: &str) -> Wanted {
     Wanted {
         spec: spec(name, create),
         fs_group: Some(2000),
@@ -65,12 +65,12 @@ fn data(disks: &Disks) -> String {
 async fn a_fresh_volume_is_made_mounted_and_exported_with_its_last_user() {
     let disks = disks(&["a"]);
     let volumes = guest(&disks);
-    let added = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap();
+    let added = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
     assert_eq!(added.0.len(), 1);
     assert_eq!(volumes.machine().mounts().len(), 2, "ours and the container's");
     let made = disks.lock().unwrap()[0].pool.clone().unwrap();
     assert_eq!(made.properties["ashift"], "12");
-    let dataset = &made.datasets[&spec("a", true).dataset()];
+    let dataset = &made.datasets[&spec("a", Create::Fresh).dataset()];
     assert_eq!((dataset["refquota"].as_str(), dataset["compression"].as_str()), ("1073741824", "lz4"));
 
     volumes.release_container("c1").await;
@@ -78,7 +78,7 @@ async fn a_fresh_volume_is_made_mounted_and_exported_with_its_last_user() {
     let steps = volumes.machine().steps();
     assert!(steps.ends_with(&[
         "sync".into(),
-        format!("unmount /zpod/volumes/{}", spec("a", true).id),
+        format!("unmount /zpod/volumes/{}", spec("a", Create::Fresh).id),
         "export".into()
     ]));
 }
@@ -87,10 +87,10 @@ async fn a_fresh_volume_is_made_mounted_and_exported_with_its_last_user() {
 async fn a_second_container_shares_the_pool_and_the_last_one_exports_it() {
     let disks = disks(&["a"]);
     let volumes = guest(&disks);
-    let _ = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap();
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
     // runtime-rs gives another mount point, Go the same one.
-    let _ = prepare(&volumes, "c2", wanted("a", true, "/m2")).await.unwrap();
-    let _ = prepare(&volumes, "c3", wanted("a", true, "/m1")).await.unwrap();
+    let _ = prepare(&volumes, "c2", wanted("a", Create::Fresh, "/m2")).await.unwrap();
+    let _ = prepare(&volumes, "c3", wanted("a", Create::Fresh, "/m1")).await.unwrap();
     assert_eq!(count(&volumes, "create: pool"), 1);
     assert_eq!(volumes.machine().mounts().len(), 3);
     volumes.release_container("c1").await;
@@ -105,8 +105,8 @@ async fn a_second_container_shares_the_pool_and_the_last_one_exports_it() {
 #[tokio::test(start_paused = true)]
 async fn a_request_repeated_after_a_lost_answer_adds_nothing_and_takes_nothing_back() {
     let volumes = guest(&disks(&["a"]));
-    let _ = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap();
-    let again = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap();
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
+    let again = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
     assert_eq!(again, Added::default());
     volumes.undo(again).await;
     assert_eq!(volumes.machine().mounts().len(), 2);
@@ -116,10 +116,10 @@ async fn a_request_repeated_after_a_lost_answer_adds_nothing_and_takes_nothing_b
 async fn a_failing_volume_releases_the_ones_before_it() {
     let volumes = guest(&disks(&["a", "b"]));
     volumes.machine().failing.lock().unwrap().insert("mount /m2".into());
-    let two = [wanted("a", true, "/m1"), wanted("b", true, "/m2")];
+    let two = [wanted("a", Create::Fresh, "/m1"), wanted("b", Create::Fresh, "/m2")];
     let error = volumes.prepare("c1", &two, Instant::now() + WAIT).await.unwrap_err().to_string();
     assert!(error.contains("mount /m2 fails"), "{error}");
-    assert!(!volumes.machine().imported().contains(&spec("a", true).pool.to_string()));
+    assert!(!volumes.machine().imported().contains(&spec("a", Create::Fresh).pool.to_string()));
     // Nobody came for the other one: after a while it goes too.
     tokio::time::sleep(2 * IDLE).await;
     assert_eq!(volumes.machine().imported().len(), 0);
@@ -136,18 +136,25 @@ async fn killed_between_any_two_steps_the_next_start_does_the_right_thing() {
             let disks = disks(&["a"]);
             let first = Volumes::new(SimMachine::new(&disks, kill), "/zpod/volumes");
             let mut written = false;
-            if prepare(&first, "c1", wanted("a", true, "/m1")).await.is_ok() && !first.machine().dead() {
-                first.machine().container_writes(&spec("a", true).pool, "precious");
+            if prepare(&first, "c1", wanted("a", Create::Fresh, "/m1")).await.is_ok() && !first.machine().dead() {
+                first.machine().container_writes(&spec("a", Create::Fresh).pool, "precious");
                 written = true;
                 first.release_container("c1").await;
             }
             alive += usize::from(!first.machine().dead());
             // The node's word may be as it was before, or know better.
-            for create in if written { &[true, false][..] } else { &[true][..] } {
+            let words = [Create::Fresh, Create::Resume, Create::Never];
+            for create in &words[..if written { 3 } else { 2 }] {
+                let disks = Disks::new(disks.lock().unwrap().clone().into());
                 let next = guest(&disks);
-                let result = prepare(&next, "c2", wanted("a", *create, "/m1")).await;
-                let _ = result.unwrap_or_else(|error| panic!("{kill:?}, create {create}: {error}"));
-                assert_eq!(data(&disks), if written { "precious" } else { "" }, "{kill:?}");
+                match prepare(&next, "c2", wanted("a", *create, "/m1")).await {
+                    // Killed before anything was begun: there is nothing to resume.
+                    Err(VolumeError::Blank { .. }) if *create == Create::Resume && !written => {
+                        assert_eq!(count(&next, "create"), 0);
+                    }
+                    Err(error) => panic!("{kill:?}, {create:?}: {error}"),
+                    Ok(_) => assert_eq!(data(&disks), if written { "precious" } else { "" }, "{kill:?}"),
+                }
             }
         }
         finished = number;
@@ -163,10 +170,10 @@ async fn a_pool_cut_short_is_made_again_in_the_same_machine_too() {
     for step in ["create: pool", "create dataset", "sync", "mount /zpod"] {
         let volumes = guest(&disks(&["a"]));
         volumes.machine().failing.lock().unwrap().insert(step.into());
-        let error = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap_err().to_string();
+        let error = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap_err().to_string();
         assert!(error.contains(step), "{error}");
         volumes.machine().failing.lock().unwrap().clear();
-        let _ = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap();
+        let _ = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
     }
 }
 
@@ -174,11 +181,11 @@ async fn a_pool_cut_short_is_made_again_in_the_same_machine_too() {
 async fn a_blank_disk_where_data_is_expected_is_refused_and_nothing_is_formatted() {
     let disks = disks(&["a"]);
     let volumes = guest(&disks);
-    let error = prepare(&volumes, "c1", wanted("a", false, "/m1")).await.unwrap_err();
+    let error = prepare(&volumes, "c1", wanted("a", Create::Never, "/m1")).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::FailedPrecondition);
     let text = error.to_string();
     assert!(
-        text.contains(&spec("a", false).id.to_string()) && text.contains("vda") && text.contains("blank"),
+        text.contains(&spec("a", Create::Never).id.to_string()) && text.contains("vda") && text.contains("blank"),
         "{text}"
     );
     assert_eq!(count(&volumes, "create"), 0);
@@ -192,7 +199,7 @@ async fn what_looks_written_is_only_ever_imported() {
         let disks = disks(&["a"]);
         disks.lock().unwrap()[0].scribble(offset);
         let volumes = guest(&disks);
-        assert!(prepare(&volumes, "c1", wanted("a", true, "/m1")).await.is_err());
+        assert!(prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.is_err());
         assert_eq!(count(&volumes, "create"), 0);
     }
 }
@@ -202,9 +209,9 @@ async fn a_half_made_pool_is_not_made_again_against_the_nodes_word() {
     let disks = disks(&["a"]);
     let volumes = guest(&disks);
     volumes.machine().failing.lock().unwrap().insert("create: pool".into());
-    assert!(prepare(&volumes, "c1", wanted("a", true, "/m1")).await.is_err());
+    assert!(prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.is_err());
     let next = guest(&disks);
-    let error = prepare(&next, "c1", wanted("a", false, "/m1")).await.unwrap_err();
+    let error = prepare(&next, "c1", wanted("a", Create::Never, "/m1")).await.unwrap_err();
     assert!(matches!(error, VolumeError::HalfMade { .. }), "{error}");
     assert_eq!(count(&next, "create"), 0);
 }
@@ -212,7 +219,7 @@ async fn a_half_made_pool_is_not_made_again_against_the_nodes_word() {
 #[tokio::test(start_paused = true)]
 async fn a_missing_disk_is_named_with_the_disks_that_are_there() {
     let volumes = guest(&disks(&["other"]));
-    let error = volumes.prepare("c1", &[wanted("a", true, "/m1")], Instant::now() + WAIT).await.unwrap_err();
+    let error = volumes.prepare("c1", &[wanted("a", Create::Fresh, "/m1")], Instant::now() + WAIT).await.unwrap_err();
     assert!(matches!(error, VolumeError::NoDisk { .. }));
     assert!(error.to_string().contains(&VolumeId::from_name("other").to_string()), "{error}");
 }
@@ -220,7 +227,7 @@ async fn a_missing_disk_is_named_with_the_disks_that_are_there() {
 #[tokio::test(start_paused = true)]
 async fn two_disks_with_one_guid_are_refused() {
     let volumes = guest(&disks(&["a", "a"]));
-    let error = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap_err();
+    let error = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap_err();
     assert!(matches!(error, VolumeError::ManyDisks { .. }), "{error}");
     assert_eq!(count(&volumes, "create"), 0);
 }
@@ -229,21 +236,22 @@ async fn two_disks_with_one_guid_are_refused() {
 async fn an_overrun_says_how_far_it_is_and_the_retry_finds_it_done() {
     let disks = disks(&["a"]);
     let first = guest(&disks);
-    let _ = prepare(&first, "c1", wanted("a", true, "/m1")).await.unwrap();
+    let _ = prepare(&first, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
     first.release_container("c1").await;
 
     let volumes = guest(&disks);
     *volumes.machine().import_time.lock().unwrap() = Duration::from_secs(20);
     let soon = Instant::now() + Duration::from_secs(5);
-    let error = volumes.prepare("c1", &[wanted("a", false, "/m1")], soon).await.unwrap_err();
+    let error = volumes.prepare("c1", &[wanted("a", Create::Never, "/m1")], soon).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::DeadlineExceeded);
     assert!(error.to_string().contains("importing its pool for 5.0 s"), "{error}");
     assert_eq!(volumes.machine().mounts().len(), 0);
-    let _ = prepare(&volumes, "c1", wanted("a", false, "/m1")).await.unwrap();
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Never, "/m1")).await.unwrap();
     assert_eq!(count(&volumes, "import"), 1);
 
     let missing = guest(&disks);
-    let error = missing.prepare("c1", &[wanted("b", true, "/m")], Instant::now() + Duration::from_secs(2)).await;
+    let error =
+        missing.prepare("c1", &[wanted("b", Create::Fresh, "/m")], Instant::now() + Duration::from_secs(2)).await;
     let error = error.unwrap_err().to_string();
     assert!(error.contains("waiting for its disk for 2.0 s (vda ("), "{error}");
 }
@@ -252,8 +260,8 @@ async fn an_overrun_says_how_far_it_is_and_the_retry_finds_it_done() {
 async fn a_held_mount_is_taken_lazily_and_the_pool_resumed_on_its_replugged_disk() {
     let disks = disks(&["a"]);
     let volumes = guest(&disks);
-    let _ = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap();
-    volumes.machine().container_writes(&spec("a", true).pool, "precious");
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
+    volumes.machine().container_writes(&spec("a", Create::Fresh).pool, "precious");
     volumes.machine().held.lock().unwrap().insert("/m1".into());
     volumes.release_container("c1").await;
     assert_eq!(volumes.machine().mounts().len(), 0);
@@ -263,7 +271,7 @@ async fn a_held_mount_is_taken_lazily_and_the_pool_resumed_on_its_replugged_disk
     volumes.machine().plug(0, false);
     disks.lock().unwrap()[0].name = "vdq".into();
     volumes.machine().plug(0, true);
-    let _ = prepare(&volumes, "c1", wanted("a", false, "/m2")).await.unwrap();
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Never, "/m2")).await.unwrap();
     assert_eq!(count(&volumes, "resume"), 1);
     assert_eq!(data(&disks), "precious");
 }
@@ -272,10 +280,10 @@ async fn a_held_mount_is_taken_lazily_and_the_pool_resumed_on_its_replugged_disk
 async fn a_leftover_that_does_not_resume_says_what_to_do() {
     let disks = disks(&["a"]);
     let volumes = guest(&disks);
-    let _ = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap();
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
     volumes.machine().plug(0, true);
     volumes.machine().failing.lock().unwrap().insert("resume".into());
-    let error = prepare(&volumes, "c2", wanted("a", true, "/m2")).await.unwrap_err();
+    let error = prepare(&volumes, "c2", wanted("a", Create::Fresh, "/m2")).await.unwrap_err();
     assert!(matches!(error, VolumeError::Stuck { .. }));
     assert!(error.to_string().contains("delete the pod"), "{error}");
 }
@@ -284,8 +292,8 @@ async fn a_leftover_that_does_not_resume_says_what_to_do() {
 async fn properties_that_differ_are_set_and_a_quota_is_only_raised() {
     let disks = disks(&["a"]);
     let first = guest(&disks);
-    let _ = prepare(&first, "c1", wanted("a", true, "/m1")).await.unwrap();
-    let (id, gib) = (spec("a", true).id, Bytes::gib);
+    let _ = prepare(&first, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
+    let (id, gib) = (spec("a", Create::Fresh).id, Bytes::gib);
     let grown = first.grow(id, gib(2), DiskLayout::partition_for(gib(2))).await.unwrap();
     assert_eq!((grown.capacity, grown.partition), (gib(2), DiskLayout::partition_for(gib(2))));
     // Again, and with less: nothing shrinks.
@@ -295,11 +303,11 @@ async fn properties_that_differ_are_set_and_a_quota_is_only_raised() {
     first.release_container("c1").await;
 
     let next = guest(&disks);
-    let mut older = wanted("a", false, "/m1");
+    let mut older = wanted("a", Create::Never, "/m1");
     older.spec.dataset_properties.insert("compression".into(), "zstd".into());
     let _ = prepare(&next, "c1", older).await.unwrap();
     let pool = disks.lock().unwrap()[0].pool.clone().unwrap();
-    let dataset = &pool.datasets[&spec("a", true).dataset()];
+    let dataset = &pool.datasets[&spec("a", Create::Fresh).dataset()];
     assert_eq!((dataset["compression"].as_str(), dataset["refquota"].as_str()), ("zstd", "2147483648"));
     assert_eq!(count(&next, "set ["), 1);
     assert_eq!(next.status(Duration::ZERO).await[0].quota, gib(2).0);
@@ -308,8 +316,8 @@ async fn properties_that_differ_are_set_and_a_quota_is_only_raised() {
 #[tokio::test(start_paused = true)]
 async fn growth_beyond_the_disk_is_refused_with_both_numbers() {
     let volumes = guest(&disks(&["a"]));
-    let _ = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap();
-    let id = spec("a", true).id;
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
+    let id = spec("a", Create::Fresh).id;
     let error = volumes.grow(id, Bytes::gib(20), DiskLayout::partition_for(Bytes::gib(20))).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::OutOfRange);
     let largest = DiskLayout::partition_for(Bytes::gib(8)).to_string();
@@ -319,20 +327,20 @@ async fn growth_beyond_the_disk_is_refused_with_both_numbers() {
 
 #[tokio::test(start_paused = true)]
 async fn a_growth_cut_short_is_completed_at_the_next_start() {
-    let (id, two) = (spec("a", true).id, Bytes::gib(2));
+    let (id, two) = (spec("a", Create::Fresh).id, Bytes::gib(2));
     for number in 1..6 {
         let disks = disks(&["a"]);
         let first = guest(&disks);
-        let _ = prepare(&first, "c1", wanted("a", true, "/m1")).await.unwrap();
+        let _ = prepare(&first, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
         let before = first.machine().steps().len() as u32;
         first.release_container("c1").await;
 
         let killed = Volumes::new(SimMachine::new(&disks, Kill::After(before - 3 + number)), "/zpod/volumes");
-        let _ = prepare(&killed, "c1", wanted("a", false, "/m1")).await;
+        let _ = prepare(&killed, "c1", wanted("a", Create::Never, "/m1")).await;
         let _ = killed.grow(id, two, DiskLayout::partition_for(two)).await;
 
         let next = guest(&disks);
-        let mut spec = wanted("a", false, "/m1");
+        let mut spec = wanted("a", Create::Never, "/m1");
         (spec.spec.capacity, spec.spec.partition) = (two, DiskLayout::partition_for(two));
         let _ = prepare(&next, "c1", spec).await.unwrap();
         let pool = disks.lock().unwrap()[0].pool.clone().unwrap();
@@ -345,7 +353,7 @@ async fn a_growth_cut_short_is_completed_at_the_next_start() {
 async fn the_arc_gets_the_largest_bound_of_the_pods_volumes() {
     let volumes = guest(&disks(&["a", "b"]));
     for (name, arc) in [("a", Some(Bytes::mib(512))), ("b", Some(Bytes::mib(128)))] {
-        let mut wanted = wanted(name, true, &format!("/{name}"));
+        let mut wanted = wanted(name, Create::Fresh, &format!("/{name}"));
         wanted.spec.arc_max = arc;
         let _ = prepare(&volumes, "c1", wanted).await.unwrap();
     }
@@ -356,7 +364,7 @@ async fn the_arc_gets_the_largest_bound_of_the_pods_volumes() {
 async fn eight_volumes_come_up_at_once_and_all_go() {
     let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
     let volumes = guest(&disks(&names));
-    let all: Vec<_> = names.iter().map(|name| wanted(name, true, &format!("/{name}"))).collect();
+    let all: Vec<_> = names.iter().map(|name| wanted(name, Create::Fresh, &format!("/{name}"))).collect();
     let _ = volumes.prepare("c1", &all, Instant::now() + WAIT).await.unwrap();
     assert_eq!(volumes.status(Duration::ZERO).await.len(), 8);
     volumes.release_all().await;
@@ -367,11 +375,11 @@ async fn eight_volumes_come_up_at_once_and_all_go() {
 async fn a_mount_point_that_is_none_is_refused() {
     let volumes = guest(&disks(&["a", "b"]));
     for bad in ["", "relative", "/", "/a/../b"] {
-        let error = prepare(&volumes, "c1", wanted("a", true, bad)).await.unwrap_err();
+        let error = prepare(&volumes, "c1", wanted("a", Create::Fresh, bad)).await.unwrap_err();
         assert_eq!(error.code(), tonic::Code::InvalidArgument, "{bad}");
     }
-    let _ = prepare(&volumes, "c1", wanted("a", true, "/m")).await.unwrap();
-    let error = prepare(&volumes, "c1", wanted("b", true, "/m")).await.unwrap_err();
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m")).await.unwrap();
+    let error = prepare(&volumes, "c1", wanted("b", Create::Fresh, "/m")).await.unwrap_err();
     assert!(error.to_string().contains("mounted at /m already"), "{error}");
 }
 
@@ -379,11 +387,11 @@ async fn a_mount_point_that_is_none_is_refused() {
 async fn the_journal_says_created_before_a_container_sees_the_volume() {
     let disks = disks(&["a"]);
     let volumes = guest(&disks);
-    let _ = prepare(&volumes, "c1", wanted("a", true, "/m1")).await.unwrap();
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
     let steps = volumes.machine().steps();
     let place = |name: &str| steps.iter().rposition(|step| step.starts_with(name)).unwrap();
     assert!(place(&format!("write {}", DiskLayout::JOURNAL_OFFSET)) < place("mount /m1"));
     let disk = volumes.machine().disks().await.unwrap().remove(0);
     let block = volumes.machine().read(&disk, DiskLayout::JOURNAL_OFFSET, crate::journal::BYTES).await.unwrap();
-    assert_eq!(Journal::decode(&block, spec("a", true).id), Journal::Created);
+    assert_eq!(Journal::decode(&block, spec("a", Create::Fresh).id), Journal::Created);
 }

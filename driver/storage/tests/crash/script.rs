@@ -259,6 +259,7 @@ fn record(name: u8) -> Volume {
         node: "node-1".to_owned(),
         phase: Phase::Ready,
         initialized: true,
+        written: true,
         table_capacity: Bytes(0),
         publication: None,
         condition: None,

@@ -44,6 +44,7 @@ fn volume(name: &str) -> Volume {
         node: "node-1".to_owned(),
         phase: Phase::Creating,
         initialized: false,
+        written: false,
         table_capacity: Bytes::gib(1),
         publication: None,
         condition: None,
