@@ -38,6 +38,11 @@ pub fn bytes(stats: &csi::NodeGetVolumeStatsResponse) -> (i64, i64, i64) {
     usage.map(|usage| (usage.total, usage.used, usage.available)).unwrap_or_default()
 }
 
+/// Whether a guest has said it: the host alone knows nothing of inodes.
+pub fn from_guest(stats: &csi::NodeGetVolumeStatsResponse) -> bool {
+    stats.usage.iter().any(|usage| usage.unit() == csi::volume_usage::Unit::Inodes)
+}
+
 /// How a volume is published.
 #[derive(Debug, Clone, Default)]
 pub struct Publish {

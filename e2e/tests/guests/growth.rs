@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use tokio::time::{Instant, timeout};
 use tonic::Code;
-use zpod_e2e::csi::{Publish, bytes};
+use zpod_e2e::csi::{Publish, bytes, from_guest};
 use zpod_e2e::shim::User;
 use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox};
 use zpod_volume::Bytes;
@@ -26,8 +26,8 @@ async fn a_volume_grows_under_a_writer_and_after_a_restart_of_zpod_and_beyond_it
     // Killed and started again while the pod runs.
     node.restart_zpod().await?;
     let total = |size: Bytes| move |stats: &_| bytes(stats).0 == i64::try_from(size.0).unwrap_or_default();
-    let used = |stats: &_| total(Bytes::mib(256))(stats) && bytes(stats).1 > 200_000;
-    node.csi.stats_when(&volume, &target, used).await.context("after a restart of zpod")?;
+    let found_again = |stats: &_| total(Bytes::mib(256))(stats) && from_guest(stats);
+    node.csi.stats_when(&volume, &target, found_again).await.context("after a restart of zpod")?;
 
     for size in [Bytes::mib(700), Bytes::gib(1)] {
         let answer = node.csi.controller_expand(&volume, size).await?;
