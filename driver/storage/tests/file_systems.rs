@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "clippy allows it in test functions only, not in what they call")]
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -238,10 +238,11 @@ impl Qemu {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("qemu-system-x86_64: {error}"));
-        // The greeting comes once the devices are there.
-        let mut greeting = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut greeting).unwrap();
-        assert!(greeting.contains("QMP"), "{greeting}");
+        // The greeting may come before the devices are there; an answer comes from the main loop, hence after them.
+        let (mut input, output) = (child.stdin.as_ref().unwrap(), child.stdout.as_mut().unwrap());
+        input.write_all(b"{\"execute\": \"qmp_capabilities\"}\n").unwrap();
+        let mut lines = BufReader::new(output).lines().map_while(Result::ok);
+        assert!(lines.any(|line| line.contains("return")), "no answer of QEMU");
         Self(child)
     }
 }
