@@ -9,6 +9,7 @@
 mod conformance;
 pub mod file;
 mod ledger;
+mod overhead;
 pub mod sim;
 
 use std::fmt;
@@ -91,6 +92,13 @@ pub trait Backing: Send + Sync + fmt::Debug {
 
     /// Space the device takes on the host now.
     fn allocated(&self, id: VolumeId) -> Result<Bytes, BackingError>;
+
+    /// How much more the device takes than its promise and the metadata for it: the sign of a guest that writes past its
+    /// partition, into the room of others. Always zero where the provider bounds that.
+    ///
+    /// # Errors
+    /// [`BackingError::Missing`].
+    fn excess(&self, id: VolumeId) -> Result<Bytes, BackingError>;
 
     /// Room on this node.
     fn capacity(&self) -> Result<Capacity, BackingError>;

@@ -14,8 +14,9 @@
 //! That nobody has an image open is known from the kernel by a write lease, see [`Fencing`].
 //!
 //! # Limitations
-//! * A guest can write anywhere on its disk, past its partition too; room is then lost to the others. An XFS project
-//!   quota would bound that.
+//! * A guest can write anywhere on its disk, past its partition too. On XFS mounted with `prjquota` each image has a
+//!   limit that stops that ([`projects`]; [`Abilities::quota`] says whether it holds). Elsewhere room is lost to the
+//!   others: it is measured, logged, and shown by [`Backing::excess`](super::Backing::excess).
 //! * btrfs: an image is made NOCOW, or its promise could not be kept (overwriting would take new space).
 //! * Blocks shared by reflink would be counted once for each file. Nothing shares blocks yet.
 //! * NFS is no place for a backing directory: it grants no leases.
@@ -24,7 +25,9 @@ mod abilities;
 mod calls;
 mod fcntl;
 mod image;
+mod projects;
 mod proof;
+mod quotactl;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -38,8 +41,10 @@ use rustix::fs::{OFlags, Stat};
 use zpod_volume::{Bytes, DiskLayout, VolumeId};
 
 pub use self::abilities::{Abilities, Fencing};
+use self::projects::Projects;
 use self::proof::Held;
 use super::ledger::Ledger;
+use super::overhead::Overhead;
 use super::{BackingError, DeviceSpec};
 use crate::directory::{self, Directory};
 
@@ -56,6 +61,10 @@ const FIGURE_AGE: Duration = Duration::from_secs(5);
 pub struct FileBacking {
     directory: Directory,
     abilities: Abilities,
+    /// Where the file system keeps limits.
+    projects: Option<Projects>,
+    /// What the file system may take to keep track of a volume, whether or not that is kept for it.
+    overhead: Overhead,
     ledger: Mutex<Ledger>,
     /// When the ledger was last measured. Held while measuring, so that one does it for all.
     measured: Mutex<Instant>,
@@ -82,11 +91,20 @@ impl FileBacking {
             let why = "another zpod process has it; only one may run on it";
             return Err(fail("lock the backing directory", io::Error::new(io::ErrorKind::ResourceBusy, why)));
         }
-        let abilities = Abilities::probe(&directory).map_err(|error| fail("try out the file system of", error))?;
+        let mut abilities = Abilities::probe(&directory).map_err(|error| fail("try out the file system of", error))?;
+        let projects = Projects::probe(&directory).inspect_err(|error| {
+            tracing::info!(directory = %dir.display(), %error, "no project quotas: a guest can write past its partition");
+        });
+        abilities.quota = projects.is_ok();
+        let overhead = rustix::fs::fstatvfs(&directory).map_err(|error| fail("measure", error.into()))?.f_frsize;
+        let overhead = Overhead::in_blocks_of(overhead);
+        let kept = if abilities.quota { overhead } else { Overhead::NONE };
         let backing = Self {
             directory,
             abilities,
-            ledger: Mutex::new(Ledger::new(overprovision)),
+            projects: projects.ok(),
+            overhead,
+            ledger: Mutex::new(Ledger::new(overprovision, kept)),
             measured: Mutex::new(Instant::now()),
             held: Mutex::default(),
         };
@@ -118,19 +136,58 @@ impl FileBacking {
         })?;
         for name in leftovers {
             tracing::info!(file = name, "removing what a creation left that was cut short");
+            if let Some(projects) = &self.projects {
+                projects.lift_leftover(&self.directory, &name)?;
+            }
             self.directory.remove(&name)?;
         }
         Ok(volumes)
     }
 
     fn adopt(&self, id: VolumeId, name: &str, stat: &Stat) {
-        let promise = self.directory.open_file(name, OFlags::RDONLY).and_then(|file| self.promise(&file));
+        let file = self.directory.open_file(name, OFlags::RDONLY);
+        let promise = match &file {
+            Ok(file) => self.promise(file),
+            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+        };
         let length = stat.st_size.unsigned_abs();
         let partition = promise.unwrap_or_else(|error| {
             tracing::error!(volume = %id, %error, "taking the whole disk for promised");
             Bytes(length)
         });
         self.ledger().adopt(id, partition, stat.st_blocks.unsigned_abs() * STAT_BLOCK);
+        if let Ok(file) = file
+            && let Err(error) = self.bound(id, &file, partition)
+        {
+            tracing::error!(volume = %id, %error, "its space is not limited");
+        }
+    }
+
+    /// Limits an image to what is kept for a partition of that size, where the file system can.
+    fn bound(&self, id: VolumeId, image: &File, partition: Bytes) -> io::Result<()> {
+        let limit = self.ledger().promise(partition);
+        match &self.projects {
+            Some(projects) => projects.bound(&self.directory, id, image, limit),
+            None => projects::raise_leftover(&self.directory, image, limit.saturating_add(self.overhead.of(partition))),
+        }
+    }
+
+    /// Lifts the limit of an image that is to go.
+    fn unbound(&self, id: VolumeId) -> io::Result<()> {
+        self.projects.as_ref().map_or(Ok(()), |projects| projects.lift(&self.directory, id))
+    }
+
+    /// Takes back what was promised to an image that is gone, and its project.
+    fn forget(&self, id: VolumeId) {
+        if let Some(projects) = &self.projects {
+            projects.release(id);
+        }
+        self.ledger().release(id);
+    }
+
+    /// What was taken beyond what is kept and the metadata for it.
+    fn beyond(&self, reserved: u64, taken: u64) -> Bytes {
+        Bytes(taken.saturating_sub(reserved.saturating_add(self.overhead.of(Bytes(reserved)))))
     }
 
     fn promise(&self, file: &File) -> io::Result<Bytes> {
@@ -162,6 +219,14 @@ impl FileBacking {
         let taken = promises.iter().map(|(id, _)| self.taken(*id)).collect::<Result<Vec<_>, _>>()?;
         let after = self.free()?;
         self.ledger().measured(before.min(after), &promises, &taken);
+        for ((id, reserved), taken) in promises.iter().zip(&taken) {
+            let excess = self.beyond(*reserved, *taken);
+            if excess.0 > 0 {
+                let (taken, promised) = (Bytes(*taken), Bytes(*reserved));
+                tracing::warn!(volume = %id, %taken, %promised, %excess, "its guest has written past its partition, into \
+                    the room of other volumes; stop its pod, and put images on XFS mounted with prjquota to prevent it");
+            }
+        }
         *measured = Instant::now();
         Ok(())
     }

@@ -2,7 +2,8 @@
 //!
 //! # Design
 //! The room that volumes may take together is what is free plus what they have taken already; what was promised to them
-//! is the sum of their partitions. At a ratio of 1 their difference can be promised to others, and then every volume can
+//! is the sum of their partitions, and of the most that it can take to keep track of them where a limit holds them to
+//! that ([`Overhead`]). At a ratio of 1 their difference can be promised to others, and then every volume can
 //! be filled to its end. What a volume took beyond its promise (a hostile guest can write into the headroom) does not
 //! count as room.
 //!
@@ -16,12 +17,14 @@ use std::collections::HashMap;
 use zpod_volume::{Bytes, DiskLayout, VolumeId};
 
 use super::Capacity;
+use super::overhead::Overhead;
 
 /// Beside its partition a volume takes less than this for partition tables and the guest's journal.
 const TABLES: u64 = DiskLayout::PARTITION_START;
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
+    partition: Bytes,
     reserved: u64,
     taken: u64,
 }
@@ -44,46 +47,53 @@ pub(super) struct Ledger {
     space: u64,
     /// How many times the space may be promised.
     ratio: f64,
+    /// What is kept for metadata: with it, a promise holds however a guest writes.
+    overhead: Overhead,
 }
 
 impl Ledger {
-    pub(super) fn new(ratio: f64) -> Self {
-        Self { entries: HashMap::new(), reserved: 0, kept: 0, space: 0, ratio }
+    pub(super) fn new(ratio: f64, overhead: Overhead) -> Self {
+        Self { entries: HashMap::new(), reserved: 0, kept: 0, space: 0, ratio, overhead }
     }
 
-    /// What a partition of that size is promised.
-    pub(super) fn promise(partition: Bytes) -> u64 {
-        partition.0.saturating_add(TABLES)
+    /// What is kept for a partition of that size.
+    pub(super) fn promise(&self, partition: Bytes) -> u64 {
+        partition.0.saturating_add(TABLES).saturating_add(self.overhead.of(partition))
     }
 
     /// The partition that a volume was promised.
     pub(super) fn partition(&self, id: VolumeId) -> Option<Bytes> {
-        self.entries.get(&id).map(|entry| Bytes(entry.reserved.saturating_sub(TABLES)))
+        self.entries.get(&id).map(|entry| entry.partition)
+    }
+
+    /// What is kept for a volume.
+    pub(super) fn reserved(&self, id: VolumeId) -> Option<u64> {
+        self.entries.get(&id).map(|entry| entry.reserved)
     }
 
     /// Promises a partition of that size if there is room, `free` bytes being free; else says what there is.
     pub(super) fn reserve(&mut self, id: VolumeId, partition: Bytes, free: u64) -> Result<(), Bytes> {
         let before = self.entries.get(&id).map_or(0, |entry| entry.reserved);
-        let more = Self::promise(partition).saturating_sub(before);
+        let more = self.promise(partition).saturating_sub(before);
         let available = self.total(free).saturating_sub(self.reserved);
         if more > available {
             return Err(Bytes(available));
         }
         if more > 0 {
-            self.set(id, Self::promise(partition), None);
+            self.set(id, partition, None);
         }
         Ok(())
     }
 
     /// Records a promise that was made before, whether or not there is room.
     pub(super) fn adopt(&mut self, id: VolumeId, partition: Bytes, taken: u64) {
-        self.set(id, Self::promise(partition), Some(taken));
+        self.set(id, partition, Some(taken));
     }
 
     /// Records what a volume has taken.
     pub(super) fn took(&mut self, id: VolumeId, taken: u64) {
-        if let Some(reserved) = self.entries.get(&id).map(|entry| entry.reserved) {
-            self.set(id, reserved, Some(taken));
+        if let Some(partition) = self.partition(id) {
+            self.set(id, partition, Some(taken));
         }
     }
 
@@ -98,14 +108,15 @@ impl Ledger {
     /// Goes back to a smaller promise, or to none.
     pub(super) fn restore(&mut self, id: VolumeId, partition: Option<Bytes>) {
         match partition {
-            Some(partition) => self.set(id, Self::promise(partition), None),
+            Some(partition) => self.set(id, partition, None),
             None => self.release(id),
         }
     }
 
-    fn set(&mut self, id: VolumeId, reserved: u64, taken: Option<u64>) {
-        let before = self.entries.get(&id).copied().unwrap_or(Entry { reserved: 0, taken: 0 });
-        let after = Entry { reserved, taken: taken.unwrap_or(before.taken) };
+    fn set(&mut self, id: VolumeId, partition: Bytes, taken: Option<u64>) {
+        let none = Entry { partition: Bytes(0), reserved: 0, taken: 0 };
+        let before = self.entries.get(&id).copied().unwrap_or(none);
+        let after = Entry { partition, reserved: self.promise(partition), taken: taken.unwrap_or(before.taken) };
         self.reserved = self.reserved - before.reserved + after.reserved;
         self.kept = self.kept - before.kept() + after.kept();
         self.entries.insert(id, after);
@@ -137,7 +148,7 @@ impl Ledger {
     pub(super) fn capacity(&self, free: u64) -> Capacity {
         let total = self.total(free);
         let available = total.saturating_sub(self.reserved);
-        let largest = Bytes(available.saturating_sub(TABLES)).round_down(1 << 20);
+        let largest = self.overhead.largest(available.saturating_sub(TABLES));
         Capacity {
             total: Bytes(total),
             available: Bytes(available),
@@ -159,7 +170,7 @@ mod tests {
 
     #[test]
     fn what_was_promised_is_not_promised_again() {
-        let mut ledger = Ledger::new(1.0);
+        let mut ledger = Ledger::new(1.0, Overhead::NONE);
         ledger.measured(100 * MIB, &[], &[]);
         assert_eq!(ledger.capacity(100 * MIB).largest, Bytes::mib(99));
         ledger.reserve(id(1), Bytes::mib(59), 100 * MIB).unwrap();
@@ -172,7 +183,7 @@ mod tests {
 
     #[test]
     fn room_does_not_change_as_guests_fill_their_volumes() {
-        let mut ledger = Ledger::new(1.0);
+        let mut ledger = Ledger::new(1.0, Overhead::NONE);
         ledger.measured(100 * MIB, &[], &[]);
         ledger.reserve(id(1), Bytes::mib(59), 100 * MIB).unwrap();
         // Not measured yet: less than there is, never more.
@@ -183,7 +194,7 @@ mod tests {
 
     #[test]
     fn what_a_guest_took_beyond_its_promise_is_nobodys_room() {
-        let mut ledger = Ledger::new(1.0);
+        let mut ledger = Ledger::new(1.0, Overhead::NONE);
         ledger.measured(100 * MIB, &[], &[]);
         ledger.reserve(id(1), Bytes::mib(9), 100 * MIB).unwrap();
         ledger.measured(40 * MIB, &ledger.promises(), &[60 * MIB]);
@@ -192,11 +203,24 @@ mod tests {
 
     #[test]
     fn a_ratio_above_one_promises_more_than_there_is() {
-        let mut ledger = Ledger::new(2.5);
+        let mut ledger = Ledger::new(2.5, Overhead::NONE);
         ledger.measured(100 * MIB, &[], &[]);
         assert_eq!(ledger.capacity(100 * MIB).total, Bytes::mib(250));
         ledger.reserve(id(1), Bytes::mib(200), 100 * MIB).unwrap();
         assert_eq!(ledger.capacity(100 * MIB).available, Bytes::mib(49));
+    }
+
+    #[test]
+    fn what_is_kept_for_metadata_is_promised_to_nobody() {
+        let mut ledger = Ledger::new(1.0, Overhead::in_blocks_of(4096));
+        ledger.measured(1000 * MIB, &[], &[]);
+        let largest = ledger.capacity(1000 * MIB).largest;
+        assert!(largest > Bytes::mib(980) && largest < Bytes::mib(993), "{largest}");
+        assert!(ledger.reserve(id(1), Bytes::mib(995), 1000 * MIB).is_err());
+        ledger.reserve(id(1), largest, 1000 * MIB).unwrap();
+        assert_eq!(ledger.partition(id(1)), Some(largest));
+        assert!(ledger.reserved(id(1)).unwrap() > largest.0 + 8 * MIB);
+        assert_eq!(ledger.capacity(1000 * MIB).largest, Bytes(0));
     }
 
     /// What happens to a disk: promises, writes and trims by guests, writes by others, measurements.
@@ -224,7 +248,7 @@ mod tests {
         #[test]
         fn no_promise_is_ever_broken(events in proptest::collection::vec(event(), 0..80)) {
             let disk = 200 * MIB;
-            let mut ledger = Ledger::new(1.0);
+            let mut ledger = Ledger::new(1.0, Overhead::NONE);
             ledger.measured(disk, &[], &[]);
             let mut volumes: HashMap<VolumeId, (u64, u64)> = HashMap::new();
             for event in events {

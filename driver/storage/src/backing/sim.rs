@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId};
 
 use super::ledger::Ledger;
+use super::overhead::Overhead;
 use super::{Backing, BackingError, Capacity, DeviceSpec, Exclusive, Outcome};
 
 /// Devices that exist in memory only. Clones share them: one can stand for a restart of the driver.
@@ -81,7 +82,7 @@ impl Drop for Proof {
 impl SimBacking {
     /// A place of that size.
     pub fn new(size: Bytes, overprovision: f64) -> Self {
-        let mut ledger = Ledger::new(overprovision);
+        let mut ledger = Ledger::new(overprovision, Overhead::NONE);
         ledger.measured(size.0, &[], &[]);
         let state = State { devices: HashMap::new(), ledger, size: size.0, fault: None, calls: 0 };
         Self { location: PathBuf::from("/sim"), state: Arc::new(Mutex::new(state)) }
@@ -270,6 +271,12 @@ impl Backing for SimBacking {
     fn allocated(&self, id: VolumeId) -> Result<Bytes, BackingError> {
         let state = self.call("look at")?;
         state.devices.get(&id).map(|device| Bytes(device.taken)).ok_or_else(|| self.missing(id))
+    }
+
+    fn excess(&self, id: VolumeId) -> Result<Bytes, BackingError> {
+        let state = self.call("look at")?;
+        let taken = state.devices.get(&id).ok_or_else(|| self.missing(id))?.taken;
+        Ok(Bytes(taken.saturating_sub(state.ledger.reserved(id).unwrap_or(taken))))
     }
 
     fn capacity(&self) -> Result<Capacity, BackingError> {

@@ -40,6 +40,8 @@ pub struct Abilities {
     /// Whether each new file is taken out of copy-on-write (btrfs): overwriting it then takes no new space, so that a
     /// promise holds, and its blocks don't scatter. ZFS has checksums of its own.
     pub nocow: bool,
+    /// Whether a guest that writes past its partition is stopped by a limit (XFS mounted with `prjquota`).
+    pub quota: bool,
     /// The extended attribute that holds what a volume was promised.
     pub(super) attribute: &'static str,
 }
@@ -50,7 +52,8 @@ impl fmt::Display for Abilities {
             Fencing::Lease => "leases",
             Fencing::Lock => "locks only (weaker: the file system knows no leases)",
         };
-        write!(f, "reflink {}, fencing by {fencing}, promises in {}", self.reflink, self.attribute)
+        let Self { reflink, quota, attribute, .. } = self;
+        write!(f, "reflink {reflink}, fencing by {fencing}, project quota {quota}, promises in {attribute}")
     }
 }
 
@@ -92,7 +95,8 @@ impl Abilities {
             }
             Err(error) => return Err(error),
         };
-        Ok(Self { reflink, fencing, nocow, attribute })
+        // Tried apart, for what it needs is kept.
+        Ok(Self { reflink, fencing, nocow, quota: false, attribute })
     }
 }
 

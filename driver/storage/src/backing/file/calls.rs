@@ -23,6 +23,7 @@ impl FileBacking {
         if self.abilities.nocow {
             image::disable_cow(&file).map_err(fail("disable copy-on-write of"))?;
         }
+        self.bound(spec.id, &file, spec.layout.partition).map_err(fail("limit"))?;
         image::fill(&file, spec, self.abilities.attribute).map_err(fail("create"))?;
         let taken = file.metadata().map_err(fail("look at"))?.blocks() * STAT_BLOCK;
         crash::point("create: image durable");
@@ -50,13 +51,28 @@ impl FileBacking {
         if self.ledger().partition(id) != Some(promised) {
             let taken = self.taken(id)?;
             self.ledger().adopt(id, promised, taken);
+            self.bound(id, &image, promised).map_err(|error| self.fail_on(id, "limit", error))?;
         }
         Ok(promised)
+    }
+
+    /// Limits an image to its promise again, after a step that failed.
+    fn bound_again(&self, id: VolumeId) {
+        let bounded = self.image(id, OFlags::RDONLY).map_err(|error| error.to_string()).and_then(|image| {
+            let partition = self.ledger().partition(id).unwrap_or_default();
+            self.bound(id, &image, partition).map_err(|error| error.to_string())
+        });
+        if let Err(error) = bounded {
+            tracing::warn!(volume = %id, error, "its limit is not what it should be until the next start");
+        }
     }
 
     fn enlarge(&self, spec: &DeviceSpec, image: &File, length: u64, promised: Bytes) -> Result<(), BackingError> {
         let fail = |what| move |error| self.fail_taking(spec, what, error);
         let DiskLayout { partition, disk, .. } = spec.layout;
+        if partition > promised {
+            self.bound(spec.id, image, partition).map_err(fail("raise the limit of"))?;
+        }
         if disk.0 > length {
             image::lengthen(image, length, disk.0).map_err(fail("lengthen"))?;
             crash::point("grow: lengthened");
@@ -90,10 +106,10 @@ impl Backing for FileBacking {
         match self.make(spec, &temporary) {
             Ok(taken) => self.ledger().took(spec.id, taken),
             Err(error) => {
-                if let Err(error) = self.directory.remove(&temporary) {
+                if let Err(error) = self.unbound(spec.id).and_then(|()| self.directory.remove(&temporary)) {
                     tracing::warn!(volume = %spec.id, %error, "a temporary file stays until the next start");
                 }
-                self.ledger().release(spec.id);
+                self.forget(spec.id);
                 return Err(error);
             }
         }
@@ -108,7 +124,7 @@ impl Backing for FileBacking {
         let proof = match self.exclusive(id) {
             Ok(proof) => proof,
             Err(BackingError::Missing { .. }) => {
-                self.ledger().release(id);
+                self.forget(id);
                 // Whoever removed it may have been killed before that was durable.
                 self.directory.sync().map_err(|error| self.fail("sync", error))?;
                 return Ok(Outcome::Unchanged);
@@ -116,11 +132,17 @@ impl Backing for FileBacking {
             Err(error) => return Err(error),
         };
         crash::point("destroy: exclusive");
-        self.directory.remove(&name_of(id)).map_err(|error| self.fail_on(id, "remove", error))?;
+        self.unbound(id).map_err(|error| self.fail_on(id, "lift the limit of", error))?;
+        crash::point("destroy: limit lifted");
+        if let Err(error) = self.directory.remove(&name_of(id)) {
+            self.bound_again(id);
+            return Err(self.fail_on(id, "remove", error));
+        }
         crash::point("destroy: removed");
         // The space comes back with the last descriptor, and so must not be promised before.
         drop(proof);
-        self.ledger().release(id);
+        self.forget(id);
+        crash::point("destroy: promise taken back");
         self.directory.sync().map_err(|error| self.fail("sync", error))?;
         crash::point("destroy: removal durable");
         Ok(Outcome::Changed)
@@ -140,6 +162,7 @@ impl Backing for FileBacking {
             // The attribute decides: it may have been written before the failure.
             let now = self.promise(&image).unwrap_or(spec.layout.partition);
             self.ledger().restore(spec.id, Some(now));
+            self.bound_again(spec.id);
             return Err(error);
         }
         let taken = self.taken(spec.id)?;
@@ -225,6 +248,12 @@ impl Backing for FileBacking {
         let stat = self.directory.stat(&name_of(id)).map_err(|error| self.fail_on(id, "look at", error))?;
         let stat = stat.ok_or_else(|| self.missing(id))?;
         Ok(Bytes(stat.st_blocks.unsigned_abs() * STAT_BLOCK))
+    }
+
+    fn excess(&self, id: VolumeId) -> Result<Bytes, BackingError> {
+        let taken = self.allocated(id)?;
+        let reserved = self.ledger().reserved(id);
+        Ok(reserved.map_or(Bytes(0), |reserved| self.beyond(reserved, taken.0)))
     }
 
     fn capacity(&self) -> Result<Capacity, BackingError> {

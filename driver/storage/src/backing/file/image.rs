@@ -3,14 +3,18 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use rustix::fs::{Advice, FallocateFlags, IFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
 use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId, gpt};
 
+use super::STAT_BLOCK;
 use crate::backing::DeviceSpec;
 use crate::crash;
+
+/// Less than any limit leaves beyond a partition.
+const LEAST_PIECE: u64 = 256 << 10;
 
 /// Takes an empty file out of copy-on-write.
 pub(super) fn disable_cow(file: &File) -> io::Result<()> {
@@ -71,10 +75,39 @@ pub(super) fn fill(file: &File, spec: &DeviceSpec, attribute: &str) -> io::Resul
 }
 
 /// Takes the space of a partition and of the guest's journal before it. The tables take theirs by being written.
+///
+/// XFS refuses a range that is larger than what the disk or the file's limit has left, even where most of it is there
+/// already (`xfs_alloc_file_space` reserves before it looks), as it is when a volume grows. What is missing is then
+/// taken piece by piece, if there is room for it.
 pub(super) fn allocate(file: &File, partition: Bytes) -> io::Result<()> {
     let from = DiskLayout::JOURNAL_OFFSET;
     let end = DiskLayout::PARTITION_START.saturating_add(partition.0);
-    Ok(rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, from, end - from)?)
+    let take = |at, length| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, at, length);
+    let refused = |error| matches!(error, Errno::NOSPC | Errno::DQUOT);
+    match take(from, end - from) {
+        Err(error) if refused(error) && has_room(file, end - from)? => {}
+        result => return Ok(result?),
+    }
+    let (mut at, mut step) = (from, end - from);
+    while at < end {
+        step = step.min(end - at);
+        match take(at, step) {
+            Ok(()) => {
+                at += step;
+                step = step.saturating_mul(2);
+            }
+            Err(error) if refused(error) && step > LEAST_PIECE => step /= 2,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Whether the disk can hold so much of a file, with what it holds of it already.
+fn has_room(file: &File, length: u64) -> io::Result<bool> {
+    let stat = rustix::fs::fstatvfs(file)?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    Ok(free.saturating_add(file.metadata()?.blocks() * STAT_BLOCK) >= length)
 }
 
 /// Lengthens a disk. On one that was never written, the old spare table is taken out first: it would lie inside a

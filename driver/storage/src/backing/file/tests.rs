@@ -298,6 +298,27 @@ fn data_at_the_end_of_a_used_disk_survives_growth() {
     }
 }
 
+#[test]
+fn what_a_guest_takes_past_its_partition_is_seen() {
+    let files = Files::new();
+    let spec = thin("a", 16);
+    files.backing.create(&spec).unwrap();
+    let file = File::options().write(true).open(files.path(spec.id)).unwrap();
+    let mib = vec![1; MIB as usize];
+    let write = |range: std::ops::Range<u64>| range.for_each(|n| file.write_all_at(&mib, n * MIB).unwrap());
+    write(1..17);
+    file.sync_all().unwrap();
+    assert_eq!(files.backing.excess(spec.id).unwrap(), Bytes(0), "all it was promised");
+    if files.backing.abilities().quota {
+        return;
+    }
+    write(17..40);
+    file.sync_all().unwrap();
+    files.backing.measure(Duration::ZERO).unwrap();
+    let excess = files.backing.excess(spec.id).unwrap();
+    assert!(excess > Bytes::mib(20) && excess < Bytes::mib(24), "{excess}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
     /// The file backing and the simulated one answer alike, whatever is asked of them in whatever order.
