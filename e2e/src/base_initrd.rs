@@ -54,7 +54,10 @@ pub fn write(to: &Path) -> Result<()> {
 }
 
 /// A program without its symbols, and the libraries it asks for, at the paths its loader looks for them.
-fn add_program(archive: &mut Archive, path: &str, root: &str, program: &Path) -> Result<()> {
+///
+/// # Errors
+/// When it or a library is missing.
+pub fn add_program(archive: &mut Archive, path: &str, root: &str, program: &Path) -> Result<()> {
     archive.file(path, stripped(program)?, 0o755);
     for library in libraries(program)? {
         let inside = format!("{root}{}", library.display());
