@@ -72,7 +72,7 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
         available_inodes: usage.available_inodes,
         partition_bytes: snapshot.partition.0,
         disk_bytes: snapshot.disk.0,
-        pool_allocated_bytes: details.allocated,
+        pool_allocated_bytes: details.report.allocated,
         compress_ratio: details.compress_ratio,
         read_errors: details.report.read_errors,
         write_errors: details.report.write_errors,

@@ -25,8 +25,8 @@ pub const READY: &[u8] = b"ready\n";
 
 /// Where the agent listens when the kernel's command line does not say.
 const AGENT: &str = "/run/kata-agent.sock";
-/// Connections of the host at once. A shim has one, some two.
-const CONNECTIONS: usize = 32;
+/// Connections of the host at once. A shim has one or two; one it gives up on before the agent is up stays until then.
+const CONNECTIONS: usize = 128;
 /// Calls of the control service at once on one connection.
 const CONTROL_CALLS: usize = 16;
 /// Threads for calls that block.

@@ -82,8 +82,6 @@ impl fmt::Display for Health {
 /// What an imported pool says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PoolState {
-    /// Space allocated in it.
-    pub allocated: u64,
     /// Whether its device has become larger than the pool.
     pub expandable: bool,
     /// Its properties, by name.
@@ -105,6 +103,8 @@ pub struct PoolReport {
     pub data_errors: u64,
     /// A scrub is running.
     pub scrubbing: bool,
+    /// Space allocated in the pool, in bytes.
+    pub allocated: u64,
 }
 
 /// Properties of a dataset, by name, sizes as plain numbers of bytes.

@@ -293,8 +293,12 @@ impl<M: Machine> Volumes<M> {
             progress: &volume.progress,
             arc_max: arc.max(request.spec.arc_max),
         };
+        let known = previous.is_some();
         let active = active.run(previous, base).await?;
         volume.state().active = Some(active);
+        if !known {
+            tracing::info!(volume = %volume.id, "pool up: {}", volume.progress.timings());
+        }
         Ok(())
     }
 

@@ -90,7 +90,7 @@ impl Tools {
     /// # Errors
     /// When it is not imported or the tool fails; so for all of these calls.
     pub async fn pool(&self, pool: &PoolName) -> Result<PoolState, Fault> {
-        let columns: Vec<_> = ["name", "allocated", "expandsize"].into_iter().chain(keys(PropertyKind::Pool)).collect();
+        let columns: Vec<_> = ["name", "expandsize"].into_iter().chain(keys(PropertyKind::Pool)).collect();
         let output = self.zpool(&["list", "-j", "-p", "-o", &columns.join(","), pool.as_str()]).await?;
         json::pool(&output, pool)
     }

@@ -269,7 +269,7 @@ impl Machine for SimMachine {
             let (index, _) = kernel.imported[pool.as_str()];
             let on = disks[index].pool.as_ref().unwrap();
             let expandable = kernel.partitions[&disks[index].name] > on.size;
-            Ok(PoolState { allocated: 1, expandable, properties: on.properties.clone() })
+            Ok(PoolState { expandable, properties: on.properties.clone() })
         })
     }
 

@@ -242,16 +242,18 @@ fn different(
     now: &Properties,
     wanted: impl Iterator<Item = (String, String)>,
 ) -> impl Iterator<Item = (String, String)> {
-    wanted.filter(|(key, value)| now.get(key).is_none_or(|now| !same(now, value)))
+    wanted.filter(|(key, value)| now.get(key).is_none_or(|now| !same(key, now, value)))
 }
 
-/// Whether two values are one, though `128K` may be written as `131072`.
-fn same(now: &str, wanted: &str) -> bool {
+/// Whether two values of a property are one: `128K` may be written as `131072`, and `xattr=sa` as `on`, which has meant
+/// the same since OpenZFS 2.3.
+fn same(key: &str, now: &str, wanted: &str) -> bool {
     let size = |text: &str| match text.strip_suffix(['K', 'M']) {
         Some(digits) => Some(digits.parse::<u64>().ok()? << if text.ends_with('K') { 10 } else { 20 }),
         None => text.parse().ok(),
     };
-    now == wanted || (size(now).is_some() && size(now) == size(wanted))
+    let plain = |text| if key == "xattr" && text == "sa" { "on" } else { text };
+    plain(now) == plain(wanted) || (size(now).is_some() && size(now) == size(wanted))
 }
 
 #[cfg(test)]
@@ -260,9 +262,11 @@ mod tests {
 
     #[test]
     fn values_are_compared_as_zfs_means_them() {
-        assert!(same("131072", "128K"));
-        assert!(same("lz4", "lz4"));
-        assert!(!same("lz4", "zstd"));
-        assert!(!same("131072", "1M"));
+        assert!(same("recordsize", "131072", "128K"));
+        assert!(same("compression", "lz4", "lz4"));
+        assert!(same("xattr", "on", "sa"));
+        assert!(!same("xattr", "on", "dir"));
+        assert!(!same("compression", "lz4", "zstd"));
+        assert!(!same("recordsize", "131072", "1M"));
     }
 }

@@ -15,7 +15,7 @@ use super::{Active, Volume, Volumes};
 use crate::machine::{Health, Machine, PoolReport, Usage};
 
 /// How old details may be in a stream of states.
-pub const DETAIL_AGE: Duration = Duration::from_secs(10);
+pub const DETAIL_AGE: Duration = Duration::from_secs(30);
 
 /// A volume as it is now.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,8 +47,6 @@ pub struct Snapshot {
 pub struct Details {
     /// Errors, and what ZFS says about them.
     pub report: PoolReport,
-    /// Space allocated in the pool.
-    pub allocated: u64,
     /// Logical size over stored size.
     pub compress_ratio: f64,
 }
@@ -112,10 +110,9 @@ impl<M: Machine> Volumes<M> {
             message: format!("the pool does not answer: {fault}"),
             ..PoolReport::default()
         });
-        let allocated = self.machine.pool(&spec.pool).await.map_or(0, |pool| pool.allocated);
         let dataset = self.machine.dataset(&spec.dataset()).await.ok().flatten().unwrap_or_default();
         let ratio = dataset.get("compressratio").and_then(|ratio| ratio.trim_end_matches('x').parse().ok());
-        Details { report, allocated, compress_ratio: ratio.unwrap_or(1.0) }
+        Details { report, compress_ratio: ratio.unwrap_or(1.0) }
     }
 }
 

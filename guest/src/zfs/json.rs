@@ -60,6 +60,8 @@ struct Scan {
 #[derive(Deserialize)]
 struct Vdev {
     #[serde(default)]
+    alloc_space: String,
+    #[serde(default)]
     read_errors: String,
     #[serde(default)]
     write_errors: String,
@@ -90,7 +92,7 @@ fn number(text: &str) -> u64 {
 pub(super) fn pool(output: &[u8], pool: &PoolName) -> Result<PoolState, Fault> {
     let properties = properties(pool_named(output, pool)?);
     let get = |key: &str| properties.get(key).map_or(0, |value| number(value));
-    Ok(PoolState { allocated: get("allocated"), expandable: get("expandsize") > 0, properties })
+    Ok(PoolState { expandable: get("expandsize") > 0, properties })
 }
 
 pub(super) fn dataset(output: &[u8], dataset: &str) -> Result<Option<Properties>, Fault> {
@@ -108,6 +110,8 @@ pub(super) fn report(output: &[u8], pool: &PoolName) -> Result<PoolReport, Fault
             && matches!(status.scan_stats.scrub_pause.as_str(), "" | "-"),
         ..PoolReport::default()
     };
+    // The one entry on top is the pool itself.
+    report.allocated = status.vdevs.values().map(|root| number(&root.alloc_space)).sum();
     let mut left: Vec<_> = status.vdevs.values().collect();
     while let Some(vdev) = left.pop() {
         // Errors are counted where they happened: at the leaves.
@@ -119,4 +123,59 @@ pub(super) fn report(output: &[u8], pool: &PoolName) -> Result<PoolReport, Fault
         left.extend(vdev.vdevs.values());
     }
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    // What the tools of OpenZFS 2.3.2 printed in a guest, shortened.
+    const STATUS: &str = r#"{"output_version":{"command":"zpool status","vers_major":0,"vers_minor":1},"pools":
+        {"zpod-7b32fb880c15":{"name":"zpod-7b32fb880c15","state":"ONLINE","pool_guid":"13063684485680073786","txg":"4",
+        "vdevs":{"zpod-7b32fb880c15":{"name":"zpod-7b32fb880c15","vdev_type":"root","state":"ONLINE",
+        "alloc_space":"704512","total_space":"436207616","read_errors":"0","write_errors":"0","checksum_errors":"0",
+        "vdevs":{"/zpod/disks/x":{"name":"/zpod/disks/x","vdev_type":"disk","state":"ONLINE","alloc_space":"704512",
+        "read_errors":"0","write_errors":"2","checksum_errors":"3","slow_ios":"0"}}}},"error_count":"1"}}}"#;
+    const LIST: &str = r#"{"output_version":{"command":"zpool list","vers_major":0,"vers_minor":1},"pools":
+        {"zpod-7b32fb880c15":{"name":"zpod-7b32fb880c15","type":"POOL","state":"ONLINE","properties":
+        {"expandsize":{"value":"-","source":{"type":"NONE","data":"-"}},
+        "autotrim":{"value":"on","source":{"type":"LOCAL","data":"-"}}}}}}"#;
+    const GET: &str = r#"{"output_version":{"command":"zfs get","vers_major":0,"vers_minor":1},"datasets":
+        {"zpod-7b32fb880c15/data":{"name":"zpod-7b32fb880c15/data","type":"FILESYSTEM","properties":
+        {"refquota":{"value":"268435456","source":{"type":"LOCAL","data":"-"}},
+        "compressratio":{"value":"1.01","source":{"type":"NONE","data":"-"}}}}}}"#;
+
+    fn name() -> PoolName {
+        "zpod-7b32fb880c15".parse().unwrap()
+    }
+
+    #[test]
+    fn what_the_tools_print_is_read() {
+        let report = report(STATUS.as_bytes(), &name()).unwrap();
+        assert_eq!((report.allocated, report.data_errors), (704_512, 1));
+        assert_eq!((report.read_errors, report.write_errors, report.checksum_errors), (0, 2, 3));
+        assert!(!report.scrubbing && report.message.is_empty());
+        let state = pool(LIST.as_bytes(), &name()).unwrap();
+        assert!(!state.expandable && state.properties["autotrim"] == "on");
+        assert!(
+            pool(LIST.replace("\"value\":\"-\"", "\"value\":\"16777216\"").as_bytes(), &name()).unwrap().expandable
+        );
+        let found = dataset(GET.as_bytes(), "zpod-7b32fb880c15/data").unwrap().unwrap();
+        assert_eq!(found["refquota"], "268435456");
+        assert_eq!(dataset(GET.as_bytes(), "zpod-7b32fb880c15/other").unwrap(), None);
+    }
+
+    #[test]
+    fn a_pool_that_is_not_there_is_an_error_that_names_it() {
+        let error = report(br#"{"pools":{}}"#, &name()).unwrap_err().to_string();
+        assert!(error.contains("zpod-7b32fb880c15 is not imported"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_output_makes_the_parsers_panic(output in any::<Vec<u8>>()) {
+            let _ = (report(&output, &name()), pool(&output, &name()), dataset(&output, "x"));
+        }
+    }
 }
