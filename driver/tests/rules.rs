@@ -304,3 +304,22 @@ async fn told_to_end_zpod_finishes_its_calls_and_is_not_held_up_by_idle_connecti
     calls.unpublish(&id, &target).await.unwrap();
     calls.delete(&id).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_writes_past_its_partition_is_found_out() {
+    let node = Node::new();
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let id = calls.create("a", GIB).await.unwrap().volume_id;
+    let target = node.path("pods/pod-1");
+    calls.publish(&id, &target).await.unwrap();
+    let condition = |answer: zpod_proto::csi::NodeGetVolumeStatsResponse| answer.volume_condition.unwrap();
+    assert!(!condition(calls.stats(&id, &target).await.unwrap()).abnormal);
+    // As a hostile kernel may: all of the partition and 64 MiB behind it.
+    let partition = DiskLayout::partition_for(Bytes(GIB as u64)).0;
+    let file = OpenOptions::new().write(true).open(node.device(&id)).unwrap();
+    let all = DiskLayout::PARTITION_START + partition + (64 << 20);
+    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::KEEP_SIZE, 0, all).unwrap();
+    let condition = condition(calls.stats(&id, &target).await.unwrap());
+    assert!(condition.abnormal && condition.message.contains("past its partition"), "{}", condition.message);
+}

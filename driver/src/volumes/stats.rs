@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use zpod_storage::catalog::Condition;
+use zpod_storage::catalog::{Condition, Publication, Volume};
 use zpod_volume::{Bytes, VolumeId};
 
 use super::publish::NodeVolumes;
@@ -33,26 +33,43 @@ impl NodeVolumes {
         let Some(publication) = publication else {
             return Err(VolumeError::NotPublished { id, path: path.to_owned(), node: context.node.clone() });
         };
+        let mut stats = self.said_or_known(&volume, publication).await;
+        // Not the guest's word but the host's own measurement.
+        let excess = context.with_backing(move |backing| backing.excess(id)).await?;
+        if excess.0 > 0 {
+            let also = format!("{}; {}", past_the_partition(excess), stats.condition.message);
+            stats.condition = Condition { abnormal: true, message: also };
+        }
+        Ok(stats)
+    }
+
+    /// What the guest says now, said last, or what is known without it.
+    async fn said_or_known(&self, volume: &Volume, publication: &Publication) -> Stats {
+        let (context, id) = (&self.context, volume.id);
         let Some(heard) = context.published.heard(id) else {
             let capacity = volume.capacity;
             let allocated = context.with_backing(move |backing| backing.allocated(id)).await.unwrap_or(Bytes(0));
             let used = allocated.min(capacity).0;
             let condition = Condition { abnormal: false, message: SILENT.into() };
-            return Ok(Stats { bytes: [capacity.0, used, capacity.0 - used], inodes: None, condition });
+            return Stats { bytes: [capacity.0, used, capacity.0 - used], inodes: None, condition };
         };
         match heard.guest.status().await {
-            Ok(report) => match report.volume(id, publication.token) {
-                Some(fresh) => Ok(Stats::new(fresh)),
-                None => Ok(Stats::new(&heard.report)),
-            },
+            Ok(report) => Stats::new(report.volume(id, publication.token).unwrap_or(&heard.report)),
             Err(error) => {
                 let mut stats = Stats::new(&heard.report);
                 stats.condition.message =
                     format!("{}; what follows was known before: {}", error, stats.condition.message);
-                Ok(stats)
+                stats
             }
         }
     }
+}
+
+fn past_the_partition(excess: Bytes) -> String {
+    format!(
+        "the guest has written {excess} past its partition, into room that other volumes were promised: end the pod, \
+         and use an XFS backing directory mounted with prjquota, or headroom 1x, to stop this"
+    )
 }
 
 impl Stats {
