@@ -20,10 +20,11 @@ build: setup ## zpod itself
 	@cargo build --quiet --release --locked -p zpod-driver
 
 image: setup ## the guest: kernel and overlay, built once and cached
-	@cargo run --quiet --release --locked -p zpod-image -- build --out $(ZPOD_GUEST_IMAGE_DIR)
+	@cargo run --quiet --locked -p zpod-image -- build --out $(ZPOD_GUEST_IMAGE_DIR)
 
 demo: build image ## a ZFS volume inside a real guest kernel, from CSI call to data that survives
-	@cargo run --quiet --release --locked -p zpod-e2e --bin zpod-demo
+	@cargo build --quiet --locked -p zpod-e2e --bins
+	@$(TARGET)/debug/zpod-demo
 
 lint: setup ## format, clippy, shell scripts
 	cargo fmt --all --check
