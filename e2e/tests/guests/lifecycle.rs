@@ -25,23 +25,23 @@ async fn a_fresh_volume_is_zfs_and_shared_by_two_containers_and_the_next_pod_has
         let mut pod = Sandbox::start(&node, runtime).await?;
         println!("{runtime:?}: booted in {:?}", pod.boot_time);
         let begin = Instant::now();
-        pod.run(Container::new("a", [Mount::new(&target, "/data")])).await?;
+        pod.run(Container::new("first", [Mount::new(&target, "/data")])).await?;
         println!("{runtime:?}: the container ran {:?} later", begin.elapsed());
-        let mounted = pod.sh("a", "grep ' /data ' /proc/mounts").await?;
+        let mounted = pod.sh("first", "grep ' /data ' /proc/mounts").await?;
         assert!(mounted.split(' ').nth(2) == Some("zfs"), "{mounted}");
-        assert_eq!(pod.sh("a", "df -P -B1 /data | awk 'NR==2{print $2}'").await?, SIZE.0.to_string());
+        assert_eq!(pod.sh("first", "df -P -B1 /data | awk 'NR==2{print $2}'").await?, SIZE.0.to_string());
 
-        pod.run(Container::new("b", [Mount::new(&target, "/elsewhere")])).await?;
+        pod.run(Container::new("second", [Mount::new(&target, "/elsewhere")])).await?;
         if runtime == Runtime::Rs {
-            pod.sh("a", "echo from a > /data/file && head -c 3000000 /dev/urandom > /data/blob").await?;
-            pod.sh("a", "sha256sum < /data/blob > /data/sum").await?;
+            pod.sh("first", "echo from a > /data/file && head -c 3000000 /dev/urandom > /data/blob").await?;
+            pod.sh("first", "sha256sum < /data/blob > /data/sum").await?;
         }
-        assert_eq!(pod.sh("b", "cat /elsewhere/file").await?, "from a");
-        assert_eq!(pod.sh("b", "sha256sum < /elsewhere/blob").await?, pod.sh("a", "cat /data/sum").await?);
+        assert_eq!(pod.sh("second", "cat /elsewhere/file").await?, "from a");
+        assert_eq!(pod.sh("second", "sha256sum < /elsewhere/blob").await?, pod.sh("first", "cat /data/sum").await?);
 
         // One of the two may go: the volume stays for the other.
-        pod.remove("a").await?;
-        assert_eq!(pod.sh("b", "echo more > /elsewhere/more; cat /elsewhere/more").await?, "more");
+        pod.remove("first").await?;
+        assert_eq!(pod.sh("second", "echo more > /elsewhere/more; cat /elsewhere/more").await?, "more");
 
         let stats = node.csi.stats_when(&volume, &target, |stats| bytes(stats).1 > 2_900_000).await?;
         let (total, _, available) = bytes(&stats);

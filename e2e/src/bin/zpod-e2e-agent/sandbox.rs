@@ -24,8 +24,11 @@ impl Sandbox {
 
     pub(crate) async fn create_container(&mut self, request: CreateContainerRequest) -> Result<()> {
         let id = request.container_id;
-        if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
-            return Err(anyhow!("{id:?} is not a valid container id"));
+        // kata-sys-util `verify_id`: two characters or more.
+        let mut bytes = id.bytes();
+        let starts_well = id.len() > 1 && bytes.next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+        if !starts_well || !bytes.all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
+            return Err(anyhow!("invalid container ID {id}"));
         }
         let spec = request.oci.ok_or_else(|| anyhow!("no oci spec in the create container request!"))?;
         let mounts = self.storages.add(request.storages).await?;
