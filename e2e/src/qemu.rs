@@ -49,6 +49,18 @@ impl Boot {
         format!("console=ttyS0 panic=-1 {start} cgroup_no_v1=all")
     }
 
+    /// What the console shows when it is worth while to dial.
+    ///
+    /// vhost-device-vsock 0.3.0 may answer nobody any more once a connection was asked for, and given up, before the
+    /// guest's driver was there: seen in one boot of some sixty.
+    fn ready_line(self) -> &'static str {
+        match self {
+            Self::Zpod => "zpod-guest: proxy ready",
+            Self::Bare => "ZFS: Loaded module",
+            Self::Empty => "Kernel panic",
+        }
+    }
+
     fn write_initrd(self, image: &Image, to: &Path) -> Result<()> {
         if self == Self::Empty {
             return fs::write(to, Archive::new().to_cpio()?).context("write an empty initrd");
@@ -66,10 +78,11 @@ pub struct Guest {
     // In the order in which they have to end.
     qmp: Qmp,
     qemu: Process,
-    _vsock_device: Process,
+    vsock_device: Process,
     disks: BTreeMap<usize, PathBuf>,
     dir: Workdir,
     _slot: Slot,
+    boot: Boot,
     /// When QEMU was started.
     pub power_on: Instant,
 }
@@ -131,7 +144,7 @@ impl Guest {
         let qemu = Process::start(&inputs::qemu()?, arguments, &[], &dir.path().join("qemu.log"))?;
         let qmp = Qmp::connect(&dir.path().join("qmp.sock"), Duration::from_secs(10)).await;
         let qmp = qmp.with_context(|| format!("QEMU: {}", qemu.tail()))?;
-        Ok(Self { qmp, qemu, _vsock_device: vsock_device, disks: BTreeMap::new(), dir, _slot: slot, power_on })
+        Ok(Self { qmp, qemu, vsock_device, disks: BTreeMap::new(), dir, _slot: slot, boot, power_on })
     }
 
     /// The unix socket of its hybrid vsock.
@@ -145,6 +158,13 @@ impl Guest {
     /// When nobody does within the deadline, or QEMU has ended.
     pub async fn connect(&mut self, port: u32, deadline: Duration) -> Result<UnixStream> {
         let end = Instant::now() + deadline;
+        while !self.console_has(self.boot.ready_line()) {
+            self.qemu.must_run()?;
+            if Instant::now() >= end {
+                bail!("the guest didn't come up in {deadline:?}");
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
         loop {
             self.qemu.must_run()?;
             match vsock::connect(&self.vsock(), port, Duration::from_secs(5)).await {
@@ -212,13 +232,17 @@ impl Guest {
     /// When it doesn't within the deadline.
     pub async fn shows(&self, text: &str, deadline: Duration) -> Result<()> {
         let end = Instant::now() + deadline;
-        while !console::contains(&self.dir.path().join("console"), text) {
+        while !self.console_has(text) {
             if Instant::now() >= end {
                 bail!("the console doesn't show {text:?}; it ends:\n{}", self.console_tail(30));
             }
             sleep(Duration::from_millis(20)).await;
         }
         Ok(())
+    }
+
+    fn console_has(&self, text: &str) -> bool {
+        console::contains(&self.dir.path().join("console"), text)
     }
 
     /// The last lines of its console.
@@ -228,7 +252,8 @@ impl Guest {
 
     /// Adds the end of the console to an error.
     pub fn explain(&self, error: anyhow::Error) -> anyhow::Error {
-        error.context(format!("the guest's console ends:\n{}\n--- end of console", self.console_tail(30)))
+        let (console, vsock) = (self.console_tail(30), self.vsock_device.tail());
+        error.context(format!("the guest's console ends:\n{console}\n--- end of console\nvsock device: {vsock}"))
     }
 
     /// Resident memory of the virtual machine's process, in KiB.
