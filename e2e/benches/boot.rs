@@ -1,13 +1,14 @@
 //! From power-on to an answer of the agent through zpod-guest, against the same kernel with an empty initramfs.
 //!
-//! `cargo bench -p zpod-e2e --bench boot`; prints one JSON object. `ZPOD_BENCH_BOOTS` is the number of boots of each
-//! (5); they alternate, so that a busy machine slows both.
+//! `cargo bench -p zpod-e2e --bench boot`; prints a table, writes `bench-results/boot.json`. `ZPOD_BENCH_BOOTS` is the
+//! number of boots of each (5); they alternate, so that a busy machine slows both.
 
 use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::json;
 use zpod_e2e::accel::Accel;
+use zpod_e2e::report::{self, Table, median};
 use zpod_e2e::{Boot, Guest, Node, Runtime, Sandbox};
 
 fn main() -> Result<()> {
@@ -22,19 +23,28 @@ async fn run() -> Result<()> {
         empty.push(boot_empty().await?);
         zpod.push(boot_zpod().await?);
     }
-    let (empty_median, zpod_median) = (median(&mut empty), median(&mut zpod));
-    let report = json!({
-        "accel": accel.argument(),
-        "boots": boots,
-        "emptyInitramfsSeconds": empty_median,
-        "proxyReadySeconds": zpod_median,
-        "ratio": (zpod_median / empty_median * 100.0).round() / 100.0,
-        "goalRatio": 1.5,
-        "emptyInitramfsAll": empty,
-        "proxyReadyAll": zpod,
-    });
-    println!("{}", serde_json::to_string_pretty(&report)?);
-    Ok(())
+    let (empty_median, zpod_median) = (median(&empty), median(&zpod));
+    let ratio = (zpod_median / empty_median * 100.0).round() / 100.0;
+    let mut table =
+        Table::new(&format!("boot, accelerator {}: seconds from power-on", accel.argument()), &["", "median", "all"]);
+    let all = |times: &[f64]| times.iter().map(|time| format!("{time:.2}")).collect::<Vec<_>>().join(" ");
+    table.row(vec!["empty initramfs, until its panic".into(), format!("{empty_median:.2}"), all(&empty)]);
+    table.row(vec!["agent answers through zpod-guest".into(), format!("{zpod_median:.2}"), all(&zpod)]);
+    table.row(vec!["ratio (goal: 1.5)".into(), format!("{ratio:.2}"), String::new()]);
+    table.print();
+    report::save(
+        "boot",
+        &json!({
+            "accel": accel.argument(),
+            "boots": boots,
+            "emptyInitramfsSeconds": empty_median,
+            "proxyReadySeconds": zpod_median,
+            "ratio": ratio,
+            "goalRatio": 1.5,
+            "emptyInitramfsAll": empty,
+            "proxyReadyAll": zpod,
+        }),
+    )
 }
 
 /// Until the kernel finds that there is nothing to start.
@@ -52,9 +62,4 @@ async fn boot_zpod() -> Result<f64> {
 
 fn seconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1000.0).round() / 1000.0
-}
-
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }

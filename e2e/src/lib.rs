@@ -22,6 +22,7 @@ pub mod node;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod report;
 pub mod shim;
 pub mod slot;
 pub mod vsock;

@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 use serde_json::{Value, json};
+use zpod_e2e::report::Table;
 use zpod_e2e::workdir::Workdir;
 
-use crate::report::{Table, Times};
+use crate::times::Times;
 
 const RECORD: [u8; 512] = [b'x'; 512];
 static TABLE: [u8; 17 << 10] = [0; 17 << 10];

@@ -8,8 +8,8 @@ use zpod_e2e::csi::{Csi, Publish};
 use zpod_proto::csi::GetCapacityRequest;
 use zpod_volume::Bytes;
 
-use crate::report::Times;
 use crate::server::Server;
+use crate::times::Times;
 
 const SIZE: Bytes = Bytes::gib(1);
 /// Clients that fill the catalog, where nothing is timed.

@@ -6,17 +6,17 @@
 
 mod floor;
 mod load;
-mod report;
 mod server;
+mod times;
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde_json::{Value, json};
+use zpod_e2e::report::{self, Table};
 use zpod_proto::csi::ListVolumesRequest;
 use zpod_volume::Bytes;
 
-use report::Table;
 use server::Server;
 
 const CLIENTS: [usize; 3] = [1, 8, 64];
@@ -27,11 +27,7 @@ const PAGE: i32 = 100;
 fn main() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(run())?;
-    let out = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bench-results");
-    std::fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
-    std::fs::write(out.join("csi.json"), serde_json::to_vec_pretty(&result)?)?;
-    println!("\nwritten: bench-results/csi.json");
-    Ok(())
+    report::save("csi", &result)
 }
 
 async fn run() -> Result<Value> {

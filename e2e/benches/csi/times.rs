@@ -1,37 +1,9 @@
-//! Numbers for a person and for a program.
+//! How long calls took.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-
-/// A table on the terminal.
-pub(crate) struct Table {
-    title: String,
-    rows: Vec<Vec<String>>,
-}
-
-impl Table {
-    pub(crate) fn new(title: &str, head: &[&str]) -> Self {
-        Self { title: title.to_owned(), rows: vec![head.iter().map(ToString::to_string).collect()] }
-    }
-
-    pub(crate) fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells);
-    }
-
-    pub(crate) fn print(&self) {
-        let columns = self.rows.iter().map(Vec::len).max().unwrap_or_default();
-        let widths: Vec<_> = (0..columns)
-            .map(|column| self.rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or_default())
-            .collect();
-        println!("\n{}", self.title);
-        for row in &self.rows {
-            let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:>width$}")).collect();
-            println!("  {}", cells.join("  "));
-        }
-    }
-}
 
 /// Latencies of one call.
 #[derive(Debug, Clone, Copy, Default)]
