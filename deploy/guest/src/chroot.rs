@@ -51,7 +51,9 @@ impl Chroot {
         let outcome = cache.entry("chroot", &key, |dir| {
             let log = cache.dir().join(format!("chroot-{key}.log"));
             bootstrap(dir, &log, versions)?;
-            prune(dir)
+            prune(dir)?;
+            let opened = fs::File::open(dir).map_err(Error::io("open", dir))?;
+            rustix::fs::syncfs(&opened).map_err(|error| Error::io("sync", dir)(error.into()))
         })?;
         Ok((Self::at(outcome.path())?, outcome))
     }
@@ -178,6 +180,8 @@ fn bootstrap(dir: &Path, log: &Path, versions: &Versions) -> Result<()> {
     build.arg(command::find("mmdebstrap")?);
     build.args(["--mode=root", "--variant=minbase", "--format=directory"]);
     build.arg("--aptopt=APT::Install-Recommends \"false\"");
+    // The chroot is synced once, when it is whole, and not for each file: what is cut short is built again.
+    build.arg("--dpkgopt=force-unsafe-io");
     if let Some(proxy) = debian::proxy()? {
         build.arg(format!("--aptopt={proxy}"));
     }
