@@ -16,8 +16,10 @@ const ROOT_COMPLEX: &str = "/sys/devices/pci0000:00";
 pub(crate) async fn by_pci_path(path: &str) -> Result<String> {
     let deadline = Instant::now() + HOTPLUG_TIMEOUT;
     loop {
-        if let Some(name) = find(Path::new(ROOT_COMPLEX), path)? {
-            return Ok(format!("/dev/{name}"));
+        // sysfs has the disk before devtmpfs has its node; the uevent that kata-agent waits for comes after both.
+        let device = find(Path::new(ROOT_COMPLEX), path)?.map(|name| format!("/dev/{name}"));
+        if let Some(device) = device.filter(|device| Path::new(device).exists()) {
+            return Ok(device);
         }
         if Instant::now() >= deadline {
             bail!("Timeout after {HOTPLUG_TIMEOUT:?} waiting for the block device at PCI path {path}");
