@@ -63,6 +63,8 @@ pub struct Sandbox {
     execs: u64,
     /// From power-on to the agent's first answer.
     pub boot_time: Duration,
+    /// What the last CreateContainer took, from the request to its answer.
+    pub create_time: Duration,
 }
 
 impl Sandbox {
@@ -102,6 +104,7 @@ impl Sandbox {
             substitutes: HashMap::new(),
             execs: 0,
             boot_time,
+            create_time: Duration::ZERO,
         })
     }
 
@@ -148,8 +151,10 @@ impl Sandbox {
             oci: Some(container.spec(mounts)),
             ..Default::default()
         };
-        self.agent.run("CreateContainer", &request).await?;
-        Ok(())
+        let sent = Instant::now();
+        let result = self.agent.run("CreateContainer", &request).await;
+        self.create_time = sent.elapsed();
+        Ok(result?)
     }
 
     async fn plug(&mut self, container: &str, device: &Path, read_only: bool) -> Result<String> {

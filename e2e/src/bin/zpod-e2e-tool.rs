@@ -5,9 +5,14 @@
 //! * `e2e check FILE`: prints how many records there are from the first on, whole and in order.
 //! * `e2e fill FILE BYTES`: writes incompressible bytes until there are so many, or the volume is full; prints how many
 //!   were written.
+//! * `e2e sync FILE COUNT`: writes so many blocks of 4 KiB, each made durable by `fdatasync` before the next; prints the
+//!   nanoseconds each took.
+//! * `e2e write FILE MIB`, `e2e read FILE`: one after the other, a MiB at a time, the written ones incompressible and
+//!   durable in the end; print the nanoseconds all of it took.
 
 use std::fs::File;
-use std::io::{self, BufRead as _, BufReader, BufWriter, Write as _};
+use std::io::{self, BufRead as _, BufReader, BufWriter, Read as _, Write as _};
+use std::time::Instant;
 
 /// Long enough to cross block boundaries, short enough for many a second.
 const RECORD: usize = 200;
@@ -18,7 +23,12 @@ fn main() -> io::Result<()> {
         ["append", file] => append(file),
         ["check", file] => check(file),
         ["fill", file, bytes] => fill(file, bytes.parse().map_err(io::Error::other)?),
-        _ => Err(io::Error::other("append FILE | check FILE | fill FILE BYTES")),
+        ["sync", file, count] => sync(file, count.parse().map_err(io::Error::other)?),
+        ["write", file, mib] => write(file, mib.parse().map_err(io::Error::other)?),
+        ["read", file] => read(file),
+        _ => Err(io::Error::other(
+            "append FILE | check FILE | fill FILE BYTES | sync FILE COUNT | write FILE MIB | read FILE",
+        )),
     }
 }
 
@@ -77,5 +87,42 @@ fn full(file: &File, error: io::Error) -> io::Result<()> {
         return Err(error);
     }
     println!("{}", file.metadata()?.len());
+    Ok(())
+}
+
+/// Made beforehand: in emulation that takes longer than writing it.
+fn noise(bytes: usize) -> io::Result<Vec<u8>> {
+    let mut noise = vec![0; bytes];
+    File::open("/dev/urandom")?.read_exact(&mut noise)?;
+    Ok(noise)
+}
+
+fn sync(file: &str, count: usize) -> io::Result<()> {
+    let (mut out, noise) = (File::create(file)?, noise(4096 * count)?);
+    for block in noise.chunks(4096) {
+        let begun = Instant::now();
+        out.write_all(block)?;
+        out.sync_data()?;
+        println!("{}", begun.elapsed().as_nanos());
+    }
+    Ok(())
+}
+
+fn write(file: &str, mib: usize) -> io::Result<()> {
+    let (mut out, noise) = (File::create(file)?, noise(1 << 20)?);
+    let begun = Instant::now();
+    for _ in 0..mib {
+        out.write_all(&noise)?;
+    }
+    out.sync_all()?;
+    println!("{}", begun.elapsed().as_nanos());
+    Ok(())
+}
+
+fn read(file: &str) -> io::Result<()> {
+    let (mut file, mut buffer) = (File::open(file)?, vec![0; 1 << 20]);
+    let begun = Instant::now();
+    while file.read(&mut buffer)? > 0 {}
+    println!("{}", begun.elapsed().as_nanos());
     Ok(())
 }
