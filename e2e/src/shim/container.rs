@@ -44,15 +44,17 @@ impl Container {
         Self { id: id.to_owned(), mounts, guest_mounts: Vec::new(), tmpfs: Vec::new() }
     }
 
-    /// One that can see the guest's pools: its devices and zpod's tools are bound in.
+    /// One that can see the guest's pools: its devices, its processes and zpod's tools are bound in.
     pub fn debug(id: &str) -> Self {
-        let guest_mounts = ["/zpod", "/dev"].map(|path| (path.to_owned(), path.to_owned()));
+        let guest_mounts = [("/zpod", "/zpod"), ("/dev", "/dev"), ("/proc", "/guest/proc")]
+            .map(|(source, destination)| (source.to_owned(), destination.to_owned()));
         Self { guest_mounts: guest_mounts.to_vec(), ..Self::new(id, []) }
     }
 
     pub(super) fn capabilities(&self) -> agent::LinuxCapabilities {
-        // zpool(8) asks the kernel through /dev/zfs as an administrator.
-        let extra: &[&str] = if self.guest_mounts.is_empty() { &[] } else { &["CAP_SYS_ADMIN"] };
+        // zpool(8) asks the kernel through /dev/zfs as an administrator; the namespaces of the guest's init can be
+        // entered only by who may trace it.
+        let extra: &[&str] = if self.guest_mounts.is_empty() { &[] } else { &["CAP_SYS_ADMIN", "CAP_SYS_PTRACE"] };
         let all: Vec<String> = CAPABILITIES.iter().chain(extra).map(|&name| name.to_owned()).collect();
         agent::LinuxCapabilities {
             bounding: all.clone(),

@@ -17,7 +17,9 @@ const HOLD: &str = "b=/e2e/rootfs/bin/busybox;
 
 /// Gives the process once it holds the mount.
 async fn hold(pod: &mut Sandbox) -> Result<Running> {
-    let enter = ["/bin/busybox", "nsenter", "-t", "1", "-m", "--", "/e2e/rootfs/bin/busybox", "sh", "-c", HOLD];
+    // A real agent gives containers a PID namespace of their own: its process is the guest's first, not theirs.
+    let agent = "--mount=/guest/proc/1/ns/mnt";
+    let enter = ["/bin/busybox", "nsenter", agent, "--", "/e2e/rootfs/bin/busybox", "sh", "-c", HOLD];
     let holder = pod.spawn("bystander", User::ROOT, &enter).await?;
     let said = String::from_utf8_lossy(&holder.read().await.unwrap_or_default()).into_owned();
     ensure!(said.starts_with("holding /run/kata-containers/"), "the holder says {said:?}");
