@@ -23,7 +23,7 @@ pub use container::{Container, Mount, User};
 pub use exec::{Output, Running};
 pub use monitor::Monitor;
 
-/// In emulation, with a colleague on the other core.
+/// In emulation, with another guest on the other core.
 const BOOT: Duration = Duration::from_secs(90);
 
 /// Whose manners the shim has.
