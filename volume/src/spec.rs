@@ -133,6 +133,27 @@ pub enum DecodeSpecError {
 }
 
 impl VolumeSpec {
+    /// A volume of `capacity` whose properties are left to ZFS, writable by root, with its capacity bounding its files.
+    pub fn new(id: VolumeId, token: Uuid, create: Create, capacity: Bytes) -> Self {
+        Self {
+            v: Version,
+            id,
+            token,
+            pool: PoolName::for_volume(id),
+            create,
+            capacity,
+            partition: DiskLayout::partition_for(capacity),
+            quota: QuotaMode::default(),
+            read_only: false,
+            pool_creation_properties: BTreeMap::new(),
+            pool_properties: BTreeMap::new(),
+            dataset_properties: BTreeMap::new(),
+            arc_max: None,
+            fs_group: None,
+            mount_flags: Vec::new(),
+        }
+    }
+
     /// The dataset that is mounted.
     pub fn dataset(&self) -> String {
         format!("{}/data", self.pool)
@@ -187,21 +208,11 @@ mod tests {
     fn spec() -> VolumeSpec {
         let id = VolumeId::from_name("pvc-1");
         VolumeSpec {
-            v: Version,
-            id,
-            token: Uuid::from_u128(7),
-            pool: PoolName::for_volume(id),
-            create: Create::Fresh,
-            capacity: Bytes::gib(1),
-            partition: DiskLayout::partition_for(Bytes::gib(1)),
-            quota: QuotaMode::Refquota,
-            read_only: false,
             pool_creation_properties: [("ashift".into(), "12".into())].into(),
-            pool_properties: BTreeMap::new(),
             dataset_properties: [("compression".into(), "lz4".into())].into(),
-            arc_max: None,
             fs_group: Some(2000),
             mount_flags: vec![MountFlag::Nosuid],
+            ..VolumeSpec::new(id, Uuid::from_u128(7), Create::Fresh, Bytes::gib(1))
         }
     }
 

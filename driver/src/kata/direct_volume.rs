@@ -189,27 +189,12 @@ fn sync_dir(path: &Path) -> Result<(), KataError> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
-    use zpod_volume::{Bytes, Create, DiskLayout, PoolName, QuotaMode, Version, VolumeId};
+    use zpod_volume::{Bytes, Create, VolumeId};
 
     fn volume(create: Create) -> DirectVolume {
         let id = VolumeId::from_name("pvc-1");
-        let spec = VolumeSpec {
-            v: Version,
-            id,
-            token: Uuid::from_u128(1),
-            pool: PoolName::for_volume(id),
-            create,
-            capacity: Bytes::gib(1),
-            partition: DiskLayout::partition_for(Bytes::gib(1)),
-            quota: QuotaMode::Refquota,
-            read_only: true,
-            pool_creation_properties: BTreeMap::new(),
-            pool_properties: BTreeMap::new(),
-            dataset_properties: BTreeMap::new(),
-            arc_max: None,
-            fs_group: None,
-            mount_flags: Vec::new(),
-        };
+        let new = VolumeSpec::new(id, Uuid::from_u128(1), create, Bytes::gib(1));
+        let spec = VolumeSpec { read_only: true, ..new };
         DirectVolume { device: "/var/lib/zpod/x.raw".into(), spec, discard: true }
     }
 

@@ -1,19 +1,11 @@
 use zpod_storage::catalog::{Publication, Volume};
-use zpod_volume::{Create, PoolName, PropertyKind, Provisioning, Version, VolumeSpec};
+use zpod_volume::{Create, PropertyKind, Provisioning, VolumeSpec};
 
 use super::mount_options;
 
 /// What the guest of a publication is told about its volume.
 pub(super) fn volume_spec(volume: &Volume, publication: &Publication) -> VolumeSpec {
-    let layout = volume.layout();
     VolumeSpec {
-        v: Version,
-        id: volume.id,
-        token: publication.token,
-        pool: PoolName::for_volume(volume.id),
-        create: create(volume),
-        capacity: layout.capacity,
-        partition: layout.partition,
         quota: volume.parameters.quota,
         read_only: publication.read_only,
         pool_creation_properties: volume.parameters.properties_of(PropertyKind::PoolAtCreation),
@@ -22,6 +14,7 @@ pub(super) fn volume_spec(volume: &Volume, publication: &Publication) -> VolumeS
         arc_max: volume.parameters.arc_max,
         fs_group: publication.fs_group,
         mount_flags: mount_options::flags(&publication.mount_flags),
+        ..VolumeSpec::new(volume.id, publication.token, create(volume), volume.capacity)
     }
 }
 

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use zpod_proto::agent::{self, CreateContainerRequest, RemoveContainerRequest, Storage, VolumeStatsRequest};
 use zpod_proto::agent::{VolumeStatsResponse, volume_usage::Unit};
 use zpod_proto::ttrpc::{Request, Response, Status};
-use zpod_volume::{Bytes, Create, DiskLayout, Headroom, PoolName, QuotaMode, Version, VolumeId, VolumeSpec};
+use zpod_volume::{Bytes, Create, DiskLayout, Headroom, VolumeId, VolumeSpec};
 
 struct World {
     volumes: Arc<Volumes<SimMachine>>,
@@ -90,23 +90,7 @@ fn request(stream: u32, method: &str, payload: Vec<u8>, timeout_nano: i64) -> Ve
 
 fn storage(name: &str) -> Storage {
     let id = VolumeId::from_name(name);
-    let spec = VolumeSpec {
-        v: Version,
-        id,
-        token: Uuid::from_u128(7),
-        pool: PoolName::for_volume(id),
-        create: Create::Fresh,
-        capacity: Bytes::gib(1),
-        partition: DiskLayout::partition_for(Bytes::gib(1)),
-        quota: QuotaMode::Refquota,
-        read_only: false,
-        pool_creation_properties: Default::default(),
-        pool_properties: Default::default(),
-        dataset_properties: Default::default(),
-        arc_max: None,
-        fs_group: None,
-        mount_flags: vec![],
-    };
+    let spec = VolumeSpec::new(id, Uuid::from_u128(7), Create::Fresh, Bytes::gib(1));
     Storage {
         fstype: "zfs".into(),
         mount_point: format!("/run/{name}"),

@@ -3,27 +3,10 @@ use proptest::prelude::*;
 use uuid::Uuid;
 use zpod_proto::agent::{CreateContainerRequest, FsGroup, Mount, Spec};
 use zpod_proto::ttrpc::Request;
-use zpod_volume::{Bytes, Create, DiskLayout, PoolName, QuotaMode, Version, VolumeId};
+use zpod_volume::{Bytes, Create, VolumeId};
 
 fn spec(name: &str) -> VolumeSpec {
-    let id = VolumeId::from_name(name);
-    VolumeSpec {
-        v: Version,
-        id,
-        token: Uuid::from_u128(7),
-        pool: PoolName::for_volume(id),
-        create: Create::Fresh,
-        capacity: Bytes::gib(1),
-        partition: DiskLayout::partition_for(Bytes::gib(1)),
-        quota: QuotaMode::Refquota,
-        read_only: false,
-        pool_creation_properties: Default::default(),
-        pool_properties: Default::default(),
-        dataset_properties: Default::default(),
-        arc_max: None,
-        fs_group: None,
-        mount_flags: vec![],
-    }
+    VolumeSpec::new(VolumeId::from_name(name), Uuid::from_u128(7), Create::Fresh, Bytes::gib(1))
 }
 
 fn zfs_storage(name: &str) -> Storage {

@@ -2,29 +2,17 @@ use super::*;
 use crate::journal::Journal;
 use crate::machine::simulated::{self, Disks, Kill, SimMachine};
 use uuid::Uuid;
-use zpod_volume::{Create, DiskLayout, Headroom, MountFlag, PoolName, QuotaMode, Version};
+use zpod_volume::{Create, DiskLayout, Headroom, MountFlag};
 
 const WAIT: Duration = Duration::from_secs(60);
 
 fn spec(name: &str, create: Create) -> VolumeSpec {
-    let id = VolumeId::from_name(name);
-    let capacity = Bytes::gib(1);
     VolumeSpec {
-        v: Version,
-        id,
-        token: Uuid::from_u128(7),
-        pool: PoolName::for_volume(id),
-        create,
-        capacity,
-        partition: DiskLayout::partition_for(capacity),
-        quota: QuotaMode::Refquota,
-        read_only: false,
         pool_creation_properties: [("ashift".into(), "12".into())].into(),
         pool_properties: [("autotrim".into(), "on".into())].into(),
         dataset_properties: [("compression".into(), "lz4".into())].into(),
-        arc_max: None,
-        fs_group: None,
         mount_flags: vec![MountFlag::Nosuid],
+        ..VolumeSpec::new(VolumeId::from_name(name), Uuid::from_u128(7), create, Bytes::gib(1))
     }
 }
 
