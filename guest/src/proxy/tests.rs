@@ -67,6 +67,14 @@ impl Session {
         (header.stream, status.code, status.message)
     }
 
+    /// The first call of a session: a container that the agent makes.
+    async fn created(&mut self, container: &str, volumes: &[&str]) {
+        self.send(1, "CreateContainer", create(container, volumes)).await;
+        self.at_agent().await;
+        self.answer(1, 0, "").await;
+        self.at_host().await;
+    }
+
     /// Nothing has come through to the agent.
     async fn nothing_at_agent(&mut self) {
         let mut byte = [0];
@@ -189,10 +197,7 @@ async fn a_second_create_that_the_agent_refuses_leaves_the_running_container_alo
 async fn a_removal_that_fails_keeps_the_mounts_and_one_of_an_unknown_container_does_not() {
     let world = world(&["a"]);
     let mut session = world.session().await;
-    session.send(1, "CreateContainer", create("c1", &["a"])).await;
-    session.at_agent().await;
-    session.answer(1, 0, "").await;
-    session.at_host().await;
+    session.created("c1", &["a"]).await;
     for (stream, message, left) in [(3, "ETIME", 1), (5, "Invalid container id", 0)] {
         session.send(stream, "RemoveContainer", remove("c1")).await;
         session.at_agent().await;
@@ -222,10 +227,7 @@ async fn a_removal_waits_for_the_creation_before_it() {
 async fn the_end_of_the_sandbox_releases_what_is_left() {
     let world = world(&["a", "b"]);
     let mut session = world.session().await;
-    session.send(1, "CreateContainer", create("c1", &["a", "b"])).await;
-    session.at_agent().await;
-    session.answer(1, 0, "").await;
-    session.at_host().await;
+    session.created("c1", &["a", "b"]).await;
     session.send(3, "DestroySandbox", vec![]).await;
     session.at_agent().await;
     session.answer(3, 0, "").await;
@@ -237,10 +239,7 @@ async fn the_end_of_the_sandbox_releases_what_is_left() {
 async fn stats_of_our_mount_points_come_from_zfs_and_others_from_the_agent() {
     let world = world(&["a"]);
     let mut session = world.session().await;
-    session.send(1, "CreateContainer", create("c1", &["a"])).await;
-    session.at_agent().await;
-    session.answer(1, 0, "").await;
-    session.at_host().await;
+    session.created("c1", &["a"]).await;
     let stats = |path: &str| VolumeStatsRequest { volume_guest_path: path.into() }.encode_to_vec();
     session.send(3, "GetVolumeStats", stats("/run/a")).await;
     let (header, payload) = read_frame(&mut session.host).await;
