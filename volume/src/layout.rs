@@ -35,7 +35,7 @@ fn usable(partition: Bytes) -> u64 {
 
 /// Size of a new pool's metaslabs: about 16 below 8 GiB, 512 MiB each below 100 GiB, about 200 above
 /// (`vdev_metaslab_set_size` in OpenZFS 2.3). A pool that grows keeps the smaller ones it was made with.
-const fn metaslab(asize: u64) -> u64 {
+fn metaslab(asize: u64) -> u64 {
     let count = asize >> 29;
     // `highbit64` counts from one: what is no power of two is rounded up.
     let shift = if count < 16 {
@@ -46,13 +46,7 @@ const fn metaslab(asize: u64) -> u64 {
         29
     };
     // At least the largest block, at most 16 GiB.
-    1 << if shift < 24 {
-        24
-    } else if shift > 34 {
-        34
-    } else {
-        shift
-    }
+    1 << shift.clamp(24, 34)
 }
 
 /// How the virtual disk of a volume is laid out.
@@ -65,8 +59,9 @@ const fn metaslab(asize: u64) -> u64 {
 /// # Design
 /// The **quota** of the dataset is the volume's capacity, so that `df` in the container shows what the PVC says. ZFS
 /// needs room of its own beside that: labels, metadata, whole metaslabs, and the slop space it holds back (1/32 of the
-/// pool, at least 128 MiB). The **partition** is the capacity plus that room, and bounds what a guest that keeps to its partition can ever take from the host. The
-/// **disk** is larger by the headroom, sparse, and costs nothing: growing inside it needs no hypervisor.
+/// pool, at least 128 MiB). The **partition** is the capacity plus that room, and bounds what a guest that keeps to its
+/// partition can ever take from the host. The **disk** is larger by the headroom, sparse, and costs nothing: growing
+/// inside it needs no hypervisor.
 ///
 /// The space before the partition holds the guest's creation journal ([`DiskLayout::JOURNAL_OFFSET`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
