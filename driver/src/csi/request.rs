@@ -2,6 +2,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 
 use zpod_proto::csi::{CapacityRange as WireRange, Topology, TopologyRequirement};
+use zpod_storage::catalog::PodRef;
 use zpod_volume::{Bytes, VolumeId};
 
 use crate::guest::clean;
@@ -91,13 +92,14 @@ pub(super) fn labels(parameters: &HashMap<String, String>) -> BTreeMap<String, S
 }
 
 /// The pod a volume is published to, where the orchestrator tells (`podInfoOnMount`).
-pub(super) fn pod(context: &HashMap<String, String>) -> Option<String> {
-    let part = |key: &str| context.get(key).map(|value| clean(value, MAX_LABEL)).filter(|value| !value.is_empty());
-    let name = part("csi.storage.k8s.io/pod.name")?;
-    Some(match part("csi.storage.k8s.io/pod.namespace") {
-        Some(namespace) => format!("{namespace}/{name}"),
-        None => name,
-    })
+pub(super) fn pod(context: &HashMap<String, String>) -> Option<PodRef> {
+    let part = |key: &str| context.get(key).map(|value| clean(value, MAX_LABEL)).unwrap_or_default();
+    let pod = PodRef {
+        namespace: part("csi.storage.k8s.io/pod.namespace"),
+        name: part("csi.storage.k8s.io/pod.name"),
+        uid: part("csi.storage.k8s.io/pod.uid"),
+    };
+    (!pod.name.is_empty()).then_some(pod)
 }
 
 /// A number as CSI carries it.
@@ -141,8 +143,8 @@ mod tests {
     fn the_pod_is_named_where_it_is_known() {
         let context = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
         let both = [("csi.storage.k8s.io/pod.name", "db-0"), ("csi.storage.k8s.io/pod.namespace", "prod")];
-        assert_eq!(pod(&context(&both)), Some("prod/db-0".into()));
-        assert_eq!(pod(&context(&both[..1])), Some("db-0".into()));
+        assert_eq!(pod(&context(&both)).unwrap().to_string(), "prod/db-0");
+        assert_eq!(pod(&context(&both[..1])).unwrap().to_string(), "db-0");
         assert_eq!(pod(&context(&[])), None);
     }
 }

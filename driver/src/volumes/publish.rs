@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use zpod_storage::backing::{BackingError, Exclusive, Outcome};
-use zpod_storage::catalog::{Publication, Volume};
+use zpod_storage::catalog::{PodRef, Publication, Volume};
 use zpod_storage::crash;
 use zpod_volume::{MountFlag, VolumeId};
 
@@ -39,8 +39,8 @@ pub struct PublishRequest {
     pub fs_group: Option<u32>,
     /// Mount flags.
     pub flags: Vec<MountFlag>,
-    /// The pod: `namespace/name`.
-    pub pod: Option<String>,
+    /// The pod, where the orchestrator told.
+    pub pod: Option<PodRef>,
 }
 
 impl NodeVolumes {

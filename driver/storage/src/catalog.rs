@@ -90,12 +90,31 @@ pub struct Publication {
     /// Mount flags as CSI gave them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mount_flags: Vec<String>,
-    /// The pod, where the orchestrator told: `namespace/name`.
+    /// The pod, where the orchestrator told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pod: Option<String>,
+    pub pod: Option<PodRef>,
     /// The boot of the host in which it was published (`/proc/sys/kernel/random/boot_id`). One of an earlier boot is
     /// over: no virtual machine outlives its host.
     pub boot_id: String,
+}
+
+/// A pod.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodRef {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID; empty where the orchestrator has none.
+    #[serde(default)]
+    pub uid: String,
+}
+
+impl fmt::Display for PodRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() { f.write_str(&self.name) } else { write!(f, "{}/{}", self.namespace, self.name) }
+    }
 }
 
 /// What a guest last said of a volume. Text from a guest is bounded before it gets here.
