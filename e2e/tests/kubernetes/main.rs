@@ -1,0 +1,3 @@
+//! The cluster scenarios.
+
+fn main() {}
