@@ -12,4 +12,4 @@ mod report;
 
 pub use client::{GuestClient, GuestError};
 pub use monitor::{Listener, Monitor};
-pub use report::{Health, Report, Usage, VolumeReport, clean};
+pub use report::{Errors, Health, Report, Scrub, ScrubState, Usage, VolumeReport, clean};

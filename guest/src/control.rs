@@ -8,10 +8,11 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use zpod_proto::guest::guest_server::{Guest, GuestServer};
+use zpod_proto::guest::last_scrub::State;
 use zpod_proto::guest::scrub_request::Action;
 use zpod_proto::guest::{
-    GrowRequest, GrowResponse, Health, ScrubRequest, ScrubResponse, SetPropertiesRequest, SetPropertiesResponse,
-    StatusRequest, StatusResponse, SyncRequest, SyncResponse, VolumeStatus, WatchRequest,
+    GrowRequest, GrowResponse, Health, LastScrub, ScrubRequest, ScrubResponse, SetPropertiesRequest,
+    SetPropertiesResponse, StatusRequest, StatusResponse, SyncRequest, SyncResponse, VolumeStatus, WatchRequest,
 };
 use zpod_volume::{Bytes, VolumeId};
 
@@ -81,7 +82,19 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
         containers: snapshot.containers.into_iter().collect(),
         quota_bytes: snapshot.quota,
         token: snapshot.token.to_string(),
+        scrub: details.report.scrub.map(last_scrub),
+        refusal: snapshot.refusal.unwrap_or_default(),
     }
+}
+
+fn last_scrub(scrub: machine::LastScrub) -> LastScrub {
+    let state = match scrub.state {
+        machine::ScrubState::Running => State::Running,
+        machine::ScrubState::Paused => State::Paused,
+        machine::ScrubState::Finished => State::Finished,
+        machine::ScrubState::Canceled => State::Canceled,
+    };
+    LastScrub { state: state.into(), ended: scrub.ended, errors: scrub.errors, bytes: scrub.bytes }
 }
 
 fn id(text: &str) -> Result<VolumeId, Status> {

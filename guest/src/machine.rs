@@ -101,10 +101,43 @@ pub struct PoolReport {
     pub checksum_errors: u64,
     /// Files or objects with permanent damage.
     pub data_errors: u64,
-    /// A scrub is running.
-    pub scrubbing: bool,
+    /// The scrub that runs, or the last one.
+    pub scrub: Option<LastScrub>,
     /// Space allocated in the pool, in bytes.
     pub allocated: u64,
+}
+
+impl PoolReport {
+    /// A scrub is running.
+    pub fn scrubbing(&self) -> bool {
+        self.scrub.is_some_and(|scrub| scrub.state == ScrubState::Running)
+    }
+}
+
+/// A scrub and what came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LastScrub {
+    /// How far it is.
+    pub state: ScrubState,
+    /// When it ended, in seconds since 1970; 0 until then.
+    pub ended: u64,
+    /// Errors that it found.
+    pub errors: u64,
+    /// Bytes that it has examined.
+    pub bytes: u64,
+}
+
+/// How far a scrub is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScrubState {
+    /// It runs.
+    Running,
+    /// It waits to be resumed.
+    Paused,
+    /// It has seen everything.
+    Finished,
+    /// It was stopped.
+    Canceled,
 }
 
 /// Properties of a dataset, by name, sizes as plain numbers of bytes.

@@ -96,6 +96,8 @@ struct State {
     uses: BTreeSet<Use>,
     run: Option<Run>,
     details: Option<status::Cached>,
+    /// Why the last container that asked for it did not get it. Stays while another try runs: that may take as long.
+    refusal: Option<status::Refusal>,
 }
 
 #[derive(Debug)]
@@ -110,6 +112,11 @@ impl Volume {
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it holds this lock; should it ever, the state is still whole: it is changed in one step.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes why a container does not get it: the node is told.
+    fn refuse(&self, spec: &VolumeSpec, error: &VolumeError) {
+        self.state().refusal = Some(status::Refusal::new(spec, error));
     }
 }
 
@@ -167,14 +174,19 @@ impl<M: Machine> Volumes<M> {
     ) -> Result<Added, VolumeError> {
         let started = Instant::now();
         let mut added = Added::default();
-        wanted.iter().try_for_each(check)?;
+        for wanted in wanted {
+            check(wanted).inspect_err(|error| self.volume(wanted.spec.id).refuse(&wanted.spec, error))?;
+        }
         // All at once, so that one slow disk does not hold up the others.
         let runs: Vec<_> = wanted.iter().map(|wanted| self.run(&self.volume(wanted.spec.id), wanted)).collect();
         for (wanted, run) in wanted.iter().zip(runs) {
             match self.prepare_one(container, wanted, run, started, deadline).await {
-                Ok(Some(usage)) => added.0.push((wanted.spec.id, usage)),
-                Ok(None) => {}
+                Ok(usage) => {
+                    self.volume(wanted.spec.id).state().refusal = None;
+                    added.0.extend(usage.map(|usage| (wanted.spec.id, usage)));
+                }
                 Err(error) => {
+                    self.volume(wanted.spec.id).refuse(&wanted.spec, &error);
                     self.undo(added).await;
                     return Err(error);
                 }
@@ -267,11 +279,16 @@ impl<M: Machine> Volumes<M> {
         state.run = Some(run.clone());
         drop(state);
         volume.progress.start();
-        let (volumes, volume) = (Arc::clone(self), Arc::clone(volume));
+        let (volumes, volume, refused) = (Arc::clone(self), Arc::clone(volume), request.spec.clone());
         tokio::spawn(async move {
             let result = volumes.activate(&volume, request).await;
-            if let Err(error) = &result {
-                tracing::error!("{error}");
+            match &result {
+                Ok(()) => volume.state().refusal = None,
+                Err(error) => {
+                    tracing::error!("{error}");
+                    // Whoever asked may have been sent away before the reason was known.
+                    volume.refuse(&refused, error);
+                }
             }
             volume.state().run = None;
             done.send_replace(Some(result));

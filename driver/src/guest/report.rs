@@ -1,5 +1,6 @@
 use uuid::Uuid;
-use zpod_proto::guest::{Health as WireHealth, StatusResponse, VolumeStatus};
+use zpod_proto::guest::last_scrub::State as WireState;
+use zpod_proto::guest::{Health as WireHealth, LastScrub, StatusResponse, VolumeStatus};
 use zpod_volume::{Bytes, VolumeId};
 
 /// No pod has more volumes; what a guest says beyond is passed over.
@@ -7,6 +8,10 @@ const MAX_VOLUMES: usize = 64;
 const MAX_TEXT: usize = 512;
 /// Larger than any volume, and far from where sums overflow.
 const MAX_NUMBER: u64 = 1 << 60;
+/// The largest ratio: a record of 16 MiB stored in one sector of 512 bytes.
+const MAX_RATIO: f64 = 32_768.0;
+/// The end of the year 9999: what a timestamp of RFC 3339 can say.
+const MAX_TIME: u64 = 253_402_300_799;
 
 /// What a guest said, cleaned.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -43,6 +48,53 @@ pub struct VolumeReport {
     pub quota: Bytes,
     /// Files with permanent damage.
     pub data_errors: u64,
+    /// Errors of the pool's device.
+    pub errors: Errors,
+    /// Space allocated in the pool, snapshots and metadata included.
+    pub allocated: Bytes,
+    /// Logical size over stored size, 1 and up.
+    pub compress_ratio: f64,
+    /// The scrub that runs, or the last one.
+    pub scrub: Option<Scrub>,
+    /// Why the last container that asked for the volume did not get it.
+    pub refusal: Option<String>,
+}
+
+/// How often the device of a pool failed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Errors {
+    /// Reads that failed.
+    pub read: u64,
+    /// Writes that failed.
+    pub write: u64,
+    /// Blocks that were not what was written.
+    pub checksum: u64,
+}
+
+/// A scrub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scrub {
+    /// How far it is.
+    pub state: ScrubState,
+    /// When it ended, in seconds since 1970 by the guest's clock.
+    pub ended: Option<u64>,
+    /// Errors it found.
+    pub errors: u64,
+    /// What it has examined.
+    pub bytes: Bytes,
+}
+
+/// How far a scrub is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScrubState {
+    /// It runs.
+    Running,
+    /// It waits to be resumed.
+    Paused,
+    /// It has seen everything.
+    Finished,
+    /// It was stopped.
+    Canceled,
 }
 
 /// Total, used and available.
@@ -119,8 +171,36 @@ impl VolumeReport {
             disk: Bytes(bound(status.disk_bytes)),
             quota: Bytes(bound(status.quota_bytes)),
             data_errors: bound(status.data_errors),
+            errors: Errors {
+                read: bound(status.read_errors),
+                write: bound(status.write_errors),
+                checksum: bound(status.checksum_errors),
+            },
+            allocated: Bytes(bound(status.pool_allocated_bytes)),
+            compress_ratio: ratio(status.compress_ratio),
+            scrub: status.scrub.and_then(Scrub::new),
+            refusal: Some(clean(&status.refusal, MAX_TEXT)).filter(|refusal| !refusal.is_empty()),
         })
     }
+}
+
+impl Scrub {
+    fn new(scrub: LastScrub) -> Option<Self> {
+        let state = match scrub.state() {
+            WireState::Unknown => return None,
+            WireState::Running => ScrubState::Running,
+            WireState::Paused => ScrubState::Paused,
+            WireState::Finished => ScrubState::Finished,
+            WireState::Canceled => ScrubState::Canceled,
+        };
+        let ended = Some(scrub.ended).filter(|ended| (1..=MAX_TIME).contains(ended));
+        Some(Self { state, ended, errors: bound(scrub.errors), bytes: Bytes(bound(scrub.bytes)) })
+    }
+}
+
+/// Finite and within what ZFS can reach; what is not, is no compression.
+fn ratio(ratio: f64) -> f64 {
+    if ratio.is_finite() { ratio.clamp(1.0, MAX_RATIO) } else { 1.0 }
 }
 
 fn bound(number: u64) -> u64 {
@@ -163,6 +243,22 @@ mod tests {
         assert!(i64::try_from(report.bytes.used).is_ok());
         assert_eq!(report.inodes.available, 0, "no more than the total");
         assert_eq!(report.disk.0, MAX_NUMBER);
+    }
+
+    #[test]
+    fn a_ratio_that_is_none_is_no_compression_and_a_time_that_is_none_is_left_out() {
+        for (given, want) in [(2.5, 2.5), (0.0, 1.0), (-1.0, 1.0), (1e300, MAX_RATIO), (f64::NAN, 1.0)] {
+            let report = VolumeReport::new(VolumeStatus { compress_ratio: given, ..status() }).unwrap();
+            assert_eq!(report.compress_ratio, want, "{given}");
+        }
+        for (ended, want) in [(0, None), (1_763_900_000, Some(1_763_900_000)), (u64::MAX, None)] {
+            let scrub = LastScrub { state: WireState::Finished.into(), ended, errors: u64::MAX, bytes: 7 };
+            let report = VolumeReport::new(VolumeStatus { scrub: Some(scrub), ..status() }).unwrap();
+            let want = Scrub { state: ScrubState::Finished, ended: want, errors: MAX_NUMBER, bytes: Bytes(7) };
+            assert_eq!(report.scrub, Some(want));
+        }
+        let unknown = LastScrub { state: 99, ..LastScrub::default() };
+        assert_eq!(VolumeReport::new(VolumeStatus { scrub: Some(unknown), ..status() }).unwrap().scrub, None);
     }
 
     #[test]

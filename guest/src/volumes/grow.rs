@@ -106,7 +106,7 @@ impl<M: Machine> Volumes<M> {
         let (_, active) = self.known(id)?;
         let pool = &active.request.spec.pool;
         let failed = |fault| VolumeError::failed(id, "scrubbing its pool", fault);
-        let running = self.machine.report(pool).await.map_err(failed)?.scrubbing;
+        let running = self.machine.report(pool).await.map_err(failed)?.scrubbing();
         if running == (action == Scrub::Start) {
             return Ok(());
         }

@@ -9,13 +9,17 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use uuid::Uuid;
-use zpod_volume::{Bytes, PoolName, VolumeId};
+use zpod_volume::{Bytes, PoolName, VolumeId, VolumeSpec};
 
 use super::{Active, Volume, Volumes};
+use crate::error::VolumeError;
 use crate::machine::{Health, Machine, PoolReport, Usage};
 
 /// How old details may be in a stream of states.
 pub const DETAIL_AGE: Duration = Duration::from_secs(30);
+
+/// Longest refusal that is told.
+const REFUSAL_TEXT: usize = 1024;
 
 /// A volume as it is now.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +44,39 @@ pub struct Snapshot {
     pub containers: BTreeSet<String>,
     /// What takes the ZFS tools to find out.
     pub details: Details,
+    /// Why the last container that asked for it did not get it.
+    pub refusal: Option<String>,
+}
+
+/// A volume that a container asked for and did not get.
+#[derive(Debug, Clone)]
+pub(super) struct Refusal {
+    token: Uuid,
+    pool: PoolName,
+    message: String,
+}
+
+impl Refusal {
+    pub(super) fn new(spec: &VolumeSpec, error: &VolumeError) -> Self {
+        let message = error.to_string().chars().take(REFUSAL_TEXT).collect();
+        Self { token: spec.token, pool: spec.pool.clone(), message }
+    }
+
+    fn snapshot(self, id: VolumeId) -> Snapshot {
+        Snapshot {
+            id,
+            token: self.token,
+            pool: self.pool,
+            health: None,
+            usage: Usage::default(),
+            partition: Bytes(0),
+            disk: Bytes(0),
+            quota: 0,
+            containers: BTreeSet::new(),
+            details: Details { compress_ratio: 1.0, ..Details::default() },
+            refusal: Some(self.message),
+        }
+    }
 }
 
 /// What takes the ZFS tools to find out.
@@ -60,13 +97,21 @@ pub(super) struct Cached {
 }
 
 impl<M: Machine> Volumes<M> {
-    /// Every volume whose pool was brought up here, with details no older than `age`.
+    /// Every volume whose pool was brought up here, with details no older than `age`, and those that were refused.
     pub async fn status(&self, age: Duration) -> Vec<Snapshot> {
         let mut all = Vec::new();
         for volume in self.volumes() {
-            let active = volume.state().active.clone();
-            if let Some(active) = active {
-                all.push(self.snapshot(&volume, &active, age).await);
+            let (active, refusal) = {
+                let state = volume.state();
+                (state.active.clone(), state.refusal.clone())
+            };
+            match (active, refusal) {
+                (Some(active), refusal) => {
+                    let snapshot = self.snapshot(&volume, &active, age).await;
+                    all.push(Snapshot { refusal: refusal.map(|refusal| refusal.message), ..snapshot });
+                }
+                (None, Some(refusal)) => all.push(refusal.snapshot(volume.id)),
+                (None, None) => {}
             }
         }
         all
@@ -101,6 +146,7 @@ impl<M: Machine> Volumes<M> {
             quota: active.quota,
             containers: volume.state().uses.iter().map(|usage| usage.container.clone()).collect(),
             details,
+            refusal: None,
         }
     }
 
@@ -121,6 +167,7 @@ impl Snapshot {
     pub fn problem(&self) -> Option<String> {
         let report = &self.details.report;
         let state = match self.health {
+            None if self.refusal.is_some() => return self.refusal.clone(),
             None => format!("pool {} is not imported any more", self.pool),
             Some(Health::Online) if report.data_errors > 0 => {
                 format!("pool {} has {} permanent errors in its data", self.pool, report.data_errors)
@@ -129,7 +176,7 @@ impl Snapshot {
                 "pool {} is online, with {} read, {} write and {} checksum errors",
                 self.pool, report.read_errors, report.write_errors, report.checksum_errors
             ),
-            Some(Health::Online) => return None,
+            Some(Health::Online) => return self.refusal.clone(),
             Some(health) => format!("pool {} is {health}", self.pool),
         };
         Some(if report.message.is_empty() { state } else { format!("{state}: {}", report.message) })

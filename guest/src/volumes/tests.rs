@@ -383,3 +383,43 @@ async fn the_journal_says_created_before_a_container_sees_the_volume() {
     let block = volumes.machine().read(&disk, DiskLayout::JOURNAL_OFFSET, crate::journal::BYTES).await.unwrap();
     assert_eq!(Journal::decode(&block, spec("a", Create::Fresh).id), Journal::Created);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_volume_is_told_with_its_token_until_a_container_gets_it() {
+    let disks = disks(&["a"]);
+    let volumes = guest(&disks);
+    volumes.machine().failing.lock().unwrap().insert("create: pool".into());
+    let error = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap_err().to_string();
+    let told = volumes.status(Duration::ZERO).await;
+    assert_eq!((told.len(), told[0].token, told[0].health), (1, Uuid::from_u128(7), None));
+    assert_eq!((told[0].refusal.as_ref(), told[0].problem().as_ref()), (Some(&error), Some(&error)));
+    // It waits for the next try's outcome: a state that came and went with each try would tell nobody anything.
+    volumes.machine().failing.lock().unwrap().clear();
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
+    let told = volumes.status(Duration::ZERO).await;
+    assert_eq!((told.len(), told[0].refusal.clone(), told[0].problem()), (1, None, None));
+
+    // One that can't be mounted for one container is still there for the other, and says so.
+    volumes.machine().failing.lock().unwrap().insert("mount /m2".into());
+    assert!(prepare(&volumes, "c2", wanted("a", Create::Never, "/m2")).await.is_err());
+    let told = volumes.status(Duration::ZERO).await.remove(0);
+    assert!(told.health.is_some() && told.problem().unwrap().contains("mount /m2 fails"));
+    // Its pool goes with the container that had it; the refusal stays to be told.
+    volumes.release_container("c1").await;
+    assert_eq!(volumes.status(Duration::ZERO).await[0].health, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_because_of_the_time_ends_when_the_pool_is_up_after_all() {
+    let disks = disks(&["a"]);
+    let first = guest(&disks);
+    let _ = prepare(&first, "c1", wanted("a", Create::Fresh, "/m1")).await.unwrap();
+    first.release_container("c1").await;
+    let volumes = guest(&disks);
+    *volumes.machine().import_time.lock().unwrap() = Duration::from_secs(20);
+    let soon = Instant::now() + Duration::from_secs(5);
+    assert!(volumes.prepare("c1", &[wanted("a", Create::Never, "/m1")], soon).await.is_err());
+    assert!(volumes.status(Duration::ZERO).await[0].refusal.as_ref().unwrap().contains("not ready yet"));
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert_eq!(volumes.status(Duration::ZERO).await[0].refusal, None);
+}

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use zpod_volume::PoolName;
 
-use crate::machine::{Fault, PoolReport, PoolState, Properties};
+use crate::machine::{Fault, LastScrub, PoolReport, PoolState, Properties, ScrubState};
 
 #[derive(Deserialize)]
 struct Pools<P> {
@@ -55,6 +55,29 @@ struct Scan {
     state: String,
     #[serde(default)]
     scrub_pause: String,
+    #[serde(default)]
+    end_time: String,
+    #[serde(default)]
+    examined: String,
+    #[serde(default)]
+    errors: String,
+}
+
+impl Scan {
+    /// The scrub it tells of. A resilver, the other kind of scan, needs a second device, which no pool here has.
+    fn scrub(&self) -> Option<LastScrub> {
+        let paused = !matches!(self.scrub_pause.as_str(), "" | "-" | "0");
+        let state = match self.state.as_str() {
+            "SCANNING" if paused => ScrubState::Paused,
+            "SCANNING" => ScrubState::Running,
+            "FINISHED" => ScrubState::Finished,
+            "CANCELED" => ScrubState::Canceled,
+            _ => return None,
+        };
+        let ended = if matches!(state, ScrubState::Running | ScrubState::Paused) { 0 } else { number(&self.end_time) };
+        let scrub = LastScrub { state, ended, errors: number(&self.errors), bytes: number(&self.examined) };
+        (self.function == "SCRUB").then_some(scrub)
+    }
 }
 
 #[derive(Deserialize)]
@@ -105,9 +128,7 @@ pub(super) fn report(output: &[u8], pool: &PoolName) -> Result<PoolReport, Fault
     let mut report = PoolReport {
         message: [status.status.trim(), status.action.trim()].join(" ").trim().to_owned(),
         data_errors: number(&status.error_count),
-        scrubbing: status.scan_stats.function == "SCRUB"
-            && status.scan_stats.state == "SCANNING"
-            && matches!(status.scan_stats.scrub_pause.as_str(), "" | "-"),
+        scrub: status.scan_stats.scrub(),
         ..PoolReport::default()
     };
     // The one entry on top is the pool itself.
@@ -155,7 +176,7 @@ mod tests {
         let report = report(STATUS.as_bytes(), &name()).unwrap();
         assert_eq!((report.allocated, report.data_errors), (704_512, 1));
         assert_eq!((report.read_errors, report.write_errors, report.checksum_errors), (0, 2, 3));
-        assert!(!report.scrubbing && report.message.is_empty());
+        assert!(report.scrub.is_none() && report.message.is_empty());
         let state = pool(LIST.as_bytes(), &name()).unwrap();
         assert!(!state.expandable && state.properties["autotrim"] == "on");
         assert!(
@@ -170,6 +191,28 @@ mod tests {
     fn a_pool_that_is_not_there_is_an_error_that_names_it() {
         let error = report(br#"{"pools":{}}"#, &name()).unwrap_err().to_string();
         assert!(error.contains("zpod-7b32fb880c15 is not imported"), "{error}");
+    }
+
+    #[test]
+    fn a_scrub_is_told_from_its_beginning_to_its_end_and_a_resilver_is_none() {
+        let scan = |function: &str, state: &str, pause: &str| {
+            let scan = format!(
+                r#""scan_stats":{{"function":"{function}","state":"{state}","start_time":"1763900000","end_time":
+                "1763900060","to_examine":"900","examined":"704512","errors":"3","scrub_pause":"{pause}"}},"vdevs""#
+            );
+            report(STATUS.replacen(r#""vdevs""#, &scan, 1).as_bytes(), &name()).unwrap().scrub
+        };
+        for (state, pause, want, ended) in [
+            ("SCANNING", "-", ScrubState::Running, 0),
+            ("SCANNING", "0", ScrubState::Running, 0),
+            ("SCANNING", "1763900010", ScrubState::Paused, 0),
+            ("FINISHED", "-", ScrubState::Finished, 1_763_900_060),
+            ("CANCELED", "-", ScrubState::Canceled, 1_763_900_060),
+        ] {
+            let want = LastScrub { state: want, ended, errors: 3, bytes: 704_512 };
+            assert_eq!(scan("SCRUB", state, pause), Some(want), "{state} {pause}");
+        }
+        assert_eq!((scan("RESILVER", "FINISHED", "-"), scan("SCRUB", "NONE", "-")), (None, None));
     }
 
     proptest! {
