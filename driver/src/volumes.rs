@@ -15,6 +15,8 @@ mod error;
 mod expand;
 mod lock;
 mod mount_options;
+pub mod observer;
+pub mod pods;
 mod provision;
 mod publish;
 mod published;

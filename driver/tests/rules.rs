@@ -181,7 +181,7 @@ fn publish(id: VolumeId, target: &Path) -> PublishRequest {
         read_only: false,
         fs_group: None,
         flags: vec![],
-        pod: Some("ns/pod".into()),
+        pod: Some(zpod_storage::catalog::PodRef { namespace: "ns".into(), name: "pod".into(), uid: "u-1".into() }),
     }
 }
 

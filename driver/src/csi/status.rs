@@ -26,8 +26,9 @@ fn code(error: &VolumeError) -> Code {
         VolumeError::OtherNode { .. }
         | VolumeError::Published { .. }
         | VolumeError::TargetTaken { .. }
-        | VolumeError::BeyondHeadroom { .. } => Code::FailedPrecondition,
-        VolumeError::GuestSilent { .. } => Code::Unavailable,
+        | VolumeError::BeyondHeadroom { .. }
+        | VolumeError::PodRefused { .. } => Code::FailedPrecondition,
+        VolumeError::GuestSilent { .. } | VolumeError::PodUnknown { .. } => Code::Unavailable,
         VolumeError::Guest { source, .. } => guest(source),
         VolumeError::Backing { source, .. } => backing(source),
         VolumeError::Catalog(source) => catalog(source),
@@ -60,8 +61,11 @@ fn catalog(error: &CatalogError) -> Code {
     match error {
         CatalogError::Conflict(_) => Code::Aborted,
         CatalogError::NotFound(_) => Code::NotFound,
-        CatalogError::Damaged { .. } => Code::DataLoss,
-        CatalogError::Locked(_) => Code::Unavailable,
+        CatalogError::Damaged { .. } | CatalogError::Unreadable { .. } => Code::DataLoss,
+        CatalogError::Locked(_) | CatalogError::Unavailable { .. } => Code::Unavailable,
+        // CSI 1.12, ListVolumes: an invalid starting_token is ABORTED.
+        CatalogError::Expired { .. } => Code::Aborted,
+        CatalogError::Forbidden { .. } => Code::Internal,
         CatalogError::Io { .. } => Code::Internal,
         #[allow(unreachable_patterns)]
         _ => Code::Internal,
@@ -113,6 +117,8 @@ mod tests {
                 Code::FailedPrecondition,
             ),
             (VolumeError::GuestSilent { id, node: s("n1") }, Code::Unavailable),
+            (VolumeError::PodRefused { id, pod: s("a/b"), reason: s("x") }, Code::FailedPrecondition),
+            (VolumeError::PodUnknown { id, pod: s("a/b"), reason: s("x") }, Code::Unavailable),
             (guest(GuestError::Unreachable { sandbox: s("s"), reason: s("r") }), Code::Unavailable),
             (guest(timeout), Code::Unavailable),
             (guest(GuestError::DiskTooSmall { sandbox: s("s"), message: s("m") }), Code::FailedPrecondition),
@@ -130,6 +136,10 @@ mod tests {
             (CatalogError::Damaged { path: "/r".into(), reason: s("x") }.into(), Code::DataLoss),
             (CatalogError::Io { what: "open", path: "/r".into(), source: io() }.into(), Code::Internal),
             (CatalogError::Locked("/r".into()).into(), Code::Unavailable),
+            (CatalogError::Unreadable { what: s("x"), reason: s("x") }.into(), Code::DataLoss),
+            (CatalogError::Unavailable { what: "get", reason: s("x") }.into(), Code::Unavailable),
+            (CatalogError::Expired { reason: s("x") }.into(), Code::Aborted),
+            (CatalogError::Forbidden { what: "get", reason: s("x") }.into(), Code::Internal),
             (KataError::Target { path: "x".into(), reason: s("x") }.into(), Code::InvalidArgument),
             (KataError::Occupied { path: "/x".into(), reason: "x" }.into(), Code::Internal),
             (KataError::Io { what: "mount", path: "/x".into(), source: io() }.into(), Code::Internal),

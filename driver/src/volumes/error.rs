@@ -150,6 +150,26 @@ pub enum VolumeError {
         /// The node.
         node: String,
     },
+    /// The pod can't use it as its specification is.
+    #[error("volume {id}: pod {pod} can't use it: {reason}")]
+    PodRefused {
+        /// The volume.
+        id: VolumeId,
+        /// The pod.
+        pod: String,
+        /// What is wrong, and what to write instead.
+        reason: String,
+    },
+    /// Whether the pod can use it is not known now.
+    #[error("volume {id}: pod {pod} can't be looked up: {reason}")]
+    PodUnknown {
+        /// The volume.
+        id: VolumeId,
+        /// The pod.
+        pod: String,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The guest did not do what it was asked.
     #[error("volume {id}: {source}")]
     Guest {

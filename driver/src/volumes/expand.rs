@@ -24,6 +24,7 @@ impl NodeVolumes {
     async fn expand_now(&self, id: VolumeId, range: CapacityRange) -> Result<Bytes, VolumeError> {
         let _lock = self.context.lock(id).await;
         let volume = self.context.ready(id).await?;
+        self.context.published.refresh(&volume);
         if !range.accepts(volume.capacity) {
             let reason = format!(
                 "volume {id} holds {} by its record; ControllerExpandVolume decides on the size, and comes first",

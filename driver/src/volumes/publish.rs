@@ -9,6 +9,8 @@ use zpod_storage::crash;
 use zpod_volume::{MountFlag, VolumeId};
 
 use super::context::{blocking, device_spec, to_the_end};
+use super::observer::Observer;
+use super::pods::{AnyPod, PodCheck};
 use super::spec::{discard, volume_spec};
 use super::{Context, VolumeError, mount_options};
 use crate::kata::{DirectVolume, DirectVolumes, KataError, TargetPath};
@@ -24,6 +26,8 @@ const LOAD_PAGE: usize = 256;
 pub struct NodeVolumes {
     pub(super) context: Arc<Context>,
     direct: Arc<DirectVolumes>,
+    pub(super) observer: Arc<dyn Observer>,
+    pods: Arc<dyn PodCheck>,
 }
 
 /// A publication that is wanted.
@@ -49,7 +53,8 @@ impl NodeVolumes {
     /// # Errors
     /// When the catalog can't be read.
     pub async fn load(context: Arc<Context>, direct: DirectVolumes) -> Result<Self, VolumeError> {
-        let node = Self { context, direct: Arc::new(direct) };
+        let (observer, pods) = (Arc::new(Vec::new()), Arc::new(AnyPod));
+        let node = Self { context, direct: Arc::new(direct), observer, pods };
         let mut from = None;
         loop {
             let page = node.context.catalog.list(from, LOAD_PAGE).await?;
@@ -67,6 +72,18 @@ impl NodeVolumes {
                 None => return Ok(node),
             }
         }
+    }
+
+    /// With somebody to tell what guests say.
+    #[must_use]
+    pub fn observed_by(self, observer: Arc<dyn Observer>) -> Self {
+        Self { observer, ..self }
+    }
+
+    /// With somebody to ask whether a pod can use a volume.
+    #[must_use]
+    pub fn checking_pods(self, pods: Arc<dyn PodCheck>) -> Self {
+        Self { pods, ..self }
     }
 
     /// The node's name.
@@ -109,6 +126,7 @@ impl NodeVolumes {
     async fn publish_now(&self, request: PublishRequest) -> Result<Outcome, VolumeError> {
         let _lock = self.context.lock(request.id).await;
         let volume = self.context.ready(request.id).await?;
+        self.pods.check(request.pod.as_ref(), &volume).await?;
         let given = request.target.clone();
         let target = blocking(move || Ok(TargetPath::resolve(&given)?)).await?;
         let Some(publication) = self.context.publication(&volume) else {
@@ -233,7 +251,7 @@ impl NodeVolumes {
         .await?;
         crash::point("publish: taken back");
         self.context.catalog.update(Volume { publication: None, ..volume }).await?;
-        self.context.published.remove(id);
+        self.forget(id);
         Ok(())
     }
 
@@ -249,9 +267,14 @@ impl NodeVolumes {
         }
         crash::point("unpublish: recorded");
         if self.context.published.owner(target) == Some(id) {
-            self.context.published.remove(id);
+            self.forget(id);
         }
         Ok(outcome)
+    }
+
+    fn forget(&self, id: VolumeId) {
+        self.context.published.remove(id);
+        self.observer.withdrawn(id);
     }
 
     /// Writes the entry of a published volume again, if there is one, from the record as it is now.

@@ -1,12 +1,13 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use zpod_storage::catalog::{Condition, Publication, Volume};
 use zpod_volume::{Bytes, DiskLayout, VolumeId};
 
+use super::observer::Observed;
 use super::stats::condition_of;
 use crate::guest::{GuestClient, VolumeReport};
 
@@ -24,6 +25,8 @@ pub(super) struct Published(Mutex<HashMap<VolumeId, Entry>>);
 struct Entry {
     target: PathBuf,
     token: Option<Uuid>,
+    /// There once it is published, not only reserved.
+    observed: Option<Arc<Observed>>,
     initialized: bool,
     partition: Bytes,
     condition: Option<Condition>,
@@ -42,12 +45,14 @@ pub(super) struct Heard {
 }
 
 /// What a report asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Note {
     /// The token is wrong, or the volume is not published: the guest speaks of what isn't its own.
     Disbelieved,
     /// Believed.
     Believed {
+        /// The volume it speaks of.
+        volume: Arc<Observed>,
         /// Something in it should be recorded.
         record: bool,
         /// The volume is to be larger than the guest has made it.
@@ -69,6 +74,7 @@ impl Published {
         entries.entry(id).or_insert_with(|| Entry {
             target: target.to_owned(),
             token: None,
+            observed: None,
             initialized: false,
             partition: Bytes(0),
             condition: None,
@@ -84,6 +90,7 @@ impl Published {
         let entry = Entry {
             target: publication.target_path.clone(),
             token: Some(publication.token),
+            observed: Some(Arc::new(Observed::new(volume, publication))),
             initialized: volume.initialized,
             partition: volume.layout().partition,
             condition: volume.condition.clone(),
@@ -100,6 +107,9 @@ impl Published {
             entry.initialized = volume.initialized;
             entry.partition = volume.layout().partition;
             entry.condition.clone_from(&volume.condition);
+            if let Some(observed) = entry.observed.as_mut().filter(|observed| observed.capacity != volume.capacity) {
+                *observed = Arc::new(Observed { capacity: volume.capacity, ..observed.as_ref().clone() });
+            }
         }
     }
 
@@ -112,6 +122,13 @@ impl Published {
         owner(&self.entries(), target)
     }
 
+    /// A volume that is published here, and the token of its publication.
+    pub(super) fn observed(&self, id: VolumeId) -> Option<(Arc<Observed>, Uuid)> {
+        let entries = self.entries();
+        let entry = entries.get(&id)?;
+        Some((entry.observed.clone()?, entry.token?))
+    }
+
     /// What was heard of a volume.
     pub(super) fn heard(&self, id: VolumeId) -> Option<Heard> {
         self.entries().get(&id)?.heard.clone()
@@ -120,7 +137,8 @@ impl Published {
     /// Notes what a guest said of a volume.
     pub(super) fn note(&self, guest: &GuestClient, report: &VolumeReport) -> Note {
         let mut entries = self.entries();
-        let Some(entry) = entries.get_mut(&report.id).filter(|entry| entry.token == Some(report.token)) else {
+        let entry = entries.get_mut(&report.id).filter(|entry| entry.token == Some(report.token));
+        let Some((entry, volume)) = entry.and_then(|entry| entry.observed.clone().map(|volume| (entry, volume))) else {
             return Note::Disbelieved;
         };
         let now = Instant::now();
@@ -137,7 +155,7 @@ impl Published {
             entry.grown = Some(now);
         }
         entry.heard = Some(Heard { guest: guest.clone(), report: report.clone() });
-        Note::Believed { record: first || changed, grow }
+        Note::Believed { volume, record: first || changed, grow }
     }
 
     /// Forgets what this sandbox said of volumes other than these.

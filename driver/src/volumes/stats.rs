@@ -1,8 +1,11 @@
 use std::path::Path;
+use std::sync::Arc;
 
-use zpod_storage::catalog::{Condition, Publication, Volume};
+use uuid::Uuid;
+use zpod_storage::catalog::Condition;
 use zpod_volume::{Bytes, VolumeId};
 
+use super::observer::Observed;
 use super::publish::NodeVolumes;
 use super::{Context, VolumeError};
 use crate::guest::{Health, VolumeReport};
@@ -28,12 +31,22 @@ impl NodeVolumes {
     /// When the volume does not exist or is not published at that path.
     pub async fn stats(&self, id: VolumeId, path: &Path) -> Result<Stats, VolumeError> {
         let context: &Context = &self.context;
-        let volume = context.find(id).await?;
-        let publication = context.publication(&volume).filter(|publication| publication.target_path == path);
-        let Some(publication) = publication else {
-            return Err(VolumeError::NotPublished { id, path: path.to_owned(), node: context.node.clone() });
+        // What is published here is known here: kubelet asks each minute for each volume, on each of many nodes, and the
+        // catalog may be one API server for all of them.
+        let (volume, token) = match context.published.observed(id) {
+            Some(known) => known,
+            None => {
+                let volume = context.find(id).await?;
+                match context.publication(&volume) {
+                    Some(publication) => (Arc::new(Observed::new(&volume, publication)), publication.token),
+                    None => return Err(self.not_published(id, path)),
+                }
+            }
         };
-        let mut stats = self.said_or_known(&volume, publication).await;
+        if volume.target != path {
+            return Err(self.not_published(id, path));
+        }
+        let mut stats = self.said_or_known(&volume, token).await;
         // Not the guest's word but the host's own measurement.
         let excess = context.with_backing(move |backing| backing.excess(id)).await?;
         if excess.0 > 0 {
@@ -43,8 +56,12 @@ impl NodeVolumes {
         Ok(stats)
     }
 
+    fn not_published(&self, id: VolumeId, path: &Path) -> VolumeError {
+        VolumeError::NotPublished { id, path: path.to_owned(), node: self.context.node.clone() }
+    }
+
     /// What the guest says now, said last, or what is known without it.
-    async fn said_or_known(&self, volume: &Volume, publication: &Publication) -> Stats {
+    async fn said_or_known(&self, volume: &Observed, token: Uuid) -> Stats {
         let (context, id) = (&self.context, volume.id);
         let Some(heard) = context.published.heard(id) else {
             let capacity = volume.capacity;
@@ -54,7 +71,7 @@ impl NodeVolumes {
             return Stats { bytes: [capacity.0, used, capacity.0 - used], inodes: None, condition };
         };
         match heard.guest.status().await {
-            Ok(report) => Stats::new(report.volume(id, publication.token).unwrap_or(&heard.report)),
+            Ok(report) => Stats::new(report.volume(id, token).unwrap_or(&heard.report)),
             Err(error) => {
                 let mut stats = Stats::new(&heard.report);
                 stats.condition.message =

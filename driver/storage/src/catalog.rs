@@ -203,6 +203,36 @@ pub enum CatalogError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// A record in the cluster that is none of ours, or damaged. Nothing is done with its volume.
+    #[error("{what} can't be read: {reason}; nothing is done with this volume until it is mended")]
+    Unreadable {
+        /// The object.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The place in a list is too old, or never was one.
+    #[error("the list has to be begun again: {reason}")]
+    Expired {
+        /// What the API server said.
+        reason: String,
+    },
+    /// The API server could not be asked.
+    #[error("{what}: the Kubernetes API server can't be asked now: {reason}")]
+    Unavailable {
+        /// What was tried.
+        what: &'static str,
+        /// Why that failed.
+        reason: String,
+    },
+    /// The API server said no.
+    #[error("{what}: refused by the Kubernetes API server: {reason}")]
+    Forbidden {
+        /// What was tried.
+        what: &'static str,
+        /// What it said.
+        reason: String,
+    },
     /// Another process has the catalog.
     #[error("the catalog {0} is in use by another zpod process; only one may run on it")]
     Locked(PathBuf),

@@ -1,0 +1,299 @@
+use std::path::PathBuf;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+use zpod_volume::VolumeParameters;
+
+use crate::Quantity;
+
+/// A volume: what the controller wants of it.
+#[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "zpod.storage",
+    version = "v1alpha1",
+    kind = "ZfsVolume",
+    plural = "zfsvolumes",
+    singular = "zfsvolume",
+    shortname = "zv",
+    category = "zpod",
+    status = "ZfsVolumeStatus",
+    derive = "PartialEq",
+    doc = "A ZFS volume whose pool lives inside the Kata guest kernel of the pod that uses it. Made by zpod-controller for a PersistentVolume; its name is the volume handle.",
+    selectable = ".spec.nodeName",
+    printcolumn(
+        name = "Claim",
+        type_ = "string",
+        json_path = ".spec.claim.name",
+        description = "PersistentVolumeClaim"
+    ),
+    printcolumn(name = "Capacity", type_ = "string", json_path = ".status.capacity", description = "what it holds"),
+    printcolumn(
+        name = "Used",
+        type_ = "string",
+        json_path = ".status.pool.used",
+        description = "used, as its guest says"
+    ),
+    printcolumn(
+        name = "Ratio",
+        type_ = "string",
+        json_path = ".status.pool.compressRatio",
+        description = "compression ratio"
+    ),
+    printcolumn(
+        name = "Pool",
+        type_ = "string",
+        json_path = ".status.pool.name",
+        description = "name of its pool in the guest",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Health",
+        type_ = "string",
+        json_path = ".status.pool.health",
+        description = "health of its pool"
+    ),
+    printcolumn(
+        name = "Phase",
+        type_ = "string",
+        json_path = ".status.phase",
+        description = "how far its device has come",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Node",
+        type_ = "string",
+        json_path = ".spec.nodeName",
+        description = "the node that has its device"
+    ),
+    printcolumn(
+        name = "Pod",
+        type_ = "string",
+        json_path = ".status.publication.pod.name",
+        description = "the pod that uses it"
+    ),
+    printcolumn(
+        name = "Namespace",
+        type_ = "string",
+        json_path = ".spec.claim.namespace",
+        description = "of claim and pod",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Age",
+        type_ = "date",
+        json_path = ".metadata.creationTimestamp",
+        description = "since it was made"
+    )
+)]
+#[kube(validation = Rule::new("!has(self.status) || !has(self.status.capacity) || quantity(self.spec.capacity).compareTo(quantity(self.status.capacity)) >= 0").message("spec.capacity is less than status.capacity: volumes never shrink"))]
+#[x_kube(validation = Rule::new("!has(oldSelf.destroy) || !oldSelf.destroy || (has(self.destroy) && self.destroy)").message("destroy can't be taken back"))]
+#[x_kube(validation = Rule::new("has(oldSelf.claim) == has(self.claim) && (!has(self.claim) || self.claim == oldSelf.claim)").message("claim can't be changed"))]
+#[serde(rename_all = "camelCase")]
+pub struct ZfsVolumeSpec {
+    /// The name CSI gave. One name, one volume.
+    #[schemars(length(min = 1, max = 512))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("volumeName can't be changed"))]
+    pub volume_name: String,
+    /// The node whose backing store holds the device.
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("nodeName can't be changed: a volume stays on its node"))]
+    pub node_name: String,
+    /// What it is to hold. Grows only: never less than status.capacity.
+    pub capacity: Quantity,
+    /// What the StorageClass said.
+    #[schemars(schema_with = "parameters")]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("parameters can't be changed"))]
+    pub parameters: VolumeParameters,
+    /// The PersistentVolumeClaim it was made for, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<ClaimRef>,
+    /// Set by DeleteVolume before it deletes this object, and by nobody else: only then does the node destroy the
+    /// device and all data on it. An object deleted without it stays, and so does its data.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub destroy: bool,
+}
+
+/// A PersistentVolumeClaim.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ClaimRef {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID, where it could be looked up.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub uid: String,
+    /// The PersistentVolume that was made for it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub persistent_volume: String,
+}
+
+/// What is there of a volume, as its node says.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ZfsVolumeStatus {
+    /// How far the device has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    /// What it holds; the room for it is promised.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity: Option<Quantity>,
+    /// The capacity it was made with: with the headroom it gives the disk's size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial_capacity: Option<Quantity>,
+    /// The capacity that the partition table on the disk was last written for by the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table_capacity: Option<Quantity>,
+    /// Whether a guest has ever reported its pool. From then on nothing makes one.
+    #[serde(default)]
+    pub initialized: bool,
+    /// Whether the pool's region was once found written to. From then on a guest may only finish a creation.
+    #[serde(default)]
+    pub written: bool,
+    /// Where it is published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publication: Option<PublicationStatus>,
+    /// The generation of the spec that this speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Counts the changes of the node's record.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub revision: i64,
+    /// What the guest says of the pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolStatus>,
+    /// `Ready` (the device), `Healthy` (the pool), `Expanded` (the size that was asked for).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "super::conditions")]
+    pub conditions: Vec<Condition>,
+}
+
+/// How far the device has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Phase {
+    /// There to be used.
+    Ready,
+    /// The node can't have it; nothing was made. The condition `Ready` says why.
+    Refused,
+    /// On its way out; the data may be gone already.
+    Deleting,
+}
+
+/// Where a volume is published.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PublicationStatus {
+    /// The CSI target path.
+    pub target_path: PathBuf,
+    /// Told to the pod's guest, and expected back from it.
+    pub token: Uuid,
+    /// Read-only.
+    #[serde(default)]
+    pub read_only: bool,
+    /// The group that owns the volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs_group: Option<u32>,
+    /// Mount flags.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mount_flags: Vec<String>,
+    /// The pod that uses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Pod>,
+    /// The boot of the host in which it was published.
+    pub boot_id: String,
+}
+
+/// A pod.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Pod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub uid: String,
+}
+
+/// What the guest says of the pool. Bounded and cleaned before it gets here, and still only the guest's word.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolStatus {
+    /// Its name in the guest.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub name: String,
+    /// `Online`, `Degraded`, `Faulted`, `Suspended`, `Unavailable`, `Unknown`, or `Exported` while no pod uses it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub health: String,
+    /// What is wrong and what to do; empty when all is well.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// Used bytes as df(1) shows them, rounded up to MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used: Option<Quantity>,
+    /// Available bytes as df(1) shows them, rounded up to MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub available: Option<Quantity>,
+    /// Space allocated in the pool, snapshots and metadata included, rounded up to MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocated: Option<Quantity>,
+    /// Logical over stored size, such as `1.43x`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub compress_ratio: String,
+    /// Reads that failed.
+    #[serde(default)]
+    pub read_errors: i64,
+    /// Writes that failed.
+    #[serde(default)]
+    pub write_errors: i64,
+    /// Blocks whose checksum was wrong.
+    #[serde(default)]
+    pub checksum_errors: i64,
+    /// Files or objects with permanent damage.
+    #[serde(default)]
+    pub data_errors: i64,
+    /// The last scrub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_scrub: Option<Scrub>,
+}
+
+/// A scrub.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Scrub {
+    /// `Finished`, `Scanning`, `Paused` or `Canceled`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub state: String,
+    /// When it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_time: Option<Time>,
+    /// Errors it found.
+    #[serde(default)]
+    pub errors: i64,
+}
+
+/// The schema of [`VolumeParameters`], whose values zpod-volume checks.
+fn parameters(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "object",
+        "description": "What the StorageClass said, complete: later defaults change nothing.",
+        "properties": {
+            "backing": {"type": "string", "description": "provider of the block device"},
+            "provisioning": {"type": "string", "description": "thin or thick"},
+            "headroom": {"type": "string", "description": "how far it can grow while its pod runs, such as 8x"},
+            "quota": {"type": "string", "description": "refquota, quota or none"},
+            "arcMax": {"type": "integer", "format": "int64", "description": "upper bound of the guest's ARC in bytes"},
+            "properties": {
+                "type": "object", "maxProperties": 64, "description": "ZFS properties that differ from the defaults",
+                "additionalProperties": {"type": "string", "maxLength": 256},
+            },
+        },
+        "required": ["backing", "provisioning", "headroom", "quota"],
+    })
+}

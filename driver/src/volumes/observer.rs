@@ -1,0 +1,70 @@
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use zpod_storage::catalog::{PodRef, Publication, Volume};
+use zpod_volume::{Bytes, VolumeId};
+
+use crate::guest::VolumeReport;
+
+/// A published volume, as its record had it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Observed {
+    /// The volume.
+    pub id: VolumeId,
+    /// The CSI target path.
+    pub target: PathBuf,
+    /// The pod it is published to, where the orchestrator told.
+    pub pod: Option<PodRef>,
+    /// What the orchestrator calls the volume: [`CLAIM_NAME`] and the like.
+    pub labels: BTreeMap<String, String>,
+    /// What the volume holds.
+    pub capacity: Bytes,
+}
+
+/// Label with the name of the PersistentVolumeClaim.
+pub const CLAIM_NAME: &str = "csi.storage.k8s.io/pvc/name";
+/// Label with its namespace.
+pub const CLAIM_NAMESPACE: &str = "csi.storage.k8s.io/pvc/namespace";
+/// Label with the name of the PersistentVolume.
+pub const PERSISTENT_VOLUME: &str = "csi.storage.k8s.io/pv/name";
+
+impl Observed {
+    pub(super) fn new(volume: &Volume, publication: &Publication) -> Self {
+        Self {
+            id: volume.id,
+            target: publication.target_path.clone(),
+            pod: publication.pod.clone(),
+            labels: volume.labels.clone(),
+            capacity: volume.capacity,
+        }
+    }
+
+    /// A label, empty where there is none.
+    pub fn label(&self, key: &str) -> &str {
+        self.labels.get(key).map_or("", String::as_str)
+    }
+}
+
+/// Who is told what guests say of the volumes that are published on this node. Told a few times a second for each
+/// guest at most, from the task that listens to it: takes note and returns, and never blocks.
+pub trait Observer: Send + Sync + fmt::Debug {
+    /// A guest said something of a volume, and is believed: the report came with the token of its publication. It may
+    /// be a lie all the same.
+    fn reported(&self, volume: &Observed, report: &VolumeReport);
+
+    /// A volume is not published here any more.
+    fn withdrawn(&self, id: VolumeId);
+}
+
+/// All of them are told, in their order. An empty list is nobody.
+impl Observer for Vec<Arc<dyn Observer>> {
+    fn reported(&self, volume: &Observed, report: &VolumeReport) {
+        self.iter().for_each(|observer| observer.reported(volume, report));
+    }
+
+    fn withdrawn(&self, id: VolumeId) {
+        self.iter().for_each(|observer| observer.withdrawn(id));
+    }
+}

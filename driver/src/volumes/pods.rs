@@ -1,0 +1,28 @@
+use std::fmt;
+
+use async_trait::async_trait;
+use zpod_storage::catalog::{PodRef, Volume};
+
+use super::VolumeError;
+
+/// Whether a pod can use a volume at all: asked before anything is done to publish it there.
+#[async_trait]
+pub trait PodCheck: Send + Sync + fmt::Debug {
+    /// Looks the pod up. `None` where the orchestrator did not say which pod it is.
+    ///
+    /// # Errors
+    /// [`VolumeError::PodRefused`] with what to write in the pod's specification instead, [`VolumeError::PodUnknown`]
+    /// while the pod can't be looked up.
+    async fn check(&self, pod: Option<&PodRef>, volume: &Volume) -> Result<(), VolumeError>;
+}
+
+/// Takes every pod: for orchestrators that can't be asked.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AnyPod;
+
+#[async_trait]
+impl PodCheck for AnyPod {
+    async fn check(&self, _: Option<&PodRef>, _: &Volume) -> Result<(), VolumeError> {
+        Ok(())
+    }
+}
