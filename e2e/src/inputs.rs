@@ -2,7 +2,7 @@
 //! skips itself proves nothing.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use zpod_image::cache::Cache;
@@ -100,6 +100,42 @@ pub fn vsock_device() -> Result<PathBuf> {
         return Ok(cached);
     }
     program("vhost-device-vsock", "install it with `deploy/setup.sh`")
+}
+
+/// A program of the test cluster: a part of Kubernetes, a CSI sidecar, Helm.
+///
+/// # Errors
+/// When it is not there.
+pub fn kubernetes(name: &str) -> Result<PathBuf> {
+    file(Cache::from_env()?.dir().join("bin").join(name), "build it with `deploy/setup.sh kubernetes`")
+}
+
+/// The directory of the snapshot API's CRDs.
+///
+/// # Errors
+/// When it is not there.
+pub fn snapshot_crds() -> Result<PathBuf> {
+    // bin/csi-snapshotter is a link into the place of one version.
+    let program = kubernetes("csi-snapshotter")?.canonicalize().context("find csi-snapshotter")?;
+    let crds = program.parent().and_then(Path::parent).map(|place| place.join("crds")).filter(|dir| dir.is_dir());
+    crds.with_context(|| format!("no CRDs with {}; build it with `deploy/setup.sh kubernetes`", program.display()))
+}
+
+/// The program that is a node of the test cluster.
+///
+/// # Errors
+/// When it is not there.
+pub fn node_program() -> Result<PathBuf> {
+    binary("ZPOD_E2E_NODE", "zpod-e2e-node", "make it with `cargo build -p zpod-e2e --bins`, or set ZPOD_E2E_NODE")
+}
+
+/// The stand-in of CSI sidecars.
+///
+/// # Errors
+/// When it is not there.
+pub fn sidecar() -> Result<PathBuf> {
+    let make = "make it with `cargo build -p zpod-e2e --bins`, or set ZPOD_E2E_SIDECAR";
+    binary("ZPOD_E2E_SIDECAR", "zpod-e2e-sidecar", make)
 }
 
 /// A program of the PATH.

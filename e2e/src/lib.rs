@@ -14,6 +14,7 @@
 pub mod accel;
 pub mod agent;
 pub mod base_initrd;
+pub mod cluster;
 pub mod console;
 pub mod csi;
 pub mod direct_volume;

@@ -1,3 +1,22 @@
-//! The cluster scenarios.
+//! Scenarios on a real cluster: see `zpod_e2e::cluster`.
+//!
+//! A scenario is an `async fn(&Cluster) -> Result<()>` in a module of its own, and a line in `main`. All share one
+//! cluster, which the first one starts, and run one after another: each leaves the cluster as it was.
 
-fn main() {}
+mod smoke;
+mod stage;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use libtest_mimic::Arguments;
+use stage::Stage;
+
+fn main() -> Result<ExitCode> {
+    zpod_e2e::cluster::isolate()?;
+    let stage = Stage::default();
+    let trials = vec![stage.trial("a_pod_runs_and_its_log_can_be_read", smoke::a_pod_runs_and_its_log_can_be_read)];
+    // On this thread: a node lives as long as the thread that started it.
+    let conclusion = libtest_mimic::run(&Arguments { test_threads: Some(1), ..Arguments::from_args() }, trials);
+    Ok(conclusion.exit_code())
+}

@@ -1,3 +1,0 @@
-//! Stand-ins of node-driver-registrar and livenessprobe.
-
-fn main() {}

@@ -1,0 +1,286 @@
+//! A Kubernetes cluster for tests, of its real parts: etcd, kube-apiserver, kube-controller-manager, kube-scheduler,
+//! and a real kubelet on each node.
+//!
+//! # Design
+//! * [`isolate`] gives the process a network and a mount namespace of its own: the API server has port 443 of
+//!   10.96.0.1, as pods expect, and nothing meets anything of the machine or of another run.
+//! * [`Cluster::start`] starts the control plane, [`Cluster::add_node`] a node (`zpod-e2e-node`).
+//! * Everybody has a certificate of his own, and RBAC and NodeRestriction hold as on any cluster.
+//! * Nothing is pulled: `images` makes what the nodes run, under the names that the chart gives.
+//!
+//! # Limitations
+//! No kube-proxy and no cluster DNS: of all Services only the API server's works. One network for all nodes.
+
+mod authority;
+mod control_plane;
+pub mod images;
+mod isolation;
+mod kubectl;
+mod snapshots;
+mod worker;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use crate::console;
+use crate::process::Process;
+use crate::workdir::Workdir;
+use authority::Authority;
+use control_plane::ControlPlane;
+pub use isolation::{BRIDGE_ADDRESS, SERVICE_ADDRESS, isolate};
+use kubectl::Kubectl;
+use worker::Worker;
+
+/// From the start of a node until its Ready condition.
+const NODE_READY: Duration = Duration::from_secs(90);
+/// So many lines of each log in a diagnosis.
+const TAIL: usize = 25;
+
+/// A running cluster. It ends, with everything it started, when it is dropped or the thread that made it ends.
+#[derive(Debug)]
+pub struct Cluster {
+    kubectl: Kubectl,
+    kubeconfig: PathBuf,
+    workers: Mutex<Vec<Worker>>,
+    // Programs beside the nodes: the snapshot-controller.
+    beside: Mutex<Vec<Process>>,
+    plane: Mutex<ControlPlane>,
+    authority: Authority,
+    // The last to go: it takes the directories of all others along.
+    workdir: Workdir,
+}
+
+impl Cluster {
+    /// Starts a control plane without nodes. The process must be [isolated](isolate).
+    ///
+    /// # Errors
+    /// When a part is missing or doesn't get ready.
+    pub async fn start() -> Result<Self> {
+        let workdir = Workdir::new()?;
+        let authority = Authority::new(&workdir.subdirectory("pki")?)?;
+        let kubeconfig = authority.kubeconfig("admin.conf", "admin", Some("system:masters"))?;
+        let kubectl = Kubectl::new(&kubeconfig, &workdir.subdirectory("home")?);
+        let plane = ControlPlane::start(&workdir, &authority, &kubectl).await;
+        let plane = plane.with_context(|| diagnose_logs(workdir.path()))?;
+        images::write(&workdir.subdirectory("images")?)?;
+        Ok(Self {
+            kubectl,
+            kubeconfig,
+            workers: Mutex::default(),
+            beside: Mutex::default(),
+            plane: Mutex::new(plane),
+            authority,
+            workdir,
+        })
+    }
+
+    /// Adds a node and waits until it is Ready; nothing when it is there. A node that was [killed](Cluster::kill_node)
+    /// starts again on its old directories.
+    ///
+    /// # Errors
+    /// When it doesn't get ready.
+    pub async fn add_node(&self, name: &str) -> Result<()> {
+        let mut workers = self.workers.lock().await;
+        let place = match workers.iter().position(|worker| worker.name() == name) {
+            Some(place) => place,
+            None => {
+                let place = workers.len();
+                workers.push(self.new_worker(name, place + 1)?);
+                place
+            }
+        };
+        let worker = &mut workers[place];
+        if worker.started() {
+            return worker.must_run();
+        }
+        worker.start(&self.workdir.path().join("images"))?;
+        let what = format!("node {name} Ready");
+        let ready = kubectl::poll(Instant::now() + NODE_READY, &what, async || {
+            worker.must_run()?;
+            Ok(self.node_is_ready(name).await)
+        });
+        ready.await.with_context(|| format!("the node's log ends:\n{}", console::tail(worker.log(), TAIL)))
+    }
+
+    fn new_worker(&self, name: &str, number: usize) -> Result<Worker> {
+        let root = self.node_dir(name);
+        std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
+        let user = format!("system:node:{name}");
+        let kubeconfig = self.authority.kubeconfig(&format!("{name}.conf"), &user, Some("system:nodes"))?;
+        let log = self.workdir.path().join("logs").join(format!("{name}.log"));
+        Ok(Worker::new(name, number, root, kubeconfig, log))
+    }
+
+    async fn node_is_ready(&self, name: &str) -> Result<()> {
+        let node = self.kubectl_json(&["get", "node", name]).await?;
+        let conditions = node["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let ready = conditions.iter().find(|condition| condition["type"] == "Ready");
+        match ready {
+            Some(condition) if condition["status"] == "True" => Ok(()),
+            other => kubectl::not_yet(&other),
+        }
+    }
+
+    /// Kills a node with its kubelet and its pods, as a power cut does. Its directories stay.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub async fn kill_node(&self, name: &str) -> Result<()> {
+        let mut workers = self.workers.lock().await;
+        let Some(worker) = workers.iter_mut().find(|worker| worker.name() == name) else {
+            bail!("there is no node {name}");
+        };
+        worker.kill();
+        Ok(())
+    }
+
+    /// The directory that is a node's root: `var/lib/zpod`, `run/kata` and the like are below it.
+    pub fn node_dir(&self, name: &str) -> PathBuf {
+        // Short: unix sockets below it have 108 bytes.
+        self.workdir.path().join("n").join(name)
+    }
+
+    /// The administrator's kubeconfig.
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// Where everything of this cluster is: `logs`, `images`, `pki`.
+    pub fn dir(&self) -> &Path {
+        self.workdir.path()
+    }
+
+    /// What kubectl prints.
+    ///
+    /// # Errors
+    /// When it fails, with what it complains about.
+    pub async fn kubectl(&self, arguments: &[&str]) -> Result<String> {
+        self.kubectl.run(arguments).await
+    }
+
+    /// What kubectl prints with `-o json`.
+    ///
+    /// # Errors
+    /// As [`Cluster::kubectl`].
+    pub async fn kubectl_json(&self, arguments: &[&str]) -> Result<Value> {
+        let text = self.kubectl.run(&[arguments, &["-o", "json"]].concat()).await?;
+        serde_json::from_str(&text).with_context(|| format!("kubectl {} printed no JSON", arguments.join(" ")))
+    }
+
+    /// Applies manifests.
+    ///
+    /// # Errors
+    /// When the API server refuses one.
+    pub async fn apply(&self, yaml: &str) -> Result<String> {
+        self.kubectl.run_program("kubectl", &["apply", "-f", "-"], Some(yaml)).await
+    }
+
+    /// Deletes what manifests name and waits until it is gone; nothing when it is.
+    ///
+    /// # Errors
+    /// When it stays.
+    pub async fn delete(&self, yaml: &str) -> Result<String> {
+        let arguments = ["delete", "--ignore-not-found", "--wait", "-f", "-"];
+        self.kubectl.run_program("kubectl", &arguments, Some(yaml)).await
+    }
+
+    /// What Helm 4 prints.
+    ///
+    /// # Errors
+    /// When it fails, with what it complains about.
+    pub async fn helm(&self, arguments: &[&str]) -> Result<String> {
+        self.kubectl.run_program("helm", arguments, None).await
+    }
+
+    /// What Helm 3 prints.
+    ///
+    /// # Errors
+    /// When it fails, with what it complains about.
+    pub async fn helm3(&self, arguments: &[&str]) -> Result<String> {
+        self.kubectl.run_program("helm3", arguments, None).await
+    }
+
+    /// Asks until there is an answer. `check` says `Ok` when it has it, and an error that tells what there is instead:
+    /// the last one is what the failure shows.
+    ///
+    /// # Errors
+    /// When there is none in time.
+    pub async fn wait<T>(&self, within: Duration, what: &str, mut check: impl AsyncFnMut() -> Result<T>) -> Result<T> {
+        kubectl::poll(Instant::now() + within, what, async || Ok(check().await)).await
+    }
+
+    /// Waits until a pod is in a phase, `Running` or `Succeeded`. A Running one is also Ready.
+    ///
+    /// # Errors
+    /// When it isn't in time; with the pod's status and events.
+    pub async fn wait_for_pod(&self, namespace: &str, name: &str, phase: &str, within: Duration) -> Result<Value> {
+        let what = format!("pod {namespace}/{name} {phase}");
+        let result = self.wait(within, &what, async || {
+            let pod = self.kubectl_json(&["get", "pod", name, "-n", namespace]).await?;
+            let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            let ready = conditions.iter().any(|each| each["type"] == "Ready" && each["status"] == "True");
+            if pod["status"]["phase"] == phase && (ready || phase != "Running") {
+                return Ok(pod);
+            }
+            kubectl::not_yet(&pod["status"].to_string())
+        });
+        match result.await {
+            Ok(pod) => Ok(pod),
+            Err(error) => Err(error.context(self.events_of(namespace, name).await)),
+        }
+    }
+
+    /// The events about an object, or why there are none.
+    pub async fn events_of(&self, namespace: &str, name: &str) -> String {
+        let selector = format!("involvedObject.name={name}");
+        let arguments =
+            ["get", "events", "-n", namespace, "--field-selector", &selector, "--sort-by", ".lastTimestamp"];
+        self.kubectl(&arguments).await.unwrap_or_else(|error| format!("no events: {error:#}"))
+    }
+
+    /// Kills the API server.
+    pub async fn stop_api_server(&self) {
+        self.plane.lock().await.stop_api_server();
+    }
+
+    /// Starts the API server again, on the data that is there, and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it doesn't get ready.
+    pub async fn start_api_server(&self) -> Result<()> {
+        self.plane.lock().await.start_api_server(&self.authority, &self.kubectl).await
+    }
+
+    /// What a person would look at first when something went wrong.
+    pub async fn diagnosis(&self) -> String {
+        let questions: [&[&str]; 3] = [
+            &["get", "nodes,pods,pvc,pv", "-A", "-o", "wide"],
+            &["get", "zfsvolumes,zfsnodes", "-o", "wide"],
+            &["get", "events", "-A", "--sort-by", ".lastTimestamp"],
+        ];
+        let mut text = String::new();
+        for question in questions {
+            let answer = self.kubectl(question).await.unwrap_or_else(|error| format!("{error:#}"));
+            let lines: Vec<_> = answer.lines().collect();
+            // Of events only the newest.
+            let newest = lines[lines.len().saturating_sub(40)..].join("\n");
+            text.push_str(&format!("--- kubectl {}\n{newest}\n", question.join(" ")));
+        }
+        text + &diagnose_logs(self.workdir.path())
+    }
+}
+
+/// The ends of all logs below a directory's `logs`.
+fn diagnose_logs(dir: &Path) -> String {
+    let mut logs: Vec<_> = std::fs::read_dir(dir.join("logs")).into_iter().flatten().flatten().collect();
+    logs.sort_by_key(std::fs::DirEntry::file_name);
+    let tails = logs
+        .iter()
+        .map(|log| format!("--- {} ends:\n{}\n", log.file_name().display(), console::tail(&log.path(), TAIL)));
+    tails.collect()
+}
