@@ -56,6 +56,11 @@ pub trait Observer: Send + Sync + fmt::Debug {
 
     /// A volume is not published here any more.
     fn withdrawn(&self, id: VolumeId);
+
+    /// Whether it keeps a volume's condition where the catalog finds it. Then the node does not record it as well.
+    fn keeps_condition(&self) -> bool {
+        false
+    }
 }
 
 /// All of them are told, in their order. An empty list is nobody.
@@ -66,5 +71,9 @@ impl Observer for Vec<Arc<dyn Observer>> {
 
     fn withdrawn(&self, id: VolumeId) {
         self.iter().for_each(|observer| observer.withdrawn(id));
+    }
+
+    fn keeps_condition(&self) -> bool {
+        self.iter().any(|observer| observer.keeps_condition())
     }
 }

@@ -126,7 +126,6 @@ impl NodeVolumes {
     async fn publish_now(&self, request: PublishRequest) -> Result<Outcome, VolumeError> {
         let _lock = self.context.lock(request.id).await;
         let volume = self.context.ready(request.id).await?;
-        self.pods.check(request.pod.as_ref(), &volume).await?;
         let given = request.target.clone();
         let target = blocking(move || Ok(TargetPath::resolve(&given)?)).await?;
         let Some(publication) = self.context.publication(&volume) else {
@@ -149,6 +148,8 @@ impl NodeVolumes {
         request: PublishRequest,
     ) -> Result<Outcome, VolumeError> {
         let id = volume.id;
+        // Once: what it depends on does not change in the life of a pod, and kubelet repeats its calls when it restarts.
+        self.pods.check(request.pod.as_ref(), &volume).await?;
         if let Err(by) = self.context.published.reserve(id, &request.target) {
             return Err(VolumeError::TargetTaken { target: request.target, by });
         }

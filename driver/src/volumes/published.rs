@@ -53,8 +53,10 @@ pub(super) enum Note {
     Believed {
         /// The volume it speaks of.
         volume: Arc<Observed>,
-        /// Something in it should be recorded.
-        record: bool,
+        /// It is the first to say that the pool is there, which must be recorded.
+        first: bool,
+        /// The condition has changed, and it is time to record it.
+        changed: bool,
         /// The volume is to be larger than the guest has made it.
         grow: bool,
     },
@@ -155,7 +157,7 @@ impl Published {
             entry.grown = Some(now);
         }
         entry.heard = Some(Heard { guest: guest.clone(), report: report.clone() });
-        Note::Believed { volume, record: first || changed, grow }
+        Note::Believed { volume, first, changed, grow }
     }
 
     /// Forgets what this sandbox said of volumes other than these.

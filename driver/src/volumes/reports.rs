@@ -20,9 +20,10 @@ impl Listener for NodeVolumes {
                     // Its own volume of a moment ago, or a lie. Either way nothing follows from it.
                     tracing::debug!(sandbox = guest.sandbox(), volume = %volume.id, "report without the right token ignored");
                 }
-                Note::Believed { volume: observed, record, grow } => {
+                Note::Believed { volume: observed, first, changed, grow } => {
                     believed.push(volume.id);
                     self.observer.reported(&observed, volume);
+                    let record = first || changed && !self.observer.keeps_condition();
                     if record && let Err(error) = self.record(volume).await {
                         tracing::warn!(volume = %volume.id, "report not recorded: {error}");
                     }

@@ -1,0 +1,179 @@
+//! Who is told what guests say, and who is asked about pods. Needs root, as the driver mounts.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "support/fake_guest.rs"]
+#[allow(dead_code)]
+mod fake_guest;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use fake_guest::{Behaviour, FakeGuest};
+use zpod_driver::guest::{Health, Monitor, VolumeReport};
+use zpod_driver::kata::DirectVolumes;
+use zpod_driver::volumes::{
+    CLAIM_NAME, Context, CreateRequest, NodeVolumes, Observed, Observer, PodCheck, Provisioner, PublishRequest,
+    VolumeError,
+};
+use zpod_proto::guest::{Health as WireHealth, VolumeStatus};
+use zpod_storage::backing::sim::SimBacking;
+use zpod_storage::catalog::dir::DirCatalog;
+use zpod_storage::catalog::{Catalog, CatalogError, Created, Page, PodRef, Volume};
+use zpod_volume::{Bytes, VolumeId};
+
+/// A catalog that counts how often it is read.
+#[derive(Debug)]
+struct Counting(DirCatalog, AtomicUsize);
+
+#[async_trait]
+impl Catalog for Counting {
+    async fn create(&self, volume: Volume) -> Result<Created, CatalogError> {
+        self.0.create(volume).await
+    }
+
+    async fn get(&self, id: VolumeId) -> Result<Option<Volume>, CatalogError> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.get(id).await
+    }
+
+    async fn update(&self, volume: Volume) -> Result<Volume, CatalogError> {
+        self.0.update(volume).await
+    }
+
+    async fn remove(&self, id: VolumeId) -> Result<(), CatalogError> {
+        self.0.remove(id).await
+    }
+
+    async fn list(&self, from: Option<VolumeId>, limit: usize) -> Result<Page, CatalogError> {
+        self.0.list(from, limit).await
+    }
+}
+
+/// Notes what it is told.
+#[derive(Debug, Default)]
+struct Notes {
+    reported: Mutex<Vec<(Observed, Health)>>,
+    withdrawn: Mutex<Vec<VolumeId>>,
+}
+
+impl Observer for Notes {
+    fn reported(&self, volume: &Observed, report: &VolumeReport) {
+        self.reported.lock().unwrap().push((volume.clone(), report.health));
+    }
+
+    fn withdrawn(&self, id: VolumeId) {
+        self.withdrawn.lock().unwrap().push(id);
+    }
+}
+
+/// Takes pods of one name.
+#[derive(Debug)]
+struct Only(&'static str);
+
+#[async_trait]
+impl PodCheck for Only {
+    async fn check(&self, pod: Option<&PodRef>, volume: &Volume) -> Result<(), VolumeError> {
+        match pod {
+            Some(pod) if pod.name == self.0 => Ok(()),
+            pod => {
+                let (pod, reason) = (format!("{pod:?}"), "not on the list".into());
+                Err(VolumeError::PodRefused { id: volume.id, pod, reason })
+            }
+        }
+    }
+}
+
+struct World {
+    dir: tempfile::TempDir,
+    catalog: Arc<Counting>,
+    context: Arc<Context>,
+    node: NodeVolumes,
+    notes: Arc<Notes>,
+}
+
+impl World {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("kata")).unwrap();
+        let catalog = DirCatalog::open(dir.path().join("state")).unwrap();
+        let catalog = Arc::new(Counting(catalog, AtomicUsize::default()));
+        let backing = SimBacking::new(Bytes::gib(100), 1.0);
+        let context = Context::new("node-1".into(), "boot-1".into(), catalog.clone(), Arc::new(backing));
+        let direct = DirectVolumes::open(&dir.path().join("direct-volumes")).unwrap();
+        let notes = Arc::new(Notes::default());
+        let node = NodeVolumes::load(context.clone(), direct).await.unwrap();
+        let node = node.observed_by(notes.clone()).checking_pods(Arc::new(Only("good")));
+        Self { dir, catalog, context, node, notes }
+    }
+
+    async fn volume(&self) -> VolumeId {
+        let labels = [(CLAIM_NAME.to_owned(), "data".to_owned())].into();
+        let request = CreateRequest { name: "a".into(), labels, ..CreateRequest::default() };
+        Provisioner::new(self.context.clone()).create(request).await.unwrap().id
+    }
+
+    async fn publish(&self, id: VolumeId, target: &Path, pod: &str) -> Result<(), VolumeError> {
+        let pod = Some(PodRef { namespace: "ns".into(), name: pod.into(), uid: "u-1".into() });
+        let request =
+            PublishRequest { id, target: target.into(), read_only: false, fs_group: None, flags: vec![], pod };
+        self.node.publish(request).await.map(drop)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_believed_guest_says_reaches_the_observer_and_stats_ask_no_catalog() {
+    let world = World::new().await;
+    let (id, target) = (world.volume().await, world.dir.path().join("pod"));
+    world.publish(id, &target, "good").await.unwrap();
+    let token = world.catalog.0.get(id).await.unwrap().unwrap().publication.unwrap().token;
+    let said = |token: String, health: WireHealth| VolumeStatus {
+        volume_id: id.to_string(),
+        token,
+        health: health.into(),
+        total_bytes: 1 << 30,
+        used_bytes: 7,
+        ..VolumeStatus::default()
+    };
+    let kata = world.dir.path().join("kata");
+    let liar = said(uuid::Uuid::from_u128(1).to_string(), WireHealth::Faulted);
+    let _liar = FakeGuest::start(&kata, "liar", Behaviour::Honest, vec![liar]);
+    let _guest = FakeGuest::start(&kata, "guest", Behaviour::Honest, vec![said(token.to_string(), WireHealth::Online)]);
+    let _monitor = Monitor::start(vec![kata], Arc::new(world.node.clone()));
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while world.notes.reported.lock().unwrap().len() < 3 {
+        assert!(Instant::now() < deadline, "nothing is heard");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let (observed, _) = world.notes.reported.lock().unwrap()[0].clone();
+    assert_eq!((observed.label(CLAIM_NAME), observed.pod.as_ref().unwrap().name.as_str()), ("data", "good"));
+    assert!(world.notes.reported.lock().unwrap().iter().all(|(_, health)| *health == Health::Online));
+
+    let reads = world.catalog.1.load(Ordering::Relaxed);
+    for _ in 0..50 {
+        assert_eq!(world.node.stats(id, &target).await.unwrap().bytes[1], 7);
+    }
+    assert!(matches!(world.node.stats(id, world.dir.path()).await, Err(VolumeError::NotPublished { .. })));
+    assert_eq!(world.catalog.1.load(Ordering::Relaxed), reads, "the catalog was asked");
+
+    world.node.unpublish(id, target.clone()).await.unwrap();
+    assert_eq!(*world.notes.withdrawn.lock().unwrap(), [id]);
+    assert!(matches!(world.node.stats(id, &target).await, Err(VolumeError::NotPublished { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_is_refused_leaves_nothing_behind() {
+    let world = World::new().await;
+    let (id, target) = (world.volume().await, world.dir.path().join("pod"));
+    let error = world.publish(id, &target, "bad").await.unwrap_err();
+    assert!(error.to_string().contains("not on the list"), "{error}");
+    assert!(!target.exists(), "the target path was made");
+    assert_eq!(world.catalog.0.get(id).await.unwrap().unwrap().publication, None);
+    assert!(world.notes.withdrawn.lock().unwrap().is_empty(), "it never was published");
+    // Another pod is not kept from it, at the same path.
+    world.publish(id, &target, "good").await.unwrap();
+    world.node.unpublish(id, target).await.unwrap();
+}
