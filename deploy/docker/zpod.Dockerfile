@@ -1,0 +1,23 @@
+# syntax=docker/dockerfile:1.7
+# zpod-controller and zpod-node, static, on nothing.
+#
+#   docker build -f deploy/docker/zpod.Dockerfile -t ghcr.io/zpod/zpod:0.1.0 .
+FROM rust:1.95.0-slim-bookworm AS build
+WORKDIR /src
+COPY . .
+# Naming the target keeps the flags away from build scripts.
+ENV RUSTFLAGS="-C target-feature=+crt-static"
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo build --release --locked --target x86_64-unknown-linux-gnu -p zpod-driver \
+        --bin zpod-controller --bin zpod-node \
+    && install -s -D -t /out target/x86_64-unknown-linux-gnu/release/zpod-controller \
+        target/x86_64-unknown-linux-gnu/release/zpod-node
+
+FROM scratch
+LABEL org.opencontainers.image.title="zpod" \
+      org.opencontainers.image.description="Controller and node plugin of the CSI driver csi.zpod.storage" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /out/ /
+# The chart says which program. On the nodes it is root, by the chart's word.
+USER 65532:65532
