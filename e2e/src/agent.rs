@@ -47,6 +47,7 @@ pub enum AgentError {
 #[derive(Clone)]
 pub struct AgentClient {
     client: Client,
+    deadline: Duration,
 }
 
 impl std::fmt::Debug for AgentClient {
@@ -58,7 +59,14 @@ impl std::fmt::Debug for AgentClient {
 impl AgentClient {
     /// Over a connected stream.
     pub fn new(stream: UnixStream) -> Self {
-        Self { client: Client::new(Socket::new(stream)) }
+        Self { client: Client::new(Socket::new(stream)), deadline: DEADLINE }
+    }
+
+    /// The same connection without deadlines, as the shims wait for a container's output and its end. A guest that is
+    /// gone ends the waiting too.
+    #[must_use]
+    pub fn patient(&self) -> Self {
+        Self { client: self.client.clone(), deadline: Duration::ZERO }
     }
 
     /// The health check, with a short deadline: the shim repeats it.
@@ -75,13 +83,13 @@ impl AgentClient {
     /// Calls a method of the agent's service.
     ///
     /// # Errors
-    /// When it is refused or not answered within [`DEADLINE`].
+    /// When it is refused or not answered within [`DEADLINE`], if it has one.
     pub async fn call<A: Message + Default>(
         &self,
         method: &'static str,
         request: &impl Message,
     ) -> Result<A, AgentError> {
-        self.request(SERVICE, method, request, DEADLINE).await
+        self.request(SERVICE, method, request, self.deadline).await
     }
 
     /// Calls a method that answers nothing.
@@ -103,6 +111,7 @@ impl AgentClient {
             service: service.to_owned(),
             method: method.to_owned(),
             payload: request.encode_to_vec(),
+            // Zero means none.
             timeout_nano: i64::try_from(deadline.as_nanos()).unwrap_or(i64::MAX),
             ..Request::default()
         };

@@ -16,6 +16,7 @@ pub mod agent;
 pub mod base_initrd;
 pub mod cluster;
 pub mod console;
+pub mod cri;
 pub mod csi;
 pub mod direct_volume;
 pub mod inputs;

@@ -93,9 +93,17 @@ impl Guest {
     /// # Errors
     /// When a part is missing or QEMU doesn't start.
     pub async fn boot(boot: Boot) -> Result<Self> {
+        Self::boot_in(boot, &std::env::temp_dir()).await
+    }
+
+    /// The same, with its sockets and other files in a new directory in `parent`.
+    ///
+    /// # Errors
+    /// When a part is missing or QEMU doesn't start.
+    pub async fn boot_in(boot: Boot, parent: &Path) -> Result<Self> {
         let slot = Slot::take().await?;
         let image = inputs::guest_image()?;
-        let dir = Workdir::new()?;
+        let dir = Workdir::within(parent)?;
         let initrd = dir.path().join("initrd");
         boot.write_initrd(&image, &initrd)?;
         let vsock_device = start_vsock_device(dir.path())?;
@@ -254,6 +262,11 @@ impl Guest {
     pub fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         let (console, vsock) = (self.console_tail(30), self.vsock_device.tail());
         error.context(format!("the guest's console ends:\n{console}\n--- end of console\nvsock device: {vsock}"))
+    }
+
+    /// The process id of the virtual machine.
+    pub fn process(&self) -> u32 {
+        self.qemu.id()
     }
 
     /// Resident memory of the virtual machine's process, in KiB.

@@ -81,14 +81,28 @@ impl Sandbox {
     /// # Errors
     /// When the agent doesn't answer in time.
     pub async fn start_with(node: &Node, runtime: Runtime, boot: Boot) -> Result<Self> {
-        let mut guest = Guest::boot(boot).await?;
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        let guest = Guest::boot(boot).await?;
+        Self::start_in(&node.kata_run_dir(), node.direct_volume_dir(), id, runtime, guest).await
+    }
+
+    /// The same in a guest that boots already, with the directories and the id of the caller's choice.
+    ///
+    /// # Errors
+    /// When the agent doesn't answer in time.
+    pub async fn start_in(
+        run_dir: &Path,
+        direct_volumes: PathBuf,
+        id: String,
+        runtime: Runtime,
+        mut guest: Guest,
+    ) -> Result<Self> {
         let agent = match connect(&mut guest).await {
             Ok(agent) => agent,
             Err(error) => return Err(guest.explain(error)),
         };
         let boot_time = guest.power_on.elapsed();
-        let id = uuid::Uuid::new_v4().simple().to_string();
-        let monitor = Monitor::serve(&node.kata_run_dir(), &id, &guest.vsock())?;
+        let monitor = Monitor::serve(run_dir, &id, &guest.vsock())?;
         let request = agent::CreateSandboxRequest { hostname: "e2e".into(), sandbox_id: id, ..Default::default() };
         if let Err(error) = agent.run("CreateSandbox", &request).await {
             return Err(guest.explain(error.into()));
@@ -98,7 +112,7 @@ impl Sandbox {
             agent,
             guest,
             _monitor: monitor,
-            direct_volumes: node.direct_volume_dir(),
+            direct_volumes,
             disks: BTreeMap::new(),
             containers: HashMap::new(),
             substitutes: HashMap::new(),
@@ -118,17 +132,34 @@ impl Sandbox {
     /// # Errors
     /// When the agent refuses; the text is what kubelet would show.
     pub async fn run(&mut self, container: Container) -> Result<()> {
-        let id = container.id.clone();
-        let result = self.create(&container).await;
-        if let Err(error) = result {
-            self.release(&id).await?;
+        if let Err(error) = self.create(&container).await {
             return Err(if error.is::<AgentError>() { error } else { self.guest.explain(error) });
         }
-        self.agent.run("StartContainer", &agent::StartContainerRequest { container_id: id }).await?;
-        Ok(())
+        self.begin(&container.id).await.map(|_| ())
     }
 
-    async fn create(&mut self, container: &Container) -> Result<()> {
+    /// Creates a container and no more. Its disks are plugged in first; where it fails they are unplugged again.
+    ///
+    /// # Errors
+    /// When the agent refuses; the text is what kubelet would show.
+    pub async fn create(&mut self, container: &Container) -> Result<()> {
+        let result = self.prepare(container).await;
+        if result.is_err() {
+            self.release(&container.id).await?;
+        }
+        result
+    }
+
+    /// Starts a container that was created; gives its first process.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub async fn begin(&mut self, id: &str) -> Result<Running> {
+        self.agent.run("StartContainer", &agent::StartContainerRequest { container_id: id.into() }).await?;
+        Ok(Running { agent: self.agent.patient(), container: id.into(), exec_id: String::new() })
+    }
+
+    async fn prepare(&mut self, container: &Container) -> Result<()> {
         let (mut storages, mut mounts) = (Vec::new(), Vec::new());
         let held = Held { disks: Vec::new(), capabilities: container.capabilities() };
         self.containers.insert(container.id.clone(), held);
@@ -193,6 +224,15 @@ impl Sandbox {
         self.agent.run("SignalProcess", &kill).await?;
         let wait = agent::WaitProcessRequest { container_id: id.into(), exec_id: String::new() };
         self.agent.call::<agent::WaitProcessResponse>("WaitProcess", &wait).await?;
+        self.delete(id).await
+    }
+
+    /// Removes a container that has ended, as containerd does at once; its disks are unplugged when it was their last
+    /// user.
+    ///
+    /// # Errors
+    /// When the agent refuses, or a disk can't be unplugged.
+    pub async fn delete(&mut self, id: &str) -> Result<()> {
         let request = agent::RemoveContainerRequest { container_id: id.into(), timeout: 0 };
         if let Err(error) = self.agent.run("RemoveContainer", &request).await {
             return Err(self.guest.explain(error.into()));
@@ -205,13 +245,21 @@ impl Sandbox {
     /// # Errors
     /// When the agent refuses.
     pub async fn spawn(&mut self, container: &str, user: User, args: &[&str]) -> Result<Running> {
+        let capabilities = self.containers.get(container).map(|held| held.capabilities.clone()).unwrap_or_default();
+        self.spawn_process(container, container::process(args, user, capabilities)).await
+    }
+
+    /// The same, with all that a process may have.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub async fn spawn_process(&mut self, container: &str, process: agent::Process) -> Result<Running> {
         self.execs += 1;
         let exec_id = format!("exec{}", self.execs);
-        let capabilities = self.containers.get(container).map(|held| held.capabilities.clone()).unwrap_or_default();
         let request = agent::ExecProcessRequest {
             container_id: container.into(),
             exec_id: exec_id.clone(),
-            process: Some(container::process(args, user, capabilities)),
+            process: Some(process),
             ..Default::default()
         };
         self.agent.run("ExecProcess", &request).await?;
@@ -260,6 +308,11 @@ impl Sandbox {
         }
         self.kill();
         Ok(())
+    }
+
+    /// Whether a container was created and not removed yet.
+    pub fn has(&self, container: &str) -> bool {
+        self.containers.contains_key(container)
     }
 
     /// Kills the virtual machine without a word.

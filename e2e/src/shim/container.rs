@@ -35,13 +35,18 @@ pub struct Container {
     pub guest_mounts: Vec<(String, String)>,
     /// Mounts of memory, at these paths.
     pub tmpfs: Vec<String>,
+    /// What it runs, if not sleep(1) as root.
+    pub process: Option<agent::Process>,
+    /// Whether its root is read-only.
+    pub read_only_root: bool,
 }
 
 impl Container {
     /// A container that sleeps, with these volumes.
     pub fn new(id: &str, mounts: impl IntoIterator<Item = Mount>) -> Self {
         let mounts = mounts.into_iter().collect();
-        Self { id: id.to_owned(), mounts, guest_mounts: Vec::new(), tmpfs: Vec::new() }
+        let id = id.to_owned();
+        Self { id, mounts, guest_mounts: Vec::new(), tmpfs: Vec::new(), process: None, read_only_root: false }
     }
 
     /// One that can see the guest's pools: its devices, its processes and zpod's tools are bound in.
@@ -76,12 +81,13 @@ impl Container {
         mounts.extend(guest.map(|(source, destination)| mount(destination, "bind", source, &["rbind", "rprivate"])));
         mounts.extend(volumes);
         mounts.extend(self.tmpfs.iter().map(|path| mount(path, "tmpfs", "tmpfs", &["nosuid", "nodev", "size=16m"])));
+        let sleep = || process(&["/bin/sleep", "1000000"], User::ROOT, self.capabilities());
         let namespaces =
             ["mount", "ipc", "uts"].map(|kind| agent::LinuxNamespace { r#type: kind.into(), ..Default::default() });
         agent::Spec {
             version: "1.1.0".into(),
-            process: Some(process(&["/bin/sleep", "1000000"], User::ROOT, self.capabilities())),
-            root: Some(agent::Root { path: ROOTFS.into(), readonly: false }),
+            process: Some(self.process.clone().unwrap_or_else(sleep)),
+            root: Some(agent::Root { path: ROOTFS.into(), readonly: self.read_only_root }),
             hostname: "e2e".into(),
             mounts,
             annotations: [("io.kubernetes.cri.container-type".to_owned(), "container".to_owned())].into(),

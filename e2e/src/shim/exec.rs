@@ -32,6 +32,27 @@ impl Running {
         self.stream("ReadStdout").await
     }
 
+    /// Some more of its standard error; `None` at the end.
+    pub async fn read_error(&self) -> Option<Vec<u8>> {
+        self.stream("ReadStderr").await
+    }
+
+    /// Waits for its end and gives its exit code. What it printed must have been read: see [`Running::finish`].
+    ///
+    /// # Errors
+    /// When the agent doesn't answer.
+    pub async fn wait(&self) -> Result<i32> {
+        let request = agent::WaitProcessRequest { container_id: self.container.clone(), exec_id: self.exec_id.clone() };
+        let answer: agent::WaitProcessResponse = self.agent.call("WaitProcess", &request).await?;
+        Ok(answer.status)
+    }
+
+    /// The same process, waited for and read from without a deadline.
+    #[must_use]
+    pub fn patient(self) -> Self {
+        Self { agent: self.agent.patient(), ..self }
+    }
+
     /// Reads both streams to their ends, then asks for the exit code: in the order of the shims, since kata-agent
     /// forgets a process once it was waited for.
     ///
@@ -39,10 +60,9 @@ impl Running {
     /// When the agent doesn't answer.
     pub async fn finish(self) -> Result<Output> {
         let (stdout, stderr) = tokio::join!(self.drain("ReadStdout"), self.drain("ReadStderr"));
-        let request = agent::WaitProcessRequest { container_id: self.container.clone(), exec_id: self.exec_id.clone() };
-        let answer: agent::WaitProcessResponse = self.agent.call("WaitProcess", &request).await?;
+        let code = self.wait().await?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-        Ok(Output { code: answer.status, stdout: text(stdout), stderr: text(stderr) })
+        Ok(Output { code, stdout: text(stdout), stderr: text(stderr) })
     }
 
     /// Sends it a signal.
