@@ -32,15 +32,15 @@ render() {
   "$helm" template zpod "$chart" --namespace "$namespace" --kube-version 1.37.2 "$@"
 }
 
-# Everything that is generated, into a directory laid out as the repository.
+# Everything that is generated, into $scratch/fresh, laid out as the repository.
 generate() {
-  local into=$1
-  mkdir -p "$into/charts/zpod/files" "$into/deploy/kubernetes"
-  (cd "$root" && cargo run --quiet --locked -p zpod-kubernetes --bin zpod-crds) >"$into/charts/zpod/files/crds.yaml"
-  # The manifests below contain them.
-  cmp -s "$into/charts/zpod/files/crds.yaml" "$chart/files/crds.yaml" ||
-    [ "$into" = "$root" ] || die "charts/zpod/files/crds.yaml is not what zpod-crds prints: run make charts"
-  helm-docs --chart-search-root "$chart" --dry-run --log-level error >"$into/charts/zpod/README.md"
+  local into=$scratch/fresh
+  mkdir -p "$into/charts" "$into/deploy/kubernetes"
+  # From a copy, since the manifests contain what is generated first.
+  cp -a "$chart" "$into/charts"
+  chart=$into/charts/zpod
+  (cd "$root" && cargo run --quiet --locked -p zpod-kubernetes --bin zpod-crds) >"$chart/files/crds.yaml"
+  helm-docs --chart-search-root "$chart" --log-level error
   {
     cat <<EOF
 # Generated from charts/zpod with its default values: run make charts.
@@ -69,8 +69,14 @@ EOF
 
 generated=(charts/zpod/files/crds.yaml charts/zpod/README.md deploy/kubernetes/zpod.yaml deploy/kubernetes/guest-uninstall.yaml)
 
+install_fresh() {
+  local file
+  for file in "${generated[@]}"; do
+    cmp -s "$scratch/fresh/$file" "$root/$file" || install -m 644 "$scratch/fresh/$file" "$root/$file"
+  done
+}
+
 check_drift() {
-  generate "$scratch/fresh"
   local file
   for file in "${generated[@]}"; do
     diff -u "$root/$file" "$scratch/fresh/$file" || die "$file is out of date: run make charts"
@@ -113,12 +119,13 @@ check() {
     check_refused "$values"
     refused=$((refused + 1))
   done
+  generate
   check_drift
   say "$accepted sets of values accepted, $refused refused, by Helm 4 and Helm 3; nothing is out of date"
 }
 
 case ${1:-} in
-  generate) generate "$root" ;;
+  generate) generate && install_fresh ;;
   check) check ;;
   *) die 'usage: deploy/charts.sh generate|check' ;;
 esac
