@@ -22,11 +22,28 @@ const MAGICS: [&[u8]; 9] = [
     b"BZh",
 ];
 
-/// Writes `base` followed by `overlay` to `out`, atomically.
+/// Whether a file that starts like this may be an initramfs. Eight bytes are enough.
+#[must_use]
+pub fn starts_like_initramfs(start: &[u8]) -> bool {
+    MAGICS.iter().any(|magic| start.starts_with(magic))
+}
+
+/// Writes `base` followed by `overlay`, and returns how many bytes that are.
 ///
 /// The kernel unpacks concatenated archives in order, each with its own
 /// compression, and skips zero bytes between them; an uncompressed archive has
 /// to start on a 4-byte boundary, so the base is padded to one.
+///
+/// # Errors
+/// One can't be read, or `out` not be written.
+pub fn concatenate(mut base: impl Read, mut overlay: impl Read, mut out: impl Write) -> io::Result<u64> {
+    let size = io::copy(&mut base, &mut out)?;
+    let padding = size.wrapping_neg() % 4;
+    out.write_all(&[0; 3][..padding as usize])?;
+    Ok(size + padding + io::copy(&mut overlay, &mut out)?)
+}
+
+/// Writes `base` followed by `overlay` to `out`, as [`concatenate`] does, atomically.
 ///
 /// # Errors
 /// An input is unreadable or no initramfs, `out` is one of the inputs, or the
@@ -40,25 +57,20 @@ pub fn append(base: &Path, overlay: &Path, out: &Path) -> Result<u64> {
     }
     let mut total = 0;
     atomic::write_with(out, |file| {
-        let size = copy(base, file)?;
-        let padding = size.wrapping_neg() % 4;
-        file.write_all(&[0; 3][..padding as usize]).map_err(Error::io("write", out))?;
-        total = size + padding + copy(overlay, file)?;
+        total = concatenate(open(base)?, open(overlay)?, file).map_err(Error::io("write", out))?;
         Ok(())
     })?;
     Ok(total)
 }
 
-fn copy(from: &Path, to: &mut File) -> Result<u64> {
-    let mut source = File::open(from).map_err(Error::io("open", from))?;
-    io::copy(&mut source, to).map_err(Error::io("copy", from))
+fn open(path: &Path) -> Result<File> {
+    File::open(path).map_err(Error::io("open", path))
 }
 
 fn check_magic(path: &Path) -> Result<()> {
     let mut start = Vec::new();
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    file.take(8).read_to_end(&mut start).map_err(Error::io("read", path))?;
-    if MAGICS.iter().any(|magic| start.starts_with(magic)) { Ok(()) } else { Err(Error::NotAnInitrd(path.to_owned())) }
+    open(path)?.take(8).read_to_end(&mut start).map_err(Error::io("read", path))?;
+    if starts_like_initramfs(&start) { Ok(()) } else { Err(Error::NotAnInitrd(path.to_owned())) }
 }
 
 fn same_file(input: &Path, out: &Path) -> Result<bool> {
