@@ -14,7 +14,7 @@ pub use status::to_status;
 
 use std::future::Future;
 
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status};
 
 use crate::volumes::VolumeError;
 
@@ -28,8 +28,10 @@ async fn answer<T>(
     work: impl Future<Output = Result<T, VolumeError>>,
 ) -> Result<Response<T>, Status> {
     let begun = std::time::Instant::now();
-    let result = work.await;
-    let millis = begun.elapsed().as_millis() as u64;
+    let result = work.await.map_err(|error| (to_status(&error), error));
+    let took = begun.elapsed();
+    crate::metrics::observe(call, result.as_ref().map_or_else(|(status, _)| status.code(), |_| Code::Ok), took);
+    let millis = took.as_millis() as u64;
     // The id is as the caller gave it: cleaned before it reaches the log.
     let volume = crate::guest::clean(volume, 128);
     match result {
@@ -37,8 +39,7 @@ async fn answer<T>(
             tracing::debug!(call, volume, millis, "done");
             Ok(Response::new(value))
         }
-        Err(error) => {
-            let status = to_status(&error);
+        Err((status, error)) => {
             tracing::warn!(call, volume, millis, code = ?status.code(), "{error}");
             Err(status)
         }

@@ -6,6 +6,7 @@
 //! * [`kata`]: the direct-volume contract, target paths, discovery of sandboxes.
 //! * [`guest`]: the control channel to zpod-guest. Everything from there is hostile.
 //! * [`volumes`]: what can be done with a volume, and the rules that keep its data. No gRPC.
+//! * [`metrics`]: what Prometheus is told.
 //! * [`csi`]: the CSI services: parse, call, map.
 //! * [`serve`], [`command`]: the socket and the command line.
 
@@ -13,5 +14,6 @@ pub mod command;
 pub mod csi;
 pub mod guest;
 pub mod kata;
+pub mod metrics;
 pub mod serve;
 pub mod volumes;

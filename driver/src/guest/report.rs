@@ -126,6 +126,18 @@ pub enum Health {
 }
 
 impl Health {
+    /// A word for it, as Kubernetes writes such words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "Unknown",
+            Self::Online => "Online",
+            Self::Degraded => "Degraded",
+            Self::Faulted => "Faulted",
+            Self::Suspended => "Suspended",
+            Self::Unavailable => "Unavailable",
+        }
+    }
+
     /// Whether a pool with this health exists, imported in the guest.
     pub fn is_imported(self) -> bool {
         matches!(self, Self::Online | Self::Degraded | Self::Faulted | Self::Suspended)
@@ -214,6 +226,20 @@ pub fn clean(text: &str, limit: usize) -> String {
     let printable = |c: char| if c.is_control() || turns(c) { ' ' } else { c };
     let cleaned: String = text.chars().take(limit).map(printable).collect();
     cleaned.trim().to_owned()
+}
+
+#[cfg(test)]
+impl VolumeReport {
+    /// What a healthy guest says that has nothing to tell.
+    pub(crate) fn online(id: VolumeId) -> Self {
+        let status = VolumeStatus {
+            volume_id: id.to_string(),
+            token: Uuid::from_u128(1).to_string(),
+            health: WireHealth::Online.into(),
+            ..VolumeStatus::default()
+        };
+        Self { refusal: None, ..Self::new(status).unwrap_or_else(|| unreachable!("id and token are sound")) }
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,205 @@
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::registry::Registry;
+use zpod_volume::VolumeId;
+
+use super::gauges;
+use crate::guest::{Health, ScrubState, VolumeReport};
+use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer};
+
+const HEALTHS: [Health; 6] =
+    [Health::Online, Health::Degraded, Health::Faulted, Health::Suspended, Health::Unavailable, Health::Unknown];
+
+/// The volumes that are published here, as their guests last told.
+#[derive(Debug)]
+pub struct VolumeMetrics {
+    node: String,
+    samples: Mutex<BTreeMap<VolumeId, Sample>>,
+}
+
+#[derive(Debug)]
+struct Sample {
+    id: String,
+    namespace: String,
+    claim: String,
+    capacity: u64,
+    report: VolumeReport,
+    /// When the last scrub ended that saw everything.
+    scrubbed: Option<u64>,
+}
+
+type Labels<'a, const N: usize> = [(&'static str, &'a str); N];
+
+impl VolumeMetrics {
+    /// Registers the volumes of a node. What it gives is to be told of reports.
+    pub fn register(registry: &mut Registry, node: &str) -> Arc<Self> {
+        let metrics = Arc::new(Self { node: node.to_owned(), samples: Mutex::default() });
+        registry.register_collector(Box::new(metrics.clone()));
+        metrics
+    }
+
+    fn samples(&self) -> MutexGuard<'_, BTreeMap<VolumeId, Sample>> {
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn labels<'a>(&'a self, sample: &'a Sample) -> Labels<'a, 4> {
+        [
+            ("namespace", &sample.namespace),
+            ("persistentvolumeclaim", &sample.claim),
+            ("volume", &sample.id),
+            ("node", &self.node),
+        ]
+    }
+
+    fn with<'a>(&'a self, sample: &'a Sample, key: &'static str, value: &'a str) -> Labels<'a, 5> {
+        let [a, b, c, d] = self.labels(sample);
+        [a, b, c, d, (key, value)]
+    }
+}
+
+impl Observer for VolumeMetrics {
+    fn reported(&self, volume: &Observed, report: &VolumeReport) {
+        let ended = report.scrub.filter(|scrub| scrub.state == ScrubState::Finished).and_then(|scrub| scrub.ended);
+        let mut samples = self.samples();
+        let before = samples.remove(&volume.id).and_then(|sample| sample.scrubbed);
+        let sample = Sample {
+            id: volume.id.to_string(),
+            namespace: volume.label(CLAIM_NAMESPACE).to_owned(),
+            claim: volume.label(CLAIM_NAME).to_owned(),
+            capacity: volume.capacity.0,
+            report: report.clone(),
+            scrubbed: ended.or(before),
+        };
+        samples.insert(volume.id, sample);
+    }
+
+    fn withdrawn(&self, id: VolumeId) {
+        self.samples().remove(&id);
+    }
+}
+
+impl Collector for VolumeMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let samples = self.samples();
+        let gauge = |encoder: &mut DescriptorEncoder<'_>, name, help, value: fn(&Sample) -> Option<f64>| {
+            gauges(encoder, name, help, samples.values().filter_map(|s| Some((self.labels(s), value(s)?))))
+        };
+        // What a guest has not imported has no usage: zero would be a lie.
+        gauge(&mut encoder, "zpod_volume_capacity_bytes", "What the volume holds", |s| Some(s.capacity as f64))?;
+        gauge(&mut encoder, "zpod_volume_used_bytes", "Used, as df(1) shows it in the guest", |s| {
+            (s.report.bytes.total > 0).then_some(s.report.bytes.used as f64)
+        })?;
+        gauge(&mut encoder, "zpod_volume_available_bytes", "Available, as df(1) shows it in the guest", |s| {
+            (s.report.bytes.total > 0).then_some(s.report.bytes.available as f64)
+        })?;
+        gauge(&mut encoder, "zpod_volume_compress_ratio", "Logical size over stored size", |s| {
+            s.report.health.is_imported().then_some(s.report.compress_ratio)
+        })?;
+        let help = "When the last scrub that saw everything ended, by the guest's clock";
+        gauge(&mut encoder, "zpod_volume_last_scrub_timestamp_seconds", help, |s| s.scrubbed.map(|at| at as f64))?;
+        let healths = samples.values().flat_map(|sample| {
+            let now = sample.report.health;
+            HEALTHS.into_iter().map(move |health| {
+                let labels = self.with(sample, "health", health.name());
+                (labels, if health == now { 1.0 } else { 0.0 })
+            })
+        });
+        let help = "1 for the health that the pool has, 0 for those it has not";
+        gauges(&mut encoder, "zpod_volume_health", help, healths)?;
+        if samples.is_empty() {
+            return Ok(());
+        }
+        let help =
+            "Failed reads and writes, wrong checksums, and files with permanent damage, since the pool was imported";
+        let mut family = encoder.encode_descriptor("zpod_volume_errors", help, None, MetricType::Counter)?;
+        for sample in samples.values() {
+            let errors = sample.report.errors;
+            for (kind, count) in [
+                ("read", errors.read),
+                ("write", errors.write),
+                ("checksum", errors.checksum),
+                ("data", sample.report.data_errors),
+            ] {
+                ConstCounter::new(count).encode(family.encode_family(&self.with(sample, "type", kind))?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::Scrub;
+    use prometheus_client::encoding::text::encode;
+    use zpod_volume::Bytes;
+
+    fn observed(name: &str) -> Observed {
+        let labels = [(CLAIM_NAMESPACE, "prod"), (CLAIM_NAME, name)];
+        Observed {
+            id: VolumeId::from_name(name),
+            target: "/x".into(),
+            pod: None,
+            labels: labels.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
+            capacity: Bytes(1000),
+        }
+    }
+
+    fn text(registry: &Registry) -> String {
+        let mut text = String::new();
+        encode(&mut text, registry).unwrap();
+        text
+    }
+
+    #[test]
+    fn a_published_volume_is_told_with_its_claim_until_it_is_withdrawn() {
+        let mut registry = Registry::default();
+        let metrics = VolumeMetrics::register(&mut registry, "n1");
+        assert_eq!(text(&registry), "# EOF\n");
+        let volume = observed("data");
+        let mut report = VolumeReport::online(volume.id);
+        (report.bytes.total, report.bytes.used, report.bytes.available) = (1000, 400, 600);
+        (report.errors.checksum, report.compress_ratio) = (3, 1.5);
+        report.scrub = Some(Scrub { state: ScrubState::Finished, ended: Some(77), errors: 0, bytes: Bytes(1) });
+        metrics.reported(&volume, &report);
+        // One that runs again does not hide when everything was seen last.
+        report.scrub = Some(Scrub { state: ScrubState::Running, ended: None, errors: 0, bytes: Bytes(1) });
+        metrics.reported(&volume, &report);
+        let told = text(&registry);
+        let labels = format!(
+            r#"namespace="prod",persistentvolumeclaim="data",volume="{}",node="n1""#,
+            VolumeId::from_name("data")
+        );
+        for line in [
+            format!("zpod_volume_capacity_bytes{{{labels}}} 1000"),
+            format!("zpod_volume_used_bytes{{{labels}}} 400"),
+            format!("zpod_volume_available_bytes{{{labels}}} 600"),
+            format!("zpod_volume_compress_ratio{{{labels}}} 1.5"),
+            format!("zpod_volume_last_scrub_timestamp_seconds{{{labels}}} 77"),
+            format!(r#"zpod_volume_health{{{labels},health="Online"}} 1"#),
+            format!(r#"zpod_volume_health{{{labels},health="Degraded"}} 0"#),
+            format!(r#"zpod_volume_errors_total{{{labels},type="checksum"}} 3"#),
+        ] {
+            assert!(told.contains(&line), "{line} in {told}");
+        }
+        metrics.withdrawn(volume.id);
+        assert_eq!(text(&registry), "# EOF\n");
+    }
+
+    #[test]
+    fn a_volume_that_its_guest_refused_has_a_health_and_no_usage() {
+        let mut registry = Registry::default();
+        let metrics = VolumeMetrics::register(&mut registry, "n1");
+        let volume = observed("data");
+        metrics.reported(&volume, &VolumeReport { health: Health::Unavailable, ..VolumeReport::online(volume.id) });
+        let told = text(&registry);
+        assert!(told.contains(r#"health="Unavailable"} 1"#) && told.contains(r#"health="Online"} 0"#), "{told}");
+        assert!(!told.contains("used_bytes") && !told.contains("ratio"), "{told}");
+    }
+}
