@@ -39,7 +39,7 @@ use worker::Worker;
 /// From the start of a node until its Ready condition.
 const NODE_READY: Duration = Duration::from_secs(90);
 /// So many lines of each log in a diagnosis.
-const TAIL: usize = 25;
+const TAIL: usize = 15;
 
 /// A running cluster. It ends, with everything it started, when it is dropped or the thread that made it ends.
 #[derive(Debug)]
@@ -275,12 +275,11 @@ impl Cluster {
     }
 }
 
-/// The ends of all logs below a directory's `logs`.
+/// The ends of all logs: the control plane's, the nodes', and the kubelets' from their directories.
 fn diagnose_logs(dir: &Path) -> String {
-    let mut logs: Vec<_> = std::fs::read_dir(dir.join("logs")).into_iter().flatten().flatten().collect();
-    logs.sort_by_key(std::fs::DirEntry::file_name);
-    let tails = logs
-        .iter()
-        .map(|log| format!("--- {} ends:\n{}\n", log.file_name().display(), console::tail(&log.path(), TAIL)));
-    tails.collect()
+    let list = |path: PathBuf| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let kubelets = list(dir.join("n")).map(|node| node.join("kubelet.log"));
+    let mut logs: Vec<_> = list(dir.join("logs")).chain(kubelets).collect();
+    logs.sort();
+    logs.iter().map(|log| format!("--- {} ends:\n{}\n", log.display(), console::tail(log, TAIL))).collect()
 }

@@ -61,7 +61,8 @@ impl ControlPlane {
             flag("service-account-signing-key-file", "accounts.key"),
             // The node plugin's pods are privileged.
             "--allow-privileged=true".to_owned(),
-            "--v=1".to_owned(),
+            // No name server knows the nodes.
+            "--kubelet-preferred-address-types=InternalIP".to_owned(),
         ];
         self.api_server = Some(self.process("kube-apiserver", arguments)?);
         let ready = ["get", "--raw", "/readyz"];
@@ -84,7 +85,6 @@ impl ControlPlane {
             "--use-service-account-credentials=true".to_owned(),
             "--leader-elect=false".to_owned(),
             "--bind-address=127.0.0.1".to_owned(),
-            "--v=1".to_owned(),
         ];
         self.process("kube-controller-manager", arguments)
     }
@@ -95,7 +95,6 @@ impl ControlPlane {
             format!("--kubeconfig={}", kubeconfig.display()),
             "--leader-elect=false".to_owned(),
             "--bind-address=127.0.0.1".to_owned(),
-            "--v=1".to_owned(),
         ];
         self.process("kube-scheduler", arguments)
     }
