@@ -1,41 +1,30 @@
-//! The command line of `zpod`.
+//! The command lines of the three programs: `zpod` (one machine, no cluster), `zpod-controller` and `zpod-node`.
 
-use std::path::PathBuf;
+pub mod controller;
+pub mod node;
+pub mod standalone;
+
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use clap::Parser;
+use clap::Args;
+use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
-use zpod_storage::backing::file::FileBacking;
-use zpod_storage::catalog::dir::DirCatalog;
 
-use crate::csi::{ControllerService, IdentityService, NodeService};
-use crate::guest::Monitor;
-use crate::kata::DirectVolumes;
-use crate::serve::{Socket, endpoint_path, serve};
-use crate::volumes::{Context, NodeVolumes, Provisioner};
+use crate::serve::endpoint_path;
 
-/// Two threads keep two cores busy; the work itself waits for the kernel.
+/// Two threads keep two cores busy; the work itself waits for the kernel and the network.
 const WORKERS: usize = 2;
 /// Calls that wait for the disk at the same time.
 const BLOCKING: usize = 16;
 
-/// CSI driver whose ZFS pools live inside each pod's Kata guest.
-#[derive(Debug, Clone, Parser)]
-#[command(name = "zpod", version)]
-pub struct Options {
-    /// Run controller and node in one process, with the catalog in --state-dir, without a cluster.
-    #[arg(long)]
-    pub standalone: bool,
-    /// Where to serve CSI.
-    #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///run/zpod/csi.sock", value_parser = endpoint_path)]
-    pub endpoint: PathBuf,
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// What a program that keeps volumes is told about its node.
+#[derive(Debug, Clone, Args)]
+pub struct NodeOptions {
     /// The node's name.
-    #[arg(long, env = "NODE_NAME")]
+    #[arg(long, env = "NODE_NAME", value_parser = node_name)]
     pub node_name: String,
-    /// Where volumes are recorded.
-    #[arg(long, default_value = "/var/lib/zpod/state")]
-    pub state_dir: PathBuf,
     /// Where the volumes' devices are. Must exist: it is not made, for the mount that should be there may be missing.
     #[arg(long, default_value = "/var/lib/zpod/volumes")]
     pub backing_dir: PathBuf,
@@ -50,16 +39,27 @@ pub struct Options {
     pub kata_run_dir: Vec<PathBuf>,
 }
 
+/// Where CSI is served.
+#[derive(Debug, Clone, Args)]
+pub struct EndpointOptions {
+    /// Where to serve CSI.
+    #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///run/zpod/csi.sock", value_parser = endpoint_path)]
+    pub endpoint: PathBuf,
+}
+
+fn node_name(text: &str) -> Result<String, String> {
+    // Kubernetes: names of nodes are DNS subdomains.
+    let allowed = (1..=253).contains(&text.len());
+    if allowed { Ok(text.to_owned()) } else { Err("1 to 253 characters are allowed".into()) }
+}
+
 fn overprovision(text: &str) -> Result<f64, String> {
     let ratio = text.parse().ok().filter(|ratio: &f64| *ratio > 0.0 && *ratio <= 1000.0);
     ratio.ok_or_else(|| "more than 0, up to 1000, is allowed; 1.0 keeps every promise".into())
 }
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
-
-/// Parses the command line, runs, and says why where that failed.
-pub fn run() -> ExitCode {
-    let options = Options::parse();
+/// Logs to stderr, runs to the end, and says why where that failed.
+fn main_of(program: &str, work: impl Future<Output = Result<(), Failure>>) -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -71,44 +71,22 @@ pub fn run() -> ExitCode {
         .max_blocking_threads(BLOCKING)
         .enable_all()
         .build();
-    match runtime.map_err(Failure::from).and_then(|runtime| runtime.block_on(run_until_signal(options))) {
+    match runtime.map_err(Failure::from).and_then(|runtime| runtime.block_on(work)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("zpod: {error}");
+            eprintln!("{program}: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
-async fn run_until_signal(options: Options) -> Result<(), Failure> {
-    if !options.standalone {
-        return Err("only --standalone is there yet: the catalog in Kubernetes comes next".into());
-    }
-    if options.node_name.is_empty() || options.node_name.len() > 253 {
-        return Err("--node-name: 1 to 253 characters are allowed".into());
-    }
+/// Ends when the process is told to.
+fn told_to_end() -> Result<impl Future<Output = ()>, Failure> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let backing = FileBacking::open(&options.backing_dir, options.overprovision)?;
-    let catalog = DirCatalog::open(&options.state_dir)?;
-    let direct = DirectVolumes::open(&options.direct_volume_dir)?;
-    let context = Context::new(options.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(backing));
-    let volumes = NodeVolumes::load(context.clone(), direct).await?;
-    let _monitor = Monitor::start(options.kata_run_dir, Arc::new(volumes.clone()));
-    let socket = Socket::bind(&options.endpoint).map_err(|e| format!("{}: {e}", options.endpoint.display()))?;
-    tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
-        node = context.node(),
-        endpoint = %options.endpoint.display(),
-        devices = %context.location().display(),
-        "serving"
-    );
-    let end = async move {
+    Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-    };
-    let controller = ControllerService::new(Provisioner::new(context.clone()));
-    serve(socket, IdentityService::new(context), controller, NodeService::new(volumes), end).await?;
-    Ok(())
+    })
 }

@@ -10,6 +10,7 @@
 //! * [`csi`]: the CSI services: parse, call, map.
 //! * [`serve`], [`command`]: the socket and the command line.
 
+pub mod cluster;
 pub mod command;
 pub mod csi;
 pub mod guest;

@@ -86,23 +86,32 @@ impl Drop for Socket {
     }
 }
 
-/// Serves the three services until `end`, then lets running calls finish.
+/// What is served on one socket.
+#[derive(Debug)]
+pub struct Services {
+    /// Always there.
+    pub identity: IdentityService,
+    /// Of the controller.
+    pub controller: Option<ControllerService>,
+    /// Of the node.
+    pub node: Option<NodeService>,
+}
+
+/// Serves until `end`, then lets running calls finish.
 ///
 /// # Errors
 /// When the transport fails.
 pub async fn serve(
     mut socket: Socket,
-    identity: IdentityService,
-    controller: ControllerService,
-    node: NodeService,
+    services: Services,
     end: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let Some(listener) = socket.listener.take() else { return Ok(()) };
     let (ended, mut told) = tokio::sync::watch::channel(false);
     let server = Server::builder()
-        .add_service(IdentityServer::new(identity))
-        .add_service(ControllerServer::new(controller))
-        .add_service(NodeServer::new(node))
+        .add_service(IdentityServer::new(services.identity))
+        .add_optional_service(services.controller.map(ControllerServer::new))
+        .add_optional_service(services.node.map(NodeServer::new))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             let _ = told.wait_for(|ended| *ended).await;
         });

@@ -6,8 +6,8 @@
 //! happens under that volume's lock, in a task of its own that runs to its end even when the caller has hung up, and
 //! can be killed between any two steps and repeated.
 //!
-//! # Limitations
-//! Both sides run in one process and share the lock; the catalog in Kubernetes, where they don't, comes later.
+//! In a cluster the controller asks for volumes through their objects, and the node that is to have them does the same
+//! work as here: see [`crate::cluster`].
 
 mod capacity_range;
 mod context;
@@ -25,11 +25,12 @@ mod spec;
 mod stats;
 
 pub use capacity_range::{CapacityRange, DEFAULT_CAPACITY};
-pub use context::Context;
+pub use context::{Context, Probe};
 pub use error::VolumeError;
 pub use mount_options::MountOptions;
 pub use observer::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer, PERSISTENT_VOLUME};
 pub use pods::{AnyPod, PodCheck};
-pub use provision::{CreateRequest, Provisioner, Room, TOPOLOGY_KEY};
+pub(crate) use provision::same;
+pub use provision::{CreateRequest, Provision, Provisioner, Room, TOPOLOGY_KEY, VolumePage};
 pub use publish::{NodeVolumes, PublishRequest};
 pub use stats::Stats;

@@ -21,7 +21,7 @@ use calls::Calls;
 use daemon::Node;
 use tonic::Code;
 use zpod_driver::kata::DirectVolumes;
-use zpod_driver::volumes::{Context, CreateRequest, NodeVolumes, Provisioner, PublishRequest, VolumeError};
+use zpod_driver::volumes::{Context, CreateRequest, NodeVolumes, Provision, Provisioner, PublishRequest, VolumeError};
 use zpod_storage::backing::sim::SimBacking;
 use zpod_storage::catalog::dir::DirCatalog;
 use zpod_volume::{Bytes, Create, DiskLayout, VolumeId};

@@ -5,8 +5,8 @@
 //! `status` what is there ([`Manager`]). What the guest says of its pool is a third owner's, so that a change of usage
 //! never touches what data depends on.
 
-// The derives of kube make copies of the specs inside functions.
-#![allow(unreachable_pub)]
+// The derives of kube make copies of the specs inside functions; and clippy takes its attributes for repeated ones.
+#![allow(unreachable_pub, clippy::duplicated_attributes)]
 
 mod node;
 mod snapshot;

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    zpod_driver::command::run()
+    zpod_driver::command::standalone::run()
 }

@@ -1,4 +1,5 @@
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use tonic::{Request, Response, Status, async_trait};
 use zpod_proto::csi::controller_server::Controller;
@@ -10,9 +11,9 @@ use zpod_proto::csi::{self, ControllerServiceCapability, VolumeCondition};
 use zpod_storage::catalog::{Condition, Volume};
 use zpod_volume::{DiskLayout, VolumeId, VolumeParameters};
 
-use super::request::{self, int, topology, volume_id};
+use super::request::{self, int, topology};
 use super::{answer, capability};
-use crate::volumes::{CreateRequest, Provisioner, VolumeError};
+use crate::volumes::{CreateRequest, Provision, Room, VolumeError};
 
 /// The most entries a page of ListVolumes has: about 200 KiB, far below gRPC's limit of 4 MiB.
 const MAX_PAGE: usize = 1000;
@@ -30,13 +31,19 @@ const CAPABILITIES: [Rpc; 7] = [
 /// Makes, deletes, grows and lists volumes.
 #[derive(Debug)]
 pub struct ControllerService {
-    provisioner: Provisioner,
+    provisioner: Arc<dyn Provision>,
 }
 
 impl ControllerService {
     /// The service of this process.
-    pub fn new(provisioner: Provisioner) -> Self {
+    pub fn new(provisioner: Arc<dyn Provision>) -> Self {
         Self { provisioner }
+    }
+
+    /// An id. One that is not in our form is of no volume of ours.
+    fn volume_id(&self, id: &str) -> Result<VolumeId, VolumeError> {
+        request::required("volume_id", id)?;
+        id.parse().map_err(|_| self.provisioner.not_found(id))
     }
 
     async fn create(&self, request: csi::CreateVolumeRequest) -> Result<csi::CreateVolumeResponse, VolumeError> {
@@ -71,7 +78,7 @@ impl ControllerService {
         &self,
         request: csi::ValidateVolumeCapabilitiesRequest,
     ) -> Result<csi::ValidateVolumeCapabilitiesResponse, VolumeError> {
-        let id = volume_id(self.provisioner.context(), &request.volume_id);
+        let id = self.volume_id(&request.volume_id);
         if request.volume_capabilities.is_empty() {
             return Err(VolumeError::invalid("volume_capabilities", "is missing"));
         }
@@ -100,29 +107,23 @@ impl ControllerService {
         let limit = usize::try_from(request.max_entries)
             .map_err(|_| VolumeError::invalid("max_entries", format!("{} is negative", request.max_entries)))?;
         let limit = if limit == 0 { MAX_PAGE } else { limit.min(MAX_PAGE) };
-        let from: Option<VolumeId> = match request.starting_token.as_str() {
-            "" => None,
-            token => Some(token.parse().map_err(|_| VolumeError::Token(token.chars().take(64).collect()))?),
-        };
+        let from = Some(request.starting_token).filter(|token| !token.is_empty());
         let page = self.provisioner.list(from, limit).await?;
         let entries = page.volumes.iter().map(|volume| Entry {
             volume: Some(describe(volume)),
             status: Some(VolumeStatus { published_node_ids: vec![], volume_condition: Some(condition(volume)) }),
         });
-        let next_token = page.next.map_or_else(String::new, |id| id.to_string());
-        Ok(csi::ListVolumesResponse { entries: entries.collect(), next_token })
+        Ok(csi::ListVolumesResponse { entries: entries.collect(), next_token: page.next.unwrap_or_default() })
     }
 
     async fn capacity(&self, request: csi::GetCapacityRequest) -> Result<csi::GetCapacityResponse, VolumeError> {
         parameters(&request.parameters, &HashMap::new())?;
-        let node = self.provisioner.context().node();
-        let here = request.accessible_topology.as_ref().is_none_or(|topology| match request::node_of(topology) {
-            Some(named) => named == node,
-            None => topology.segments.is_empty(),
-        });
+        let topology = request.accessible_topology.as_ref();
+        let node = topology.and_then(request::node_of);
+        let elsewhere = node.is_none() && topology.is_some_and(|topology| !topology.segments.is_empty());
         // CSI 1.12: what can be had for volumes of these capabilities; of those that can't be had at all, none.
         let possible = request.volume_capabilities.iter().all(|wanted| capability::parse(Some(wanted)).is_ok());
-        let room = if here && possible { self.provisioner.room().await? } else { Default::default() };
+        let room = if possible && !elsewhere { self.provisioner.room(node.as_deref()).await? } else { Room::default() };
         Ok(csi::GetCapacityResponse {
             available_capacity: int(room.available.0),
             maximum_volume_size: Some(int(room.largest.0)),
@@ -134,7 +135,7 @@ impl ControllerService {
         &self,
         request: csi::ControllerExpandVolumeRequest,
     ) -> Result<csi::ControllerExpandVolumeResponse, VolumeError> {
-        let id = volume_id(self.provisioner.context(), &request.volume_id)?;
+        let id = self.volume_id(&request.volume_id)?;
         if request.capacity_range.is_none() {
             return Err(VolumeError::invalid("capacity_range", "is missing"));
         }
@@ -150,7 +151,7 @@ impl ControllerService {
     }
 
     async fn get(&self, id: &str) -> Result<csi::ControllerGetVolumeResponse, VolumeError> {
-        let volume = self.provisioner.get(volume_id(self.provisioner.context(), id)?).await?;
+        let volume = self.provisioner.get(self.volume_id(id)?).await?;
         Ok(csi::ControllerGetVolumeResponse {
             volume: Some(describe(&volume)),
             status: Some(csi::controller_get_volume_response::VolumeStatus {

@@ -11,18 +11,18 @@ use zpod_proto::csi::{
 };
 
 use super::DRIVER;
-use crate::volumes::Context;
+use crate::volumes::Probe;
 
 /// Who the driver is, and whether it can work.
 #[derive(Debug)]
 pub struct IdentityService {
-    context: Arc<Context>,
+    probe: Arc<dyn Probe>,
 }
 
 impl IdentityService {
     /// The service of this process.
-    pub fn new(context: Arc<Context>) -> Self {
-        Self { context }
+    pub fn new(probe: Arc<dyn Probe>) -> Self {
+        Self { probe }
     }
 }
 
@@ -54,13 +54,10 @@ impl Identity for IdentityService {
     }
 
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
-        match self.context.probe().await {
+        match self.probe.probe().await {
             Ok(()) => Ok(Response::new(ProbeResponse { ready: Some(true) })),
             // CSI 1.12, Probe: "the plugin is not in a healthy/ready state" is FAILED_PRECONDITION.
-            Err(error) => Err(Status::failed_precondition(format!(
-                "the devices at {} can't be reached: {error}",
-                self.context.location().display()
-            ))),
+            Err(reason) => Err(Status::failed_precondition(reason)),
         }
     }
 }

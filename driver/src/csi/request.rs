@@ -69,10 +69,21 @@ pub(super) fn range(range: Option<&WireRange>) -> Result<CapacityRange, VolumeEr
     Ok(CapacityRange { required, limit })
 }
 
-/// The nodes that a requirement allows; `None` for any.
-pub(super) fn nodes(requirement: Option<&TopologyRequirement>) -> Option<BTreeSet<String>> {
-    let requisite = &requirement?.requisite;
-    (!requisite.is_empty()).then(|| requisite.iter().filter_map(node_of).collect())
+/// The nodes that a requirement allows, the preferred ones first; `None` for any.
+pub(super) fn nodes(requirement: Option<&TopologyRequirement>) -> Option<Vec<String>> {
+    let requirement = requirement?;
+    if requirement.requisite.is_empty() && requirement.preferred.is_empty() {
+        return None;
+    }
+    let allowed: BTreeSet<_> = requirement.requisite.iter().filter_map(node_of).collect();
+    let mut nodes: Vec<String> = Vec::new();
+    for node in requirement.preferred.iter().chain(&requirement.requisite).filter_map(node_of) {
+        // CSI 1.12, TopologyRequirement: what is preferred is among what is requisite, where there is any.
+        if (requirement.requisite.is_empty() || allowed.contains(&node)) && !nodes.contains(&node) {
+            nodes.push(node);
+        }
+    }
+    Some(nodes)
 }
 
 /// The node that a topology names.
@@ -136,7 +147,12 @@ mod tests {
         assert_eq!(nodes(Some(&TopologyRequirement::default())), None);
         let zone = Topology { segments: HashMap::from([("zone".into(), "a".into())]) };
         let requirement = TopologyRequirement { requisite: vec![topology("n1"), zone], preferred: vec![] };
-        assert_eq!(nodes(Some(&requirement)), Some(BTreeSet::from(["n1".to_owned()])));
+        assert_eq!(nodes(Some(&requirement)), Some(vec!["n1".to_owned()]));
+        let requirement = TopologyRequirement {
+            requisite: vec![topology("n1"), topology("n2"), topology("n3")],
+            preferred: vec![topology("n3"), topology("n4"), topology("n1")],
+        };
+        assert_eq!(nodes(Some(&requirement)).unwrap(), ["n3", "n1", "n2"]);
     }
 
     #[test]

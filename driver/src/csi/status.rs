@@ -20,7 +20,11 @@ fn code(error: &VolumeError) -> Code {
         VolumeError::NotFound { .. } | VolumeError::NotPublished { .. } => Code::NotFound,
         VolumeError::Exists { .. } | VolumeError::PublishedOtherwise { .. } => Code::AlreadyExists,
         // CSI 1.12, CreateVolume: "unable to provision in accessible_topology".
-        VolumeError::Topology { .. } => Code::ResourceExhausted,
+        VolumeError::Topology { .. } | VolumeError::NoNode { .. } => Code::ResourceExhausted,
+        // Of these, external-provisioner knows that the work goes on, and asks again for the same.
+        VolumeError::NodeSilent { .. } => Code::DeadlineExceeded,
+        VolumeError::NodeRefused { no_room: true, .. } => Code::ResourceExhausted,
+        VolumeError::NodeRefused { no_room: false, .. } => Code::FailedPrecondition,
         // CSI 1.12: "operation pending for volume".
         VolumeError::NotReady { .. } => Code::Aborted,
         VolumeError::OtherNode { .. }
@@ -116,6 +120,13 @@ mod tests {
                 VolumeError::BeyondHeadroom { id, capacity: Bytes(1), largest: Bytes(1), node: s("n1") },
                 Code::FailedPrecondition,
             ),
+            (VolumeError::NoNode { name: s("x"), reason: s("r") }, Code::ResourceExhausted),
+            (
+                VolumeError::NodeSilent { id, node: s("n1"), what: "made", waited: Duration::from_secs(1) },
+                Code::DeadlineExceeded,
+            ),
+            (VolumeError::NodeRefused { reason: s("r"), no_room: true }, Code::ResourceExhausted),
+            (VolumeError::NodeRefused { reason: s("r"), no_room: false }, Code::FailedPrecondition),
             (VolumeError::GuestSilent { id, node: s("n1") }, Code::Unavailable),
             (VolumeError::PodRefused { id, pod: s("a/b"), reason: s("x") }, Code::FailedPrecondition),
             (VolumeError::PodUnknown { id, pod: s("a/b"), reason: s("x") }, Code::Unavailable),

@@ -1,6 +1,8 @@
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use zpod_storage::backing::{Backing, BackingError, DeviceSpec};
 use zpod_storage::catalog::{Catalog, Phase, Publication, Volume};
 use zpod_volume::VolumeId;
@@ -101,17 +103,29 @@ impl Context {
         VolumeError::Backing { node: self.node.clone(), source }
     }
 
-    /// Whether the devices can be reached at all.
-    ///
-    /// # Errors
-    /// When they can't.
-    pub async fn probe(&self) -> Result<(), VolumeError> {
-        self.with_backing(|backing| backing.capacity()).await.map(|_| ())
-    }
-
     /// For a person: where the devices are.
     pub fn location(&self) -> &Path {
         self.backing.location()
+    }
+}
+
+/// Tells whether a program can do its work.
+#[async_trait]
+pub trait Probe: Send + Sync + fmt::Debug + 'static {
+    /// Looks, and changes nothing.
+    ///
+    /// # Errors
+    /// When it can't, for a person.
+    async fn probe(&self) -> Result<(), String>;
+}
+
+#[async_trait]
+impl Probe for Context {
+    async fn probe(&self) -> Result<(), String> {
+        let capacity = self.with_backing(|backing| backing.capacity()).await;
+        capacity
+            .map(drop)
+            .map_err(|error| format!("the devices at {} can't be reached: {error}", self.location().display()))
     }
 }
 

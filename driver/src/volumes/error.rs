@@ -1,4 +1,5 @@
 use std::path::PathBuf;
+use std::time::Duration;
 
 use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::CatalogError;
@@ -150,6 +151,38 @@ pub enum VolumeError {
         /// The node.
         node: String,
     },
+    /// No node has what is asked for.
+    #[error("no node can have volume {name:?}: {reason}")]
+    NoNode {
+        /// The volume's name.
+        name: String,
+        /// Which nodes were looked at, and what each lacks.
+        reason: String,
+    },
+    /// The node has not carried out what its volume's object asks for.
+    #[error(
+        "volume {id} is not {what} after {waited:?}: node {node} has not answered; see whether zpod-node runs there \
+         (kubectl get pods -A --field-selector spec.nodeName={node}) and what `kubectl describe zfsvolume {id}` says; it \
+         goes on by itself when the node is back"
+    )]
+    NodeSilent {
+        /// The volume.
+        id: VolumeId,
+        /// Its node.
+        node: String,
+        /// What was to be done.
+        what: &'static str,
+        /// How long that was waited for.
+        waited: Duration,
+    },
+    /// The node says why it can't do what was asked for.
+    #[error("{reason}")]
+    NodeRefused {
+        /// The node's words, which name the volume and the node.
+        reason: String,
+        /// Whether room is what it lacks.
+        no_room: bool,
+    },
     /// The pod can't use it as its specification is.
     #[error("volume {id}: pod {pod} can't use it: {reason}")]
     PodRefused {
@@ -198,6 +231,14 @@ pub enum VolumeError {
 }
 
 impl VolumeError {
+    /// Whether there is no room for what was asked for: nothing was made.
+    pub fn is_no_room(&self) -> bool {
+        matches!(
+            self,
+            Self::Backing { source: BackingError::NoRoom { .. }, .. } | Self::NodeRefused { no_room: true, .. }
+        )
+    }
+
     /// An [`VolumeError::Invalid`].
     pub fn invalid(field: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { field, reason: reason.into() }

@@ -1,8 +1,11 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
+use async_trait::async_trait;
+
 use zpod_storage::backing::{BackingError, Outcome};
-use zpod_storage::catalog::{Condition, Created, Page, Phase, Volume};
+use zpod_storage::catalog::{Condition, Created, Phase, Volume};
 use zpod_storage::crash;
 use zpod_volume::{Bytes, DiskLayout, VolumeId, VolumeParameters};
 
@@ -12,7 +15,59 @@ use super::{CapacityRange, Context, VolumeError};
 /// The topology key: the node whose backing store holds a volume.
 pub const TOPOLOGY_KEY: &str = "csi.zpod.storage/node";
 
-/// Makes, deletes, grows and lists volumes.
+/// Makes, deletes, grows and lists volumes: in this process ([`Provisioner`]), or through the cluster.
+#[async_trait]
+pub trait Provision: Send + Sync + fmt::Debug + 'static {
+    /// Makes a volume, or finishes one that was begun; one that is there already and fits is the answer too.
+    ///
+    /// # Errors
+    /// When it can't be had, or differs from what is there under that name.
+    async fn create(&self, request: CreateRequest) -> Result<Volume, VolumeError>;
+
+    /// Deletes a volume. One that does not exist is deleted already.
+    ///
+    /// # Errors
+    /// While it is published or a virtual machine has it.
+    async fn delete(&self, id: VolumeId) -> Result<Outcome, VolumeError>;
+
+    /// Promises a volume more room and records it. Never shrinks. The node then carries it out.
+    ///
+    /// # Errors
+    /// When there is no room, or the size can't be had.
+    async fn expand(&self, id: VolumeId, range: CapacityRange) -> Result<Volume, VolumeError>;
+
+    /// A volume, and its condition.
+    ///
+    /// # Errors
+    /// When it does not exist.
+    async fn get(&self, id: VolumeId) -> Result<Volume, VolumeError>;
+
+    /// A page of volumes, from where an earlier page said the next one begins. Those that are not finished are left out.
+    ///
+    /// # Errors
+    /// When the catalog can't be read, or the token is none of ours.
+    async fn list(&self, from: Option<String>, limit: usize) -> Result<VolumePage, VolumeError>;
+
+    /// Room for new volumes, on one node or on that where it is largest.
+    ///
+    /// # Errors
+    /// When that can't be told.
+    async fn room(&self, node: Option<&str>) -> Result<Room, VolumeError>;
+
+    /// The error for an id that nothing here has.
+    fn not_found(&self, id: &str) -> VolumeError;
+}
+
+/// A page of volumes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VolumePage {
+    /// The volumes.
+    pub volumes: Vec<Volume>,
+    /// Where the next page begins; `None` at the end.
+    pub next: Option<String>,
+}
+
+/// Makes, deletes, grows and lists volumes of this node.
 #[derive(Debug, Clone)]
 pub struct Provisioner {
     context: Arc<Context>,
@@ -27,8 +82,8 @@ pub struct CreateRequest {
     pub range: CapacityRange,
     /// What the StorageClass says.
     pub parameters: VolumeParameters,
-    /// Where it may be; `None` for anywhere.
-    pub nodes: Option<BTreeSet<String>>,
+    /// Where it may be, the best first; `None` for anywhere.
+    pub nodes: Option<Vec<String>>,
     /// The orchestrator's names for it.
     pub labels: BTreeMap<String, String>,
 }
@@ -48,43 +103,59 @@ impl Provisioner {
         Self { context }
     }
 
-    /// What it works on.
-    pub fn context(&self) -> &Context {
-        &self.context
-    }
-
-    /// Makes a volume, or finishes one that was begun; one that is there already and fits is the answer too.
+    /// Makes the device of a volume that is recorded and has none yet. One that is there already is the answer too.
     ///
     /// # Errors
-    /// When it can't be had here, or differs from what is there under that name.
-    pub async fn create(&self, request: CreateRequest) -> Result<Volume, VolumeError> {
+    /// When the device can't be had.
+    pub async fn finish(&self, id: VolumeId) -> Result<Volume, VolumeError> {
+        let context = self.context.clone();
+        to_the_end(async move {
+            let _lock = context.lock(id).await;
+            let volume = context.find(id).await?;
+            context.check_home(&volume)?;
+            match volume.phase {
+                Phase::Creating => make(&context, volume).await,
+                Phase::Ready => Ok(volume),
+                Phase::Deleting => Err(deleting(id)),
+            }
+        })
+        .await
+    }
+
+    /// Room on this node, and what its volumes may take together.
+    ///
+    /// # Errors
+    /// When the provider can't tell.
+    pub async fn capacity(&self) -> Result<(Room, Bytes), VolumeError> {
+        let capacity = self.context.with_backing(|backing| backing.capacity()).await?;
+        let usable = |partition| {
+            let capacity = DiskLayout::capacity_for(partition).min(DiskLayout::MAX_CAPACITY);
+            if capacity < DiskLayout::MIN_CAPACITY { Bytes(0) } else { capacity }
+        };
+        let largest = usable(capacity.largest.min(capacity.available));
+        Ok((Room { available: usable(capacity.available), largest }, capacity.total))
+    }
+}
+
+#[async_trait]
+impl Provision for Provisioner {
+    async fn create(&self, request: CreateRequest) -> Result<Volume, VolumeError> {
         let context = self.context.clone();
         to_the_end(async move { create(&context, request).await }).await
     }
 
-    /// Deletes a volume. One that does not exist is deleted already.
-    ///
-    /// # Errors
-    /// While it is published or a virtual machine has it.
-    pub async fn delete(&self, id: VolumeId) -> Result<Outcome, VolumeError> {
+    async fn delete(&self, id: VolumeId) -> Result<Outcome, VolumeError> {
         let context = self.context.clone();
         to_the_end(async move { delete(&context, id).await }).await
     }
 
-    /// Promises a volume more room and records it. Never shrinks. The node then carries it out.
-    ///
-    /// # Errors
-    /// When there is no room, or the size can't be had.
-    pub async fn expand(&self, id: VolumeId, range: CapacityRange) -> Result<Volume, VolumeError> {
+    async fn expand(&self, id: VolumeId, range: CapacityRange) -> Result<Volume, VolumeError> {
         let context = self.context.clone();
         to_the_end(async move { expand(&context, id, range).await }).await
     }
 
-    /// A volume, and its condition: what its guest said last, unless its device is missing.
-    ///
-    /// # Errors
-    /// When it does not exist.
-    pub async fn get(&self, id: VolumeId) -> Result<Volume, VolumeError> {
+    /// What its guest said last, unless its device is missing.
+    async fn get(&self, id: VolumeId) -> Result<Volume, VolumeError> {
         let mut volume = self.context.find(id).await?;
         if volume.phase == Phase::Ready
             && volume.node == self.context.node
@@ -96,27 +167,22 @@ impl Provisioner {
         Ok(volume)
     }
 
-    /// A page of volumes, in the order of their ids. Those that are not finished yet are left out.
-    ///
-    /// # Errors
-    /// When the catalog can't be read.
-    pub async fn list(&self, from: Option<VolumeId>, limit: usize) -> Result<Page, VolumeError> {
-        let mut page = self.context.catalog.list(from, limit).await?;
+    async fn list(&self, from: Option<String>, limit: usize) -> Result<VolumePage, VolumeError> {
+        let parse = |token: String| token.parse().map_err(|_| VolumeError::Token(token.chars().take(64).collect()));
+        let mut page = self.context.catalog.list(from.map(parse).transpose()?, limit).await?;
         page.volumes.retain(|volume| volume.phase != Phase::Creating);
-        Ok(page)
+        Ok(VolumePage { volumes: page.volumes, next: page.next.map(|id| id.to_string()) })
     }
 
-    /// Room on this node.
-    ///
-    /// # Errors
-    /// When the provider can't tell.
-    pub async fn room(&self) -> Result<Room, VolumeError> {
-        let capacity = self.context.with_backing(|backing| backing.capacity()).await?;
-        let usable = |partition| {
-            let capacity = DiskLayout::capacity_for(partition).min(DiskLayout::MAX_CAPACITY);
-            if capacity < DiskLayout::MIN_CAPACITY { Bytes(0) } else { capacity }
-        };
-        Ok(Room { available: usable(capacity.available), largest: usable(capacity.largest.min(capacity.available)) })
+    async fn room(&self, node: Option<&str>) -> Result<Room, VolumeError> {
+        if node.is_some_and(|node| node != self.context.node) {
+            return Ok(Room::default());
+        }
+        Ok(self.capacity().await?.0)
+    }
+
+    fn not_found(&self, id: &str) -> VolumeError {
+        self.context.not_found(id)
     }
 }
 
@@ -151,24 +217,34 @@ async fn create(context: &Context, request: CreateRequest) -> Result<Volume, Vol
         return Ok(volume);
     }
     crash::point("create: recorded");
-    let spec = device_spec(&volume);
-    if let Err(error) = context.with_backing(move |backing| backing.create(&spec)).await {
-        if matches!(&error, VolumeError::Backing { source: BackingError::NoRoom { .. }, .. }) {
-            // Nothing was made, and nothing will be: the name is free again, here and on other nodes.
-            context.catalog.remove(id).await?;
-        }
-        return Err(error);
+    let made = make(context, volume).await;
+    if matches!(&made, Err(error) if error.is_no_room()) {
+        // Nothing was made, and nothing will be: the name is free again, here and on other nodes.
+        context.catalog.remove(id).await?;
     }
+    made
+}
+
+/// Makes the device of a recorded volume. Under its lock.
+async fn make(context: &Context, volume: Volume) -> Result<Volume, VolumeError> {
+    let spec = device_spec(&volume);
+    context.with_backing(move |backing| backing.create(&spec)).await?;
     crash::point("create: device made");
     let table_capacity = volume.capacity;
     let volume = context.catalog.update(Volume { phase: Phase::Ready, table_capacity, ..volume }).await?;
     crash::point("create: done");
-    tracing::debug!(volume = %id, name = volume.name, capacity = %volume.capacity, "volume made");
+    tracing::debug!(volume = %volume.id, name = volume.name, capacity = %volume.capacity, "volume made");
+    Ok(volume)
+}
+
+fn check_same(context: &Context, volume: Volume, request: &CreateRequest) -> Result<Volume, VolumeError> {
+    let volume = same(volume, request)?;
+    context.check_home(&volume)?;
     Ok(volume)
 }
 
 /// Whether what exists under a name is what was asked for.
-fn check_same(context: &Context, volume: Volume, request: &CreateRequest) -> Result<Volume, VolumeError> {
+pub(crate) fn same(volume: Volume, request: &CreateRequest) -> Result<Volume, VolumeError> {
     let difference = if volume.name != request.name {
         format!("its name is {:?}", volume.name)
     } else if !request.range.accepts(volume.capacity) {
@@ -176,7 +252,6 @@ fn check_same(context: &Context, volume: Volume, request: &CreateRequest) -> Res
     } else if volume.parameters != request.parameters {
         "it was made with other parameters".to_owned()
     } else {
-        context.check_home(&volume)?;
         return if volume.phase == Phase::Deleting { Err(deleting(volume.id)) } else { Ok(volume) };
     };
     Err(VolumeError::Exists { name: request.name.clone(), id: volume.id, difference })

@@ -1,0 +1,73 @@
+//! `zpod-node`: keeps the devices of its node, publishes volumes to its pods and listens to their guests.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use tokio::sync::Notify;
+use zpod_kubernetes::KubeCatalog;
+use zpod_storage::backing::file::FileBacking;
+
+use super::{EndpointOptions, Failure, NodeOptions, main_of, told_to_end};
+use crate::cluster::{NodeReporter, reconcile, report_node};
+use crate::csi::{IdentityService, NodeService};
+use crate::guest::Monitor;
+use crate::kata::DirectVolumes;
+use crate::serve::{Services, Socket, serve};
+use crate::volumes::{Context, NodeVolumes, Provisioner};
+
+/// CSI node plugin of zpod: makes the devices that ZfsVolume objects ask for, and hands them to the pods' guests.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "zpod-node", version)]
+struct Options {
+    #[command(flatten)]
+    endpoint: EndpointOptions,
+    #[command(flatten)]
+    node: NodeOptions,
+    /// Handlers of RuntimeClasses whose guests have zpod-guest. A pod on any other can't use a volume. May be given more
+    /// than once.
+    #[arg(long, default_values = ["kata-zpod"])]
+    runtime_handler: Vec<String>,
+}
+
+/// Parses the command line, runs, and says why where that failed.
+pub fn run() -> ExitCode {
+    main_of("zpod-node", run_until_signal(Options::parse()))
+}
+
+async fn run_until_signal(options: Options) -> Result<(), Failure> {
+    let (end, node) = (told_to_end()?, options.node);
+    let client = zpod_kubernetes::connect().await?;
+    let backing = FileBacking::open(&node.backing_dir, node.overprovision)?;
+    let direct = DirectVolumes::open(&node.direct_volume_dir)?;
+    let catalog = KubeCatalog::of_node(client.clone(), &node.node_name);
+    let context = Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(backing));
+    let volumes = NodeVolumes::load(context.clone(), direct).await?;
+    let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
+    let endpoint = options.endpoint.endpoint;
+    let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = context.node(),
+        endpoint = %endpoint.display(),
+        devices = %context.location().display(),
+        runtime_handlers = ?options.runtime_handler,
+        "serving"
+    );
+    let changed = Arc::new(Notify::new());
+    let provisioner = Provisioner::new(context.clone());
+    let reporter = NodeReporter { context: context.clone(), changed: changed.clone() };
+    let services = Services {
+        identity: IdentityService::new(context.clone()),
+        controller: None,
+        node: Some(NodeService::new(volumes)),
+    };
+    tokio::select! {
+        served = serve(socket, services, end) => served?,
+        () = reconcile(client.clone(), context.node().to_owned(), provisioner, changed) => {
+            return Err("the watch of ZfsVolumes has ended".into());
+        }
+        () = report_node(client, reporter) => {}
+    }
+    Ok(())
+}

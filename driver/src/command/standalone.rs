@@ -1,0 +1,66 @@
+//! `zpod --standalone`: controller and node in one process, with the catalog in a directory.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use zpod_storage::backing::file::FileBacking;
+use zpod_storage::catalog::dir::DirCatalog;
+
+use super::{EndpointOptions, Failure, NodeOptions, main_of, told_to_end};
+use crate::csi::{ControllerService, IdentityService, NodeService};
+use crate::guest::Monitor;
+use crate::kata::DirectVolumes;
+use crate::serve::{Services, Socket, serve};
+use crate::volumes::{Context, NodeVolumes, Provisioner};
+
+/// CSI driver whose ZFS pools live inside each pod's Kata guest: the whole driver on one machine, without a cluster.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "zpod", version)]
+struct Options {
+    /// Run controller and node in one process, with the catalog in --state-dir, without a cluster.
+    #[arg(long)]
+    standalone: bool,
+    #[command(flatten)]
+    endpoint: EndpointOptions,
+    #[command(flatten)]
+    node: NodeOptions,
+    /// Where volumes are recorded.
+    #[arg(long, default_value = "/var/lib/zpod/state")]
+    state_dir: PathBuf,
+}
+
+/// Parses the command line, runs, and says why where that failed.
+pub fn run() -> ExitCode {
+    main_of("zpod", run_until_signal(Options::parse()))
+}
+
+async fn run_until_signal(options: Options) -> Result<(), Failure> {
+    if !options.standalone {
+        return Err("give --standalone; in a cluster, zpod-controller and zpod-node are what runs".into());
+    }
+    let (end, node) = (told_to_end()?, options.node);
+    let backing = FileBacking::open(&node.backing_dir, node.overprovision)?;
+    let catalog = DirCatalog::open(&options.state_dir)?;
+    let direct = DirectVolumes::open(&node.direct_volume_dir)?;
+    let context = Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(backing));
+    let volumes = NodeVolumes::load(context.clone(), direct).await?;
+    let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
+    let endpoint = options.endpoint.endpoint;
+    let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = context.node(),
+        endpoint = %endpoint.display(),
+        devices = %context.location().display(),
+        "serving"
+    );
+    let services = Services {
+        identity: IdentityService::new(context.clone()),
+        controller: Some(ControllerService::new(Arc::new(Provisioner::new(context)))),
+        node: Some(NodeService::new(volumes)),
+    };
+    serve(socket, services, end).await?;
+    Ok(())
+}
