@@ -64,7 +64,8 @@ impl Kubelet<'_> {
             "enforceNodeAllocatable": [],
             "failSwapOn": false,
             "makeIPTablesUtilChains": false,
-            "localStorageCapacityIsolation": false,
+            // Without it cAdvisor measures no file systems, and kubelet has no statistics of volumes either.
+            "localStorageCapacityIsolation": true,
             // A full disk of the machine must not evict the pods of a test.
             "evictionHard": {
                 "memory.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%",

@@ -65,7 +65,7 @@ pub struct Options {
     /// The directory of image files.
     #[arg(long)]
     pub images: PathBuf,
-    /// The name servers of pods.
+    /// The name servers of pods; the gateway unless said otherwise, who refuses at once where there is none.
     #[arg(long)]
     pub cluster_dns: Vec<Ipv4Addr>,
     /// Where the addresses of this node's pods come from; within the bridge's network, each node its own.
@@ -149,6 +149,7 @@ async fn keep_kubelet(options: &Options, socket: &Path) -> Result<()> {
     let (Some(program), Some(kubeconfig)) = (&options.kubelet, &options.kubeconfig) else {
         return std::future::pending().await;
     };
+    let gateway = [options.gateway.address];
     let kubelet = Kubelet {
         program,
         node: &options.name,
@@ -156,7 +157,7 @@ async fn keep_kubelet(options: &Options, socket: &Path) -> Result<()> {
         port: options.kubelet_port,
         kubeconfig,
         socket,
-        cluster_dns: &options.cluster_dns,
+        cluster_dns: if options.cluster_dns.is_empty() { &gateway } else { &options.cluster_dns },
         labels: &options.labels,
         dir: &options.root,
     };
