@@ -101,11 +101,29 @@ impl Guest {
     /// # Errors
     /// When a part is missing or QEMU doesn't start.
     pub async fn boot_in(boot: Boot, parent: &Path) -> Result<Self> {
-        let slot = Slot::take().await?;
         let image = inputs::guest_image()?;
+        Self::start(boot, parent, &image.kernel, |to| boot.write_initrd(&image, to)).await
+    }
+
+    /// Starts one from a kernel and an initrd that are there already, as on a node.
+    ///
+    /// # Errors
+    /// When QEMU doesn't start.
+    pub async fn boot_installed(kernel: &Path, initrd: &Path) -> Result<Self> {
+        let link = |to: &Path| std::os::unix::fs::symlink(initrd, to).context("link the initrd");
+        Self::start(Boot::Zpod, &std::env::temp_dir(), kernel, link).await
+    }
+
+    async fn start(
+        boot: Boot,
+        parent: &Path,
+        kernel: &Path,
+        write_initrd: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Self> {
+        let slot = Slot::take().await?;
         let dir = Workdir::within(parent)?;
         let initrd = dir.path().join("initrd");
-        boot.write_initrd(&image, &initrd)?;
+        write_initrd(&initrd)?;
         let vsock_device = start_vsock_device(dir.path())?;
         let accel = Accel::detect().await?;
         let place = |name: &str| dir.path().join(name).display().to_string();
@@ -137,7 +155,7 @@ impl Guest {
             "-qmp".into(),
             format!("unix:{},server=on,wait=off", place("qmp.sock")),
             "-kernel".into(),
-            image.kernel.display().to_string(),
+            kernel.display().to_string(),
             "-initrd".into(),
             initrd.display().to_string(),
             "-append".into(),
