@@ -15,6 +15,7 @@ mod authority;
 mod control_plane;
 pub mod images;
 mod isolation;
+mod kata;
 mod kubectl;
 mod snapshots;
 mod worker;
@@ -110,6 +111,7 @@ impl Cluster {
     fn new_worker(&self, name: &str, number: usize) -> Result<Worker> {
         let root = self.node_dir(name);
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
+        kata::deploy(&root)?;
         let user = format!("system:node:{name}");
         let kubeconfig = self.authority.kubeconfig(&format!("{name}.conf"), &user, Some("system:nodes"))?;
         let log = self.workdir.path().join("logs").join(format!("{name}.log"));

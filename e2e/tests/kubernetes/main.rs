@@ -3,6 +3,7 @@
 //! A scenario is an `async fn(&Cluster) -> Result<()>` in a module of its own, and a line in `main`. All share one
 //! cluster, which the first one starts, and run one after another: each leaves the cluster as it was.
 
+mod outage;
 mod smoke;
 mod stage;
 
@@ -15,7 +16,11 @@ use stage::Stage;
 fn main() -> Result<ExitCode> {
     zpod_e2e::cluster::isolate()?;
     let stage = Stage::default();
-    let trials = vec![stage.trial("a_pod_runs_and_its_log_can_be_read", smoke::a_pod_runs_and_its_log_can_be_read)];
+    let trials = vec![
+        stage.trial("a_pod_runs_and_its_log_can_be_read", smoke::a_pod_runs_and_its_log_can_be_read),
+        stage.trial("the_api_server_comes_back_with_what_it_knew", outage::the_api_server_comes_back_with_what_it_knew),
+        stage.trial("a_killed_node_comes_back_with_its_name", outage::a_killed_node_comes_back_with_its_name),
+    ];
     // On this thread: a node lives as long as the thread that started it.
     let conclusion = libtest_mimic::run(&Arguments { test_threads: Some(1), ..Arguments::from_args() }, trials);
     Ok(conclusion.exit_code())
