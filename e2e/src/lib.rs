@@ -13,6 +13,7 @@
 
 pub mod accel;
 pub mod agent;
+pub mod authority;
 pub mod base_initrd;
 pub mod cluster;
 pub mod console;

@@ -24,7 +24,7 @@ use super::runtime::Runtime;
 use super::service::Service;
 
 /// Directories that a node has of its own: below its directory, bound over the path of the same name.
-const OWN: [&str; 9] = [
+const OWN: [&str; 10] = [
     "var/lib/kubelet",
     "var/lib/zpod",
     "var/log/pods",
@@ -33,6 +33,7 @@ const OWN: [&str; 9] = [
     "run/kata",
     "run/vc",
     "opt/kata",
+    "opt/zpod",
     "etc/kata-containers",
 ];
 

@@ -10,9 +10,11 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status};
+use zpod_e2e::authority::Lenient;
 use zpod_e2e::csi::Csi;
 use zpod_proto::csi::GetPluginInfoRequest;
 
@@ -82,7 +84,8 @@ pub(crate) async fn run(flags: Flags) -> Result<()> {
         supported_versions: vec!["1.0.0".to_owned()],
     };
     let service = RegistrationServer::new(Registrar { info, refused });
-    let serve = Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener));
+    let incoming = UnixListenerStream::new(listener).map(|stream| stream.map(Lenient::new));
+    let serve = Server::builder().add_service(service).serve_with_incoming(incoming);
     let health = async {
         match flags.shared.endpoint() {
             Some(endpoint) => health::serve(&endpoint, async || registered(&socket)).await,
