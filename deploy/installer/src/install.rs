@@ -249,6 +249,9 @@ fn write_initrd(
     if overlay != guest.overlay {
         return Err(Error::BadGuest { path: "overlay".into(), reason: "it changed while it was copied".to_owned() });
     }
+    if base.bytes == 0 {
+        return Err(Error::Unfinished { path: kata.identity.path.clone(), reason: "it is empty".to_owned() });
+    }
     file.rewind().map_err(Error::at("read", path))?;
     let written = Read::take(&*file, base.bytes);
     let contents = inspect::inspect(&mut BufReader::with_capacity(128 << 10, written)).map_err(|error| {

@@ -10,7 +10,8 @@
 //! 3. `<kata-dir>/share/kata-containers/kata-containers-initrd.img`, a link to `kata-<os>-<version>.initrd`
 //!    (`build_initrd` in tools/packaging/guest-image/build_image.sh). As of 4.1.0 the shims on x86_64 boot an image and
 //!    name no initrd, but kata-deploy brings this with them (shim-components.json);
-//! 4. the configurations and the places of distributions' packages.
+//! 4. where nothing of kata-deploy's is in `<kata-dir>`, the configurations and the places of distributions' packages.
+//!    Otherwise not: while kata-deploy replaces its files, another Kata's initrd must not be taken for its own.
 //!
 //! Our own initrd never counts, although our drop-in names it.
 
@@ -137,7 +138,8 @@ impl Search<'_> {
         let packaged = PACKAGED_CONFIGS.map(PathBuf::from);
         let stages: [(&[PathBuf], Vec<PathBuf>); 2] =
             [(&deployed, vec![self.kata_dir.join(INITRD)]), (&packaged, PACKAGED_INITRDS.map(PathBuf::from).to_vec())];
-        for (configs, places) in stages {
+        let deployed_here = root.dir(&self.kata_dir.join("share")).is_ok();
+        for (configs, places) in stages.into_iter().take(if deployed_here { 1 } else { 2 }) {
             for config in configs {
                 let Some(named) = named_by(root, config, looked_at) else { continue };
                 let by = format!("named by {}", config.display());

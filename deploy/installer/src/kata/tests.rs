@@ -92,6 +92,14 @@ fn packages_of_distributions_are_found_without_kata_deploy() {
 }
 
 #[test]
+fn another_katas_initrd_is_not_taken_while_kata_deploy_replaces_its_own() {
+    let node = Node::new();
+    node.put("/usr/share/kata-containers/kata-containers-initrd.img", "1");
+    node.put("/opt/kata/share/kata-containers/kata-ubuntu-resolute.initrd", "2");
+    assert!(matches!(node.find(), Err(Error::NoKata { .. })));
+}
+
+#[test]
 fn our_own_initrd_is_never_taken_for_katas() {
     let node = Node::new();
     node.put("/opt/zpod/versions/1/initrd", "ours").link("/opt/zpod/guest", "versions/1");

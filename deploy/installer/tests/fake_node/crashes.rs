@@ -10,7 +10,7 @@ use zpod_installer::install::install;
 use zpod_installer::uninstall::uninstall;
 
 /// Enough that a run takes a while, and kills hit all of it.
-const LARGE: usize = 4 << 20;
+const LARGE: usize = 1 << 20;
 
 fn upgrade(node: &Node, content: u8) {
     let noise = (0..LARGE).map(|at| ((at * at) >> 7) as u8 ^ content).collect::<Vec<_>>();
@@ -48,7 +48,7 @@ fn kill_after(node: &Node, arguments: &[&str], delay: Duration) {
 
 #[test]
 fn an_installation_killed_at_any_time_is_finished_by_the_next() {
-    const KILLS: u32 = 40;
+    const KILLS: u32 = 24;
     let node = Node::new();
     upgrade(&node, 0);
     let takes = time(&node, &["install"]);

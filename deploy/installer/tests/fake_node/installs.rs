@@ -1,10 +1,13 @@
 //! The installer on a node that kata-deploy has been to.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::node::{KATA, Node};
+use zpod_image::Archive;
 use zpod_installer::Error;
 use zpod_installer::install::{Outcome, Reason, install};
 use zpod_installer::uninstall::uninstall;
@@ -118,7 +121,7 @@ fn what_goes_wrong_leaves_what_was_there() {
     let path = format!("{KATA}/kata-ubuntu-resolute.initrd");
     let whole = crate::node::kata_initrd("4.2.0", 2);
     let too_old = crate::node::kata_initrd("3.25.0", 1);
-    let empty = crate::node::gzip(&zpod_image::Archive::new().file("etc/x", *b"1", 0o644).to_cpio().unwrap());
+    let empty = crate::node::gzip(&Archive::new().file("etc/x", *b"1", 0o644).to_cpio().unwrap());
     let twice = [whole.clone(), fs::read(node.guest_dir().join("overlay.cpio.zst")).unwrap()].concat();
     let cases: [(&[u8], &str); 6] = [
         (&whole[..whole.len() - 9], "KataUnfinished"),
@@ -126,7 +129,7 @@ fn what_goes_wrong_leaves_what_was_there() {
         (&too_old, "KataTooOld"),
         (&empty, "KataInitrdUnusable"),
         (&twice, "KataInitrdUnusable"),
-        (b"", "KataInitrdUnusable"),
+        (b"", "KataUnfinished"),
     ];
     for (bytes, name) in cases {
         node.put(&path, bytes);
@@ -138,6 +141,27 @@ fn what_goes_wrong_leaves_what_was_there() {
     fs::remove_dir_all(node.host("opt/kata")).unwrap();
     assert!(matches!(install(&node.places()), Err(Error::NoKata { .. })));
     assert_eq!(node.read("opt/zpod/guest/initrd"), before.0);
+}
+
+#[test]
+fn an_initrd_that_is_still_being_written_is_waited_for() {
+    let node = Node::new();
+    let mut places = node.places();
+    places.settle = Duration::from_secs(1);
+    // Without checksums, only time tells.
+    let whole = Archive::new().file("init", vec![7; 100_000], 0o755).to_cpio().unwrap();
+    let path = node.host(&format!("{KATA}/kata-ubuntu-resolute.initrd"));
+    fs::write(&path, "").unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for piece in whole.chunks(whole.len() / 5 + 1) {
+                fs::File::options().append(true).open(&path).unwrap().write_all(piece).unwrap();
+                std::thread::sleep(Duration::from_millis(300));
+            }
+        });
+        install(&places).unwrap();
+    });
+    assert_eq!(node.read("opt/zpod/guest/initrd"), node.expected_initrd());
 }
 
 #[test]
