@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Installs what zpod's build, tests and demo need on Debian 12 with Rust and Go.
 #
-#   sudo deploy/setup.sh
+#   sudo deploy/setup.sh              for the build, the demo and most tests
+#   sudo deploy/setup.sh kubernetes   also Kubernetes itself, its CSI sidecars and Helm
 #
 # Idempotent, and under a second when everything is there. Debian packages come
 # from the mirror this machine already uses (bookworm-backports is enabled with
-# main and contrib when it isn't); the two tools Debian doesn't have go into
+# main and contrib when it isn't); the tools Debian doesn't have are built into
 # the cache directory, $ZPOD_CACHE or ~/.cache/zpod.
 set -euo pipefail
 
@@ -109,20 +110,24 @@ install_packages() {
 }
 
 # Tools in the cache are kept by version, so that a new version is a new path;
-# $cache/bin has the current ones.
+# $cache/bin has the current ones. BUILD makes PLACE/bin, with one program or several.
+#   tool NAME VERSION BUILD [ARGUMENT...]
 tool() {
-  local name=$1 version=$2 place
-  shift 2
+  local name=$1 version=$2 build=$3 place program link
+  shift 3
   place=$cache/tools/$name-$version
-  if [ ! -x "$place/bin/$name" ]; then
+  if [ ! -d "$place" ]; then
     say "building $name $version"
     rm -rf "$place.partial"
     mkdir -p "$place.partial/bin"
-    "$@" "$place.partial"
-    rm -rf "$place"
+    # Not with the lock: a build server left behind would hold it.
+    "$build" "$place.partial" "$@" 9>&-
     mv "$place.partial" "$place"
   fi
-  [ "$(readlink "$cache/bin/$name" || true)" = "$place/bin/$name" ] || ln -sfn "$place/bin/$name" "$cache/bin/$name"
+  for program in "$place/bin/"*; do
+    link=$cache/bin/${program##*/}
+    [ "$link" -ef "$program" ] || ln -sfn "$program" "$link"
+  done
 }
 
 build_vsock() {
@@ -133,13 +138,107 @@ build_sanity() {
   GOBIN=$1/bin GOFLAGS='' go install "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$ZPOD_CSI_SANITY_VERSION"
 }
 
+# Programs of a Go module, static, as its authors build them. `go install` refuses a module with replace
+# lines, so they are built from a module of ours that repeats those lines; where they name a directory of the
+# same repository, it is that directory's published module, of SIBLINGS' version.
+#   build_go PLACE MODULE VERSION SIBLINGS LDFLAGS PACKAGE...
+build_go() {
+  local place=$1 module=$2 version=$3 siblings=$4 ldflags=$5 theirs log=$1/build.log
+  shift 5
+  local -x CGO_ENABLED=0 GOFLAGS=-mod=mod GOWORK=off
+  local -a same
+  theirs=$(go mod download -json "$module@$version" | jq -r .GoMod)
+  mapfile -t same < <(go mod edit -json "$theirs" | jq -r --arg siblings "$siblings" '
+    (.Require | map(.Path)) as $required |
+    "-go=\(.Go)",
+    (.Replace[]? | select(.New.Version or IN(.Old.Path; $required[])) |
+      "-replace=\(.Old.Path)=" + if .New.Version then "\(.New.Path)@\(.New.Version)" else "\(.Old.Path)@\($siblings)" end)')
+  printf 'module zpod.storage/tools\n' >"$place/go.mod"
+  go mod edit "${same[@]}" -require="$module@$version" "$place/go.mod"
+  go build -C "$place" -trimpath -ldflags "-s -w $ldflags" -o bin/ "$@" 2>"$log" || {
+    tail -n 20 "$log" >&2
+    die "building $module $version failed"
+  }
+}
+
+build_etcd() {
+  local version=$ZPOD_ETCD_VERSION module=go.etcd.io/etcd/server/v3
+  build_go "$1" $module "$version" "$version" '' $module
+  mv "$1/bin/server" "$1/bin/etcd"
+}
+
+build_kubernetes() {
+  local version=$ZPOD_KUBERNETES_VERSION minor stamp=k8s.io/component-base/version module=k8s.io/kubernetes
+  minor=${version#v1.}
+  # Without the stamp each would call itself v0.0.0, and charts that ask for a version would refuse it.
+  stamp="-X $stamp.gitVersion=$version -X $stamp.gitMajor=1 -X $stamp.gitMinor=${minor%%.*} -X $stamp.gitTreeState=clean"
+  # One build: the five have most of their packages in common. Staging modules are v0 where Kubernetes is v1.
+  build_go "$1" $module "$version" "v0.$minor" "$stamp" \
+    $module/cmd/kube-{apiserver,controller-manager,scheduler} $module/cmd/kube{let,ctl}
+}
+
+#   build_sidecar PLACE MODULE VERSION PROGRAM...
+build_sidecar() {
+  local place=$1 module=github.com/kubernetes-csi/$2 version=$3
+  shift 3
+  build_go "$place" "$module" "$version" "$version" "-X main.version=$version" "${@/#/$module/cmd/}"
+}
+
+build_snapshotter() {
+  local version=$ZPOD_CSI_SNAPSHOTTER_VERSION crds
+  build_sidecar "$1" external-snapshotter/v8 "$version" csi-snapshotter snapshot-controller
+  crds=$(GOFLAGS=-mod=mod go list -C "$1" -m -f '{{.Dir}}' github.com/kubernetes-csi/external-snapshotter/client/v8)/config/crd
+  install -D -m 644 -t "$1/crds" "$crds/"snapshot.storage.k8s.io_*.yaml
+}
+
+build_helm() {
+  local version=$ZPOD_HELM_VERSION module=helm.sh/helm/v4
+  build_go "$1" $module "$version" "$version" "-X $module/internal/version.version=$version" $module/cmd/helm
+}
+
+build_helm3() {
+  local version=$ZPOD_HELM3_VERSION module=helm.sh/helm/v3 minor=${ZPOD_KUBERNETES_VERSION#v1.} stamp package
+  stamp="-X $module/internal/version.version=$version"
+  # What `helm template` and `helm lint` take the cluster for.
+  for package in pkg/lint/rules pkg/chartutil; do
+    stamp+=" -X $module/$package.k8sVersionMajor=1 -X $module/$package.k8sVersionMinor=${minor%%.*}"
+  done
+  build_go "$1" $module "$version" "$version" "$stamp" $module/cmd/helm
+  mv "$1/bin/helm" "$1/bin/helm3"
+}
+
+build_helm_docs() {
+  local version=$ZPOD_HELM_DOCS_VERSION module=github.com/norwoodj/helm-docs
+  build_go "$1" $module "$version" "$version" "-X main.version=${version#v}" $module/cmd/helm-docs
+}
+
+kubernetes() {
+  tool etcd "$ZPOD_ETCD_VERSION" build_etcd
+  tool kubernetes "$ZPOD_KUBERNETES_VERSION" build_kubernetes
+  local version=$ZPOD_CSI_PROVISIONER_VERSION
+  tool csi-provisioner "$version" build_sidecar external-provisioner/v6 "$version" csi-provisioner
+  version=$ZPOD_CSI_RESIZER_VERSION
+  tool csi-resizer "$version" build_sidecar external-resizer/v2 "$version" csi-resizer
+  tool csi-snapshotter "$ZPOD_CSI_SNAPSHOTTER_VERSION" build_snapshotter
+  tool helm "$ZPOD_HELM_VERSION" build_helm
+  tool helm3 "$ZPOD_HELM3_VERSION" build_helm3
+  tool helm-docs "$ZPOD_HELM_DOCS_VERSION" build_helm_docs
+}
+
+what=${1:-}
+case $what in
+  '') ;;
+  # A node of the test cluster gives its pods a network with ip(8).
+  kubernetes) packages+=(iproute2) ;;
+  *) die "usage: deploy/setup.sh [kubernetes]" ;;
+esac
 check_machine
 if [ "$(id -u)" -ne 0 ]; then die 'run this as root: it installs Debian packages'; fi
 mkdir -p "$cache/bin"
 exec 9>"$cache/.setup.lock"
 flock 9
 install_packages
-# Neither may inherit the lock: a build server left behind would hold it.
-tool vhost-device-vsock "$ZPOD_VHOST_DEVICE_VSOCK_VERSION" build_vsock 9>&-
-tool csi-sanity "$ZPOD_CSI_SANITY_VERSION" build_sanity 9>&-
+tool vhost-device-vsock "$ZPOD_VHOST_DEVICE_VSOCK_VERSION" build_vsock
+tool csi-sanity "$ZPOD_CSI_SANITY_VERSION" build_sanity
+[ -z "$what" ] || kubernetes
 say "ready; tools are in $cache/bin"
