@@ -133,3 +133,96 @@ fn remove(socket: &Path) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hyper_util::rt::TokioIo;
+    use tokio::net::UnixStream;
+    use tonic::transport::{Channel, Endpoint};
+    use zpod_proto::csi::identity_server::{Identity, IdentityServer};
+    use zpod_proto::csi::{
+        GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoResponse, ProbeRequest, ProbeResponse,
+    };
+
+    use super::wire::registration_client::RegistrationClient;
+    use super::*;
+
+    struct Driver;
+
+    #[tonic::async_trait]
+    impl Identity for Driver {
+        async fn get_plugin_info(
+            &self,
+            _: Request<GetPluginInfoRequest>,
+        ) -> Result<Response<GetPluginInfoResponse>, Status> {
+            Ok(Response::new(GetPluginInfoResponse { name: "csi.test".to_owned(), ..Default::default() }))
+        }
+
+        async fn get_plugin_capabilities(
+            &self,
+            _: Request<GetPluginCapabilitiesRequest>,
+        ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
+            Err(Status::unimplemented("nobody asks"))
+        }
+
+        async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
+            Err(Status::unimplemented("nobody asks"))
+        }
+    }
+
+    /// A driver in `dir`, and the registrar's flags for it.
+    fn start(dir: &Path) -> Flags {
+        let socket = dir.join("csi.sock");
+        let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
+        tokio::spawn(Server::builder().add_service(IdentityServer::new(Driver)).serve_with_incoming(incoming));
+        Flags {
+            shared: Shared { csi_address: socket, http_endpoint: None, health_port: None, v: None },
+            kubelet_registration_path: "/var/lib/kubelet/plugins/csi.test/csi.sock".to_owned(),
+            plugin_registration_path: dir.to_owned(),
+            timeout: Duration::from_secs(5),
+        }
+    }
+
+    /// Connects as kubelet does, once the socket is there.
+    async fn kubelet(dir: &Path) -> RegistrationClient<Channel> {
+        let socket = dir.join("csi.test-reg.sock");
+        while !socket.exists() {
+            sleep(Duration::from_millis(10)).await;
+        }
+        let connector = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        RegistrationClient::new(Endpoint::from_static("http://kubelet").connect_with_connector_lazy(connector))
+    }
+
+    #[tokio::test]
+    async fn kubelet_learns_the_drivers_own_name_and_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let registering = async {
+            let mut kubelet = kubelet(dir.path()).await;
+            let info = kubelet.get_info(InfoRequest {}).await.unwrap().into_inner();
+            assert_eq!((info.r#type.as_str(), info.name.as_str()), ("CSIPlugin", "csi.test"));
+            assert_eq!(info.endpoint, "/var/lib/kubelet/plugins/csi.test/csi.sock");
+            assert_eq!(info.supported_versions, ["1.0.0"]);
+            let registered = RegistrationStatus { plugin_registered: true, error: String::new() };
+            kubelet.notify_registration_status(registered).await.unwrap();
+        };
+        tokio::select! {
+            ended = run(start(dir.path())) => panic!("the registrar has ended: {ended:?}"),
+            () = registering => {}
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refused_driver_ends_the_registrar_with_kubelets_reason_and_without_its_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = RegistrationStatus { plugin_registered: false, error: "no such node".to_owned() };
+        // The answer may not come any more.
+        let refusing = async { kubelet(dir.path()).await.notify_registration_status(refused).await };
+        let (result, _) = tokio::join!(run(start(dir.path())), refusing);
+        let error = result.unwrap_err();
+        assert!(error.to_string().contains("no such node"), "{error:#}");
+        assert!(!dir.path().join("csi.test-reg.sock").exists());
+    }
+}
