@@ -4,12 +4,14 @@ pub mod controller;
 pub mod node;
 pub mod standalone;
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::metrics::{Registry, Server};
 use crate::serve::endpoint_path;
 
 /// Two threads keep two cores busy; the work itself waits for the kernel and the network.
@@ -45,6 +47,22 @@ pub struct EndpointOptions {
     /// Where to serve CSI.
     #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///run/zpod/csi.sock", value_parser = endpoint_path)]
     pub endpoint: PathBuf,
+}
+
+/// Where Prometheus is answered.
+#[derive(Debug, Clone, Args)]
+pub struct MetricsOptions {
+    /// Where to answer `GET /metrics`, such as 0.0.0.0:9810. Nowhere, if it is not given.
+    #[arg(long)]
+    pub metrics_address: Option<SocketAddr>,
+}
+
+impl MetricsOptions {
+    async fn serve(&self, registry: Registry) -> Result<Option<Server>, Failure> {
+        let Some(address) = self.metrics_address else { return Ok(None) };
+        let server = crate::metrics::serve(address, registry).await;
+        Ok(Some(server.map_err(|error| format!("--metrics-address {address}: {error}"))?))
+    }
 }
 
 fn node_name(text: &str) -> Result<String, String> {

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use super::{EndpointOptions, Failure, main_of, told_to_end};
+use super::{EndpointOptions, Failure, MetricsOptions, main_of, told_to_end};
 use crate::cluster::{ClusterProvisioner, Nodes};
 use crate::csi::{ControllerService, IdentityService};
+use crate::metrics;
 use crate::serve::{Services, Socket, serve};
 
 /// CSI controller of zpod: asks the nodes for volumes through ZfsVolume objects.
@@ -17,6 +18,8 @@ use crate::serve::{Services, Socket, serve};
 struct Options {
     #[command(flatten)]
     endpoint: EndpointOptions,
+    #[command(flatten)]
+    metrics: MetricsOptions,
     /// How long a node is waited for, in seconds. Less than --timeout of the sidecars, so that they hear why.
     #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..=600))]
     node_timeout: u64,
@@ -29,6 +32,7 @@ pub fn run() -> ExitCode {
 
 async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let end = told_to_end()?;
+    let _metrics = options.metrics.serve(metrics::registry()).await?;
     let client = zpod_kubernetes::connect().await?;
     let nodes = Arc::new(Nodes::watch(client.clone()));
     let provisioner = ClusterProvisioner::new(client, nodes, Duration::from_secs(options.node_timeout));

@@ -2,19 +2,25 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Parser;
 use tokio::sync::Notify;
 use zpod_kubernetes::KubeCatalog;
 use zpod_storage::backing::file::FileBacking;
+use zpod_storage::catalog::CatalogError;
 
-use super::{EndpointOptions, Failure, NodeOptions, main_of, told_to_end};
+use super::{EndpointOptions, Failure, MetricsOptions, NodeOptions, main_of, told_to_end};
 use crate::cluster::{NodeReporter, reconcile, report_node};
 use crate::csi::{IdentityService, NodeService};
 use crate::guest::Monitor;
 use crate::kata::DirectVolumes;
+use crate::metrics::{self, NodeMetrics, VolumeMetrics};
 use crate::serve::{Services, Socket, serve};
-use crate::volumes::{Context, NodeVolumes, Provisioner};
+use crate::volumes::{Context, NodeVolumes, Provisioner, VolumeError};
+
+/// How often an API server that is away is asked again.
+const RETRY: Duration = Duration::from_secs(2);
 
 /// CSI node plugin of zpod: makes the devices that ZfsVolume objects ask for, and hands them to the pods' guests.
 #[derive(Debug, Clone, Parser)]
@@ -24,6 +30,8 @@ struct Options {
     endpoint: EndpointOptions,
     #[command(flatten)]
     node: NodeOptions,
+    #[command(flatten)]
+    metrics: MetricsOptions,
     /// Handlers of RuntimeClasses whose guests have zpod-guest. A pod on any other can't use a volume. May be given more
     /// than once.
     #[arg(long, default_values = ["kata-zpod"])]
@@ -38,11 +46,15 @@ pub fn run() -> ExitCode {
 async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let (end, node) = (told_to_end()?, options.node);
     let client = zpod_kubernetes::connect().await?;
-    let backing = FileBacking::open(&node.backing_dir, node.overprovision)?;
+    let backing = Arc::new(FileBacking::open(&node.backing_dir, node.overprovision)?);
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     let catalog = KubeCatalog::of_node(client.clone(), &node.node_name);
-    let context = Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(backing));
-    let volumes = NodeVolumes::load(context.clone(), direct).await?;
+    let context = Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), backing.clone());
+    let mut registry = metrics::registry();
+    NodeMetrics::register(&mut registry, context.node(), backing);
+    let observer = VolumeMetrics::register(&mut registry, context.node());
+    let _metrics = options.metrics.serve(registry).await?;
+    let volumes = load(&context, direct).await?.observed_by(observer);
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
     let endpoint = options.endpoint.endpoint;
     let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;
@@ -70,4 +82,17 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         () = report_node(client, reporter) => {}
     }
     Ok(())
+}
+
+/// Takes up where an earlier process left off. The API server may be away just now: that is no reason to end.
+async fn load(context: &Arc<Context>, direct: DirectVolumes) -> Result<NodeVolumes, VolumeError> {
+    loop {
+        match NodeVolumes::load(context.clone(), direct.clone()).await {
+            Err(error @ VolumeError::Catalog(CatalogError::Unavailable { .. })) => {
+                tracing::warn!("{error}; trying again")
+            }
+            loaded => return loaded,
+        }
+        tokio::time::sleep(RETRY).await;
+    }
 }

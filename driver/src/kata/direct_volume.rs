@@ -27,7 +27,7 @@ const MAX_FILE: u64 = 64 << 10;
 /// Kata's Go runtime shares the host directory where it finds an entry without valid JSON, so an entry appears and
 /// vanishes whole, by rename. The options have neither `ro` nor `bind` nor `rbind`: the Go runtime would attach the
 /// device read-only, or hand MS_BIND to the agent; the runtime in Rust would make the container's mount read-only.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct DirectVolumes {
     dir: PathBuf,
 }
