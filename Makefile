@@ -8,7 +8,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 export ZPOD_BIN := $(TARGET)/release/zpod
 export ZPOD_GUEST_IMAGE_DIR := $(TARGET)/guest-image
 
-.PHONY: help setup build image demo test lint bench clean
+.PHONY: help setup kubernetes build image demo test lint chart bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
@@ -16,8 +16,11 @@ help: ## this list
 setup: ## install what a build and the tests need (idempotent)
 	@deploy/setup.sh
 
+kubernetes: ## also build what the test cluster is made of: Kubernetes, its CSI sidecars, Helm
+	@deploy/setup.sh kubernetes
+
 build: setup ## zpod itself
-	@cargo build --quiet --release --locked -p zpod-driver
+	@cargo build --quiet --release --locked -p zpod-driver -p zpod-installer
 
 image: setup ## the guest: kernel and overlay, built once and cached
 	@cargo run --quiet --locked -p zpod-image -- build --out $(ZPOD_GUEST_IMAGE_DIR)
@@ -29,9 +32,12 @@ demo: build image ## a ZFS volume inside a real guest kernel, from CSI call to d
 lint: setup ## format, clippy, shell scripts
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
-	shellcheck -x deploy/*.sh .ci/run
+	shellcheck -x $$(git ls-files '*.sh') .ci/run
 
-test: lint build image ## everything: lint, unit, property, csi-sanity, crash, e2e in real guests
+chart: kubernetes ## the Helm chart: is what is generated up to date, what does its schema take, by Helm 4 and 3
+	deploy/charts.sh check
+
+test: lint chart build image ## everything: lint, chart, unit, property, csi-sanity, crash, e2e in real guests and a cluster
 	cargo test --locked --workspace --exclude zpod-e2e --features zpod-driver/crash-points
 	cargo test --locked -p zpod-e2e
 
