@@ -12,6 +12,7 @@
 //! No kube-proxy and no cluster DNS: of all Services only the API server's works. One network for all nodes.
 
 mod authority;
+pub mod chart;
 mod control_plane;
 pub mod images;
 mod isolation;
@@ -39,6 +40,7 @@ use worker::Worker;
 
 /// From the start of a node until its Ready condition.
 const NODE_READY: Duration = Duration::from_secs(90);
+const KATA_LABEL: &str = "katacontainers.io/kata-runtime=true";
 /// So many lines of each log in a diagnosis.
 const TAIL: usize = 15;
 
@@ -105,7 +107,10 @@ impl Cluster {
             worker.must_run()?;
             Ok(self.node_is_ready(name).await)
         });
-        ready.await.with_context(|| format!("the node's log ends:\n{}", console::tail(worker.log(), TAIL)))
+        ready.await.with_context(|| format!("the node's log ends:\n{}", console::tail(worker.log(), TAIL)))?;
+        // As kata-deploy does when it is done.
+        self.kubectl(&["label", "--overwrite", "node", name, KATA_LABEL]).await?;
+        Ok(())
     }
 
     fn new_worker(&self, name: &str, number: usize) -> Result<Worker> {

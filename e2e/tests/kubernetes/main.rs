@@ -6,6 +6,7 @@
 mod outage;
 mod smoke;
 mod stage;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -18,6 +19,10 @@ fn main() -> Result<ExitCode> {
     let stage = Stage::default();
     let trials = vec![
         stage.trial("a_pod_runs_and_its_log_can_be_read", smoke::a_pod_runs_and_its_log_can_be_read),
+        stage.trial(
+            "a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next",
+            volume::a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next,
+        ),
         stage.trial("the_api_server_comes_back_with_what_it_knew", outage::the_api_server_comes_back_with_what_it_knew),
         stage.trial("a_killed_node_comes_back_with_its_name", outage::a_killed_node_comes_back_with_its_name),
     ];

@@ -1,0 +1,69 @@
+//! A claim, the pods that use it, and its end.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use zpod_e2e::cluster::Cluster;
+
+const SECOND: Duration = Duration::from_secs(1);
+/// Two guests in emulation boot within that on a busy machine.
+const POD: Duration = Duration::from_secs(240);
+const CLAIM: &str = include_str!("../../manifests/claim.yaml");
+const EXPANDED: &str = include_str!("../../manifests/claim-expanded.yaml");
+const WRITER: &str = include_str!("../../manifests/pod.yaml");
+
+pub(crate) async fn a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next(cluster: &Cluster) -> Result<()> {
+    cluster.install_chart().await?;
+    cluster.apply(CLAIM).await?;
+    let pending = cluster.kubectl_json(&["get", "pvc", "data"]).await?;
+    ensure!(pending["status"]["phase"] == "Pending", "a claim that no pod uses is {}", pending["status"]);
+
+    let first = run_writer(cluster).await?;
+    let bound = cluster.kubectl_json(&["get", "pvc", "data"]).await?;
+    ensure!(bound["status"]["phase"] == "Bound", "the claim of a running pod is {}", bound["status"]);
+    cluster.delete(WRITER).await?;
+    let second = run_writer(cluster).await?;
+    ensure!(first == second, "the first pod wrote {first}, the next one reads {second}");
+
+    // While that pod runs.
+    cluster.apply(EXPANDED).await?;
+    cluster
+        .wait(60 * SECOND, "the claim has 2Gi", async || {
+            let claim = cluster.kubectl_json(&["get", "pvc", "data"]).await?;
+            ensure!(claim["status"]["capacity"]["storage"] == "2Gi", "it is {}", claim["status"]);
+            Ok(())
+        })
+        .await
+        .context(cluster.events_of("default", "data").await)?;
+
+    cluster.delete(WRITER).await?;
+    cluster.delete(CLAIM).await?;
+    cluster
+        .wait(60 * SECOND, "nothing is left of the volume", async || {
+            let records = cluster.kubectl(&["get", "zfsvolumes,persistentvolumes", "-o", "name"]).await?;
+            ensure!(records.trim().is_empty(), "records: {records}");
+            let volumes = cluster.node_dir("node-a").join("var/lib/zpod/volumes");
+            let files: Vec<_> = fs::read_dir(volumes)?.flatten().map(|file| file.file_name()).collect();
+            ensure!(!files.iter().any(|name| name.to_string_lossy().ends_with(".img")), "files: {files:?}");
+            Ok(())
+        })
+        .await
+}
+
+/// Runs the pod until its log says where /data is from; its file's checksum.
+async fn run_writer(cluster: &Cluster) -> Result<String> {
+    cluster.apply(WRITER).await?;
+    cluster.wait_for_pod("default", "writer", "Running", POD).await?;
+    let log = cluster
+        .wait(60 * SECOND, "the pod's log", async || {
+            let log = cluster.kubectl(&["logs", "writer"]).await?;
+            ensure!(log.contains("/data/file"), "the log is: {log}");
+            Ok(log)
+        })
+        .await?;
+    let mount = log.lines().find(|line| line.contains(" /data ")).unwrap_or_default();
+    ensure!(mount.split(' ').nth(2) == Some("zfs"), "/data is not ZFS: {log}");
+    let sum = log.lines().find(|line| line.ends_with("/data/file")).context("no checksum")?;
+    Ok(sum.to_owned())
+}
