@@ -4,14 +4,25 @@
 //! The controller writes what is wanted into a `ZfsVolume` and waits until the node that is to have it says that it is
 //! so ([`ClusterProvisioner`]). It keeps nothing itself: any number may run, and killing one loses nothing. A node
 //! watches its own objects only and carries out what they ask for ([`reconcile`]), under the same lock as the work that
-//! kubelet asks for.
+//! kubelet asks for. What guests say goes into the status of the volumes ([`PoolStates`]) and, where it is news for a
+//! person, into events ([`PoolEvents`]); which pods can have a volume at all, the node asks the API server
+//! ([`ClusterPods`]).
 
+mod bucket;
+mod events;
+#[cfg(test)]
+mod fake;
 mod node_status;
 mod nodes;
+mod pods;
 mod provisioner;
 mod reconcile;
+mod state;
 
+pub use events::{PoolEvents, WaitingEvents, write_events};
 pub use node_status::{NodeReporter, report_node};
 pub use nodes::Nodes;
+pub use pods::ClusterPods;
 pub use provisioner::ClusterProvisioner;
 pub use reconcile::reconcile;
+pub use state::{PoolStates, write_states};

@@ -34,3 +34,4 @@ pub(crate) use provision::same;
 pub use provision::{CreateRequest, Provision, Provisioner, Room, TOPOLOGY_KEY, VolumePage};
 pub use publish::{NodeVolumes, PublishRequest};
 pub use stats::Stats;
+pub(crate) use stats::condition_of;

@@ -16,8 +16,8 @@ use fake_guest::{Behaviour, FakeGuest};
 use zpod_driver::guest::{Health, Monitor, VolumeReport};
 use zpod_driver::kata::DirectVolumes;
 use zpod_driver::volumes::{
-    CLAIM_NAME, Context, CreateRequest, NodeVolumes, Observed, Observer, PodCheck, Provisioner, PublishRequest,
-    VolumeError,
+    CLAIM_NAME, Context, CreateRequest, NodeVolumes, Observed, Observer, PodCheck, Provision, Provisioner,
+    PublishRequest, VolumeError,
 };
 use zpod_proto::guest::{Health as WireHealth, VolumeStatus};
 use zpod_storage::backing::sim::SimBacking;

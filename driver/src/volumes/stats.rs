@@ -98,7 +98,7 @@ impl Stats {
 }
 
 /// The condition that a report amounts to.
-pub(super) fn condition_of(report: &VolumeReport) -> Condition {
+pub(crate) fn condition_of(report: &VolumeReport) -> Condition {
     let said = |otherwise: &str| {
         if report.message.is_empty() { otherwise.to_owned() } else { report.message.clone() }
     };

@@ -1,0 +1,264 @@
+use crate::guest::{Health, VolumeReport};
+use crate::volumes::{CLAIM_NAME, Observed};
+use zpod_volume::Bytes;
+
+/// Marks of usage in percent, and how far below one it must fall before it counts again.
+const FILLING: u64 = 80;
+const NEARLY_FULL: u64 = 90;
+const HYSTERESIS: u64 = 2;
+
+/// Something that an event tells of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Change {
+    /// A word in CamelCase.
+    pub(super) reason: &'static str,
+    /// Something is wrong.
+    pub(super) warning: bool,
+    /// For a person: what happened, why, and what to do.
+    pub(super) note: String,
+}
+
+/// What was told of a volume.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Seen {
+    trouble: Option<Trouble>,
+    level: Level,
+    refusal: Option<String>,
+}
+
+/// What is wrong with a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    Degraded,
+    Faulted,
+    Suspended,
+    Unavailable,
+    DataErrors,
+}
+
+/// How full a volume is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Level {
+    #[default]
+    Room,
+    Filling,
+    NearlyFull,
+}
+
+impl Level {
+    fn next(self, percent: u64) -> Self {
+        let holds = |mark: u64, level: Self| percent >= mark || self >= level && percent >= mark - HYSTERESIS;
+        if holds(NEARLY_FULL, Self::NearlyFull) {
+            Self::NearlyFull
+        } else if holds(FILLING, Self::Filling) {
+            Self::Filling
+        } else {
+            Self::Room
+        }
+    }
+}
+
+/// `None` where it is not known.
+fn trouble(report: &VolumeReport) -> Option<Option<Trouble>> {
+    match report.health {
+        Health::Unknown => None,
+        // What is not there because it was refused is told as that.
+        Health::Unavailable if report.refusal.is_some() => None,
+        Health::Online if report.data_errors > 0 => Some(Some(Trouble::DataErrors)),
+        Health::Online => Some(None),
+        Health::Degraded => Some(Some(Trouble::Degraded)),
+        Health::Faulted => Some(Some(Trouble::Faulted)),
+        Health::Suspended => Some(Some(Trouble::Suspended)),
+        Health::Unavailable => Some(Some(Trouble::Unavailable)),
+    }
+}
+
+impl Seen {
+    /// What a report changes.
+    pub(super) fn changes(&mut self, node: &str, volume: &Observed, report: &VolumeReport) -> Vec<Change> {
+        let mut changes = Vec::new();
+        if let Some(trouble) = trouble(report) {
+            let before = std::mem::replace(&mut self.trouble, trouble);
+            match trouble {
+                Some(now) if before != trouble => changes.push(now.change(node, volume, report)),
+                None if before.is_some() => changes.push(Change {
+                    reason: "PoolRecovered",
+                    warning: false,
+                    note: format!("the ZFS pool of {} is healthy again", name(volume)),
+                }),
+                _ => {}
+            }
+        }
+        // Not known is not empty.
+        if let Some(percent) = report.bytes.used.saturating_mul(100).checked_div(report.bytes.total) {
+            let before = self.level;
+            self.level = before.next(percent);
+            if self.level > before {
+                changes.push(filling(self.level, percent, volume, report));
+            }
+        }
+        if report.refusal.is_some() && report.refusal != self.refusal {
+            changes.push(Change {
+                reason: "VolumeRefused",
+                warning: true,
+                note: format!(
+                    "the guest did not give {} to a container, which does not start: {}; kubelet tries again, and nothing on \
+                     the volume was changed",
+                    name(volume),
+                    report.refusal.as_deref().unwrap_or_default()
+                ),
+            });
+        }
+        self.refusal.clone_from(&report.refusal);
+        changes
+    }
+}
+
+fn name(volume: &Observed) -> String {
+    match volume.label(CLAIM_NAME) {
+        "" => format!("volume {}", volume.id),
+        claim => format!("claim {claim} (volume {})", volume.id),
+    }
+}
+
+fn filling(level: Level, percent: u64, volume: &Observed, report: &VolumeReport) -> Change {
+    let (used, total) = (Bytes(report.bytes.used), Bytes(report.bytes.total));
+    Change {
+        reason: if level == Level::NearlyFull { "VolumeNearlyFull" } else { "VolumeFilling" },
+        warning: true,
+        note: format!(
+            "{} is {percent} % full: {used} of {total}; writes fail when it is full: remove data, or raise \
+             spec.resources.requests.storage of the claim, which needs no restart",
+            name(volume)
+        ),
+    }
+}
+
+impl Trouble {
+    fn change(self, node: &str, volume: &Observed, report: &VolumeReport) -> Change {
+        let (reason, state, remedy) = match self {
+            Self::Degraded => (
+                "PoolDegraded",
+                "degraded",
+                "it works, with errors of its device: back the data up, and look at the disk below zpod's backing directory",
+            ),
+            Self::Faulted => (
+                "PoolFaulted",
+                "faulted: its device can't be used",
+                "look at the disk below zpod's backing directory, then delete the pod: its next guest imports the pool anew",
+            ),
+            Self::Suspended => (
+                "PoolSuspended",
+                "suspended: its device does not answer, and writes fail",
+                "see that the file system below zpod's backing directory has room and no errors, then delete the pod: its \
+                 next guest imports the pool anew, with what was written out",
+            ),
+            Self::Unavailable => (
+                "PoolUnavailable",
+                "not there any more in its guest",
+                "delete the pod: its next guest imports the pool anew",
+            ),
+            Self::DataErrors => (
+                "DataErrors",
+                "online, with damaged files",
+                "`zpool status -v` in the guest names them: restore them from a backup or a snapshot, and look at the disk \
+                 below zpod's backing directory",
+            ),
+        };
+        let said = if report.message.is_empty() { String::new() } else { format!(" (the guest: {})", report.message) };
+        let note = format!("the ZFS pool of {} is {state}{said}; on node {node}: {remedy}", name(volume));
+        Change { reason, warning: true, note }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zpod_volume::VolumeId;
+
+    fn volume() -> Observed {
+        Observed {
+            id: VolumeId::from_name("data"),
+            target: "/t".into(),
+            pod: None,
+            labels: [(CLAIM_NAME.to_owned(), "data".to_owned())].into(),
+            capacity: Bytes::gib(1),
+        }
+    }
+
+    fn online() -> VolumeReport {
+        VolumeReport::online(VolumeId::from_name("data"))
+    }
+
+    fn reasons(seen: &mut Seen, report: &VolumeReport) -> Vec<&'static str> {
+        seen.changes("n1", &volume(), report).iter().map(|change| change.reason).collect()
+    }
+
+    #[test]
+    fn each_trouble_is_told_once_with_cause_and_remedy_and_its_end_too() {
+        let (mut seen, message) = (Seen::default(), "one device is bad".to_owned());
+        for (health, reason) in [
+            (Health::Degraded, "PoolDegraded"),
+            (Health::Suspended, "PoolSuspended"),
+            (Health::Faulted, "PoolFaulted"),
+            (Health::Unavailable, "PoolUnavailable"),
+        ] {
+            let report = VolumeReport { health, message: message.clone(), ..online() };
+            let changes = seen.changes("n1", &volume(), &report);
+            assert_eq!(changes.len(), 1);
+            assert_eq!((changes[0].reason, changes[0].warning), (reason, true));
+            for part in ["claim data", "one device is bad", "node n1"] {
+                assert!(changes[0].note.contains(part), "{part} in {}", changes[0].note);
+            }
+            assert!(changes[0].note.len() < 900, "room for a guest's words: {}", changes[0].note.len());
+            assert_eq!(reasons(&mut seen, &report), Vec::<&str>::new());
+        }
+        assert_eq!(reasons(&mut seen, &VolumeReport { health: Health::Unknown, ..online() }), Vec::<&str>::new());
+        assert_eq!(reasons(&mut seen, &online()), ["PoolRecovered"]);
+        assert_eq!(reasons(&mut seen, &online()), Vec::<&str>::new());
+        assert_eq!(reasons(&mut seen, &VolumeReport { data_errors: 3, ..online() }), ["DataErrors"]);
+    }
+
+    #[test]
+    fn usage_is_told_when_it_crosses_80_and_90_percent_upwards_with_a_hysteresis_of_2() {
+        let mut seen = Seen::default();
+        let none: [&str; 0] = [];
+        for (percent, want) in [
+            (79, &none[..]),
+            (80, &["VolumeFilling"]),
+            (79, &none),
+            (80, &none),
+            (78, &none),
+            (77, &none),
+            (80, &["VolumeFilling"]),
+            (90, &["VolumeNearlyFull"]),
+            (88, &none),
+            (91, &none),
+            (87, &none),
+            (90, &["VolumeNearlyFull"]),
+            (10, &none),
+            (95, &["VolumeNearlyFull"]),
+        ] {
+            let mut report = online();
+            (report.bytes.total, report.bytes.used) = (1000, 10 * percent);
+            assert_eq!(reasons(&mut seen, &report), want, "{percent}");
+            // While the pool does not answer its usage is not known.
+            assert_eq!(reasons(&mut seen, &online()), none);
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_told_as_that_and_again_when_its_reason_is_known_better() {
+        let mut seen = Seen::default();
+        let refused = |why: &str| VolumeReport {
+            health: Health::Unavailable,
+            refusal: Some(why.into()),
+            message: why.into(),
+            ..online()
+        };
+        assert_eq!(reasons(&mut seen, &refused("not ready yet")), ["VolumeRefused"]);
+        assert_eq!(reasons(&mut seen, &refused("not ready yet")), Vec::<&str>::new());
+        assert_eq!(reasons(&mut seen, &refused("no disk")), ["VolumeRefused"]);
+        assert_eq!(reasons(&mut seen, &online()), Vec::<&str>::new());
+    }
+}

@@ -1,0 +1,272 @@
+use std::collections::BTreeSet;
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use k8s_openapi::api::core::v1::{Pod, PodSpec, VolumeMount};
+use k8s_openapi::api::node::v1::RuntimeClass;
+use kube::{Api, Client};
+use zpod_storage::catalog::{PodRef, Volume};
+
+use crate::guest::clean;
+use crate::volumes::{CLAIM_NAME, PodCheck, VolumeError};
+
+/// For each of the two questions to the API server. Kubelet waits 2 minutes for the call, and repeats it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Lets volumes go only to pods whose guest can have them.
+///
+/// # Design
+/// On any other runtime the pod would find the read-only placeholder where its data should be, and with a subPath
+/// kubelet would work in it. Both are refused before anything is done, in words that reach the pod's events. The pod is
+/// read from the API server, not from kubelet's request: what counts is what the runtime will be given.
+#[derive(Clone)]
+pub struct ClusterPods {
+    client: Client,
+    handlers: Vec<String>,
+}
+
+impl fmt::Debug for ClusterPods {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClusterPods").field("handlers", &self.handlers).finish_non_exhaustive()
+    }
+}
+
+/// Why a pod does not get a volume now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Refusal {
+    /// Its specification must change.
+    Pod(String),
+    /// It may in a moment.
+    Unknown(String),
+}
+
+impl ClusterPods {
+    /// Takes pods whose RuntimeClass has one of these handlers.
+    pub fn new(client: Client, handlers: Vec<String>) -> Self {
+        Self { client, handlers }
+    }
+
+    async fn look(&self, wanted: &PodRef, volume: &Volume) -> Result<(), Refusal> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &wanted.namespace);
+        let pod = ask("the pod", pods.get_opt(&wanted.name)).await?;
+        let same = |pod: &Pod| pod.metadata.uid.as_deref() == Some(wanted.uid.as_str());
+        let spec = pod.filter(same).and_then(|pod| pod.spec).ok_or_else(|| {
+            Refusal::Unknown(format!("there is no pod of that name with UID {} any more", wanted.uid))
+        })?;
+        let class = match named_class(&spec) {
+            None => None,
+            Some(name) => {
+                let classes: Api<RuntimeClass> = Api::all(self.client.clone());
+                Some((name, ask("its RuntimeClass", classes.get_opt(name)).await?))
+            }
+        };
+        let handler = class.as_ref().map(|(name, class)| (*name, class.as_ref().map(|class| class.handler.as_str())));
+        check_runtime(handler, &self.handlers)?;
+        let claim = volume.labels.get(CLAIM_NAME).map_or("", String::as_str);
+        check_mounts(&wanted.name, &spec, claim)
+    }
+}
+
+fn named_class(spec: &PodSpec) -> Option<&str> {
+    spec.runtime_class_name.as_deref().filter(|name| !name.is_empty())
+}
+
+async fn ask<T>(what: &str, answer: impl Future<Output = kube::Result<T>>) -> Result<T, Refusal> {
+    let unknown = |reason: String| Refusal::Unknown(format!("the API server can't be asked for {what}: {reason}"));
+    match tokio::time::timeout(PATIENCE, answer).await {
+        Ok(answer) => answer.map_err(|error| unknown(error.to_string())),
+        Err(_) => Err(unknown(format!("no answer in {PATIENCE:?}"))),
+    }
+}
+
+#[async_trait]
+impl PodCheck for ClusterPods {
+    async fn check(&self, pod: Option<&PodRef>, volume: &Volume) -> Result<(), VolumeError> {
+        let id = volume.id;
+        let Some(pod) = pod.filter(|pod| !pod.uid.is_empty() && !pod.namespace.is_empty()) else {
+            let reason = "kubelet did not say which pod this is for, so its runtime can't be checked: the CSIDriver object \
+                          csi.zpod.storage must have spec.podInfoOnMount: true, as zpod's chart installs it";
+            return Err(VolumeError::PodRefused { id, pod: "without a name".into(), reason: reason.into() });
+        };
+        self.look(pod, volume).await.map_err(|refusal| match refusal {
+            Refusal::Pod(reason) => VolumeError::PodRefused { id, pod: pod.to_string(), reason },
+            Refusal::Unknown(reason) => {
+                VolumeError::PodUnknown { id, pod: pod.to_string(), reason: clean(&reason, 512) }
+            }
+        })
+    }
+}
+
+/// The pod's RuntimeClass by name, with its handler where it exists.
+type Class<'a> = Option<(&'a str, Option<&'a str>)>;
+
+fn check_runtime(class: Class<'_>, handlers: &[String]) -> Result<(), Refusal> {
+    let ours = handlers.first().map_or("kata-zpod", String::as_str);
+    let why = format!(
+        "a zpod volume is a ZFS pool that lives in the kernel of the pod's own Kata guest, and only a guest with zpod-guest \
+         can open it; write spec.runtimeClassName: {ours} in the pod (spec.template.spec.runtimeClassName: {ours} in a \
+         Deployment, StatefulSet or Job)"
+    );
+    match class {
+        Some((_, Some(handler))) if handlers.iter().any(|allowed| allowed == handler) => Ok(()),
+        None => Err(Refusal::Pod(format!("it has no runtimeClassName and would run on the node's own kernel; {why}"))),
+        Some((name, Some(handler))) => {
+            Err(Refusal::Pod(format!("its RuntimeClass {name} has handler {handler}, which has no zpod-guest; {why}")))
+        }
+        Some((name, None)) => Err(Refusal::Pod(format!("its RuntimeClass {name} does not exist; {why}"))),
+    }
+}
+
+/// Refuses subPath: kubelet resolves it on the node, where there is only the placeholder.
+fn check_mounts(pod: &str, spec: &PodSpec, claim: &str) -> Result<(), Refusal> {
+    let volumes = spec.volumes.iter().flatten().filter_map(|volume| {
+        let named = volume.persistent_volume_claim.as_ref().is_some_and(|source| source.claim_name == claim);
+        // The claim of a generic ephemeral volume is named after pod and volume.
+        let made = volume.ephemeral.is_some() && claim == format!("{pod}-{}", volume.name);
+        (named || made).then_some(volume.name.as_str())
+    });
+    let volumes: BTreeSet<&str> = volumes.collect();
+    let check = |kind: &str, container: &str, mounts: Option<&Vec<VolumeMount>>| {
+        for mount in mounts.into_iter().flatten().filter(|mount| volumes.contains(mount.name.as_str())) {
+            let given = |value: &Option<String>| value.clone().filter(|value| !value.is_empty());
+            let paths = [("subPath", given(&mount.sub_path)), ("subPathExpr", given(&mount.sub_path_expr))];
+            if let Some((field, path)) = paths.into_iter().find_map(|(field, path)| Some((field, path?))) {
+                return Err(Refusal::Pod(format!(
+                    "{kind} {container} mounts it at {} with {field}: {path}, which kubelet would look for on the node, \
+                     while the files are inside the guest; leave {field} out, mount the whole volume and let the program \
+                     use {}/{path}, or give it a volume of its own",
+                    mount.mount_path,
+                    mount.mount_path.trim_end_matches('/'),
+                )));
+            }
+        }
+        Ok(())
+    };
+    let mut containers = spec.containers.iter();
+    containers.try_for_each(|c| check("container", &c.name, c.volume_mounts.as_ref()))?;
+    let mut init = spec.init_containers.iter().flatten();
+    init.try_for_each(|c| check("init container", &c.name, c.volume_mounts.as_ref()))?;
+    let mut ephemeral = spec.ephemeral_containers.iter().flatten();
+    ephemeral.try_for_each(|c| check("ephemeral container", &c.name, c.volume_mounts.as_ref()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::fake::{Answers, volume};
+    use serde_json::{Value, json};
+
+    fn pod() -> PodRef {
+        PodRef { namespace: "prod".into(), name: "db-0".into(), uid: "u-1".into() }
+    }
+
+    fn object(spec: Value) -> Value {
+        json!({"metadata": {"name": "db-0", "namespace": "prod", "uid": "u-1"}, "spec": spec})
+    }
+
+    fn spec(class: Option<&str>, mount: Value) -> Value {
+        json!({
+            "runtimeClassName": class,
+            "volumes": [
+                {"name": "data", "persistentVolumeClaim": {"claimName": "data-db-0"}},
+                {"name": "other", "persistentVolumeClaim": {"claimName": "other"}},
+                {"name": "tmp", "ephemeral": {}},
+            ],
+            "containers": [{"name": "db", "volumeMounts": [mount]}],
+        })
+    }
+
+    fn whole() -> Value {
+        json!({"name": "data", "mountPath": "/data"})
+    }
+
+    async fn check(answers: Answers, pod: Option<&PodRef>) -> Result<(), VolumeError> {
+        let pods = ClusterPods::new(answers.client(), vec!["kata-zpod".into(), "kata-zpod-clh".into()]);
+        pods.check(pod, &volume("data-db-0")).await
+    }
+
+    fn world(spec: Value) -> Answers {
+        Answers::default()
+            .with("/api/v1/namespaces/prod/pods/db-0", object(spec))
+            .with("/apis/node.k8s.io/v1/runtimeclasses/ours", json!({"metadata": {}, "handler": "kata-zpod-clh"}))
+            .with("/apis/node.k8s.io/v1/runtimeclasses/gvisor", json!({"metadata": {}, "handler": "runsc"}))
+    }
+
+    async fn refused(answers: Answers) -> String {
+        match check(answers, Some(&pod())).await {
+            Err(error @ VolumeError::PodRefused { .. }) => error.to_string(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pod_with_one_of_our_runtimes_gets_the_volume() {
+        check(world(spec(Some("ours"), whole())), Some(&pod())).await.unwrap();
+        // A subPath of another volume is none of our business.
+        let other = json!({"name": "other", "mountPath": "/x", "subPath": "a"});
+        check(world(spec(Some("ours"), other)), Some(&pod())).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn any_other_runtime_is_refused_with_what_to_write_in_the_pod() {
+        for (class, why) in [
+            (None, "no runtimeClassName"),
+            (Some("gvisor"), "RuntimeClass gvisor has handler runsc"),
+            (Some("gone"), "RuntimeClass gone does not exist"),
+        ] {
+            let error = refused(world(spec(class, whole()))).await;
+            for part in [why, "spec.runtimeClassName: kata-zpod ", "pod prod/db-0", "spec.template.spec"] {
+                assert!(error.contains(part), "{part:?} in {error}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_sub_path_is_refused_in_every_kind_of_container_with_what_to_do_instead() {
+        let sub = json!({"name": "data", "mountPath": "/data/", "subPath": "a"});
+        let expr = json!({"name": "data", "mountPath": "/data", "subPathExpr": "$(POD)"});
+        let error = refused(world(spec(Some("ours"), sub.clone()))).await;
+        assert!(error.contains("container db mounts it at /data/ with subPath: a"), "{error}");
+        assert!(error.contains("use /data/a"), "{error}");
+        let error = refused(world(spec(Some("ours"), expr))).await;
+        assert!(error.contains("with subPathExpr: $(POD)"), "{error}");
+        for (key, kind) in [("initContainers", "init container i"), ("ephemeralContainers", "ephemeral container i")] {
+            let mut spec = spec(Some("ours"), whole());
+            spec[key] = json!([{"name": "i", "volumeMounts": [sub]}]);
+            let error = refused(world(spec)).await;
+            assert!(error.contains(kind), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_claim_of_a_generic_ephemeral_volume_is_known_by_its_name() {
+        let sub = json!({"name": "tmp", "mountPath": "/tmp", "subPath": "a"});
+        let pods = ClusterPods::new(world(spec(Some("ours"), sub)).client(), vec!["kata-zpod-clh".into()]);
+        let error = pods.check(Some(&pod()), &volume("db-0-tmp")).await.unwrap_err();
+        assert!(matches!(error, VolumeError::PodRefused { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_is_gone_or_can_not_be_asked_for_is_no_refusal() {
+        let later = PodRef { uid: "u-2".into(), ..pod() };
+        for (answers, pod, why) in [
+            (Answers::default(), pod(), "no pod of that name with UID u-1"),
+            (world(spec(Some("ours"), whole())), later, "no pod of that name with UID u-2"),
+            (world(spec(Some("ours"), whole())).failing(), pod(), "can't be asked for the pod"),
+        ] {
+            let error = check(answers, Some(&pod)).await.unwrap_err();
+            assert!(matches!(error, VolumeError::PodUnknown { .. }), "{error}");
+            assert!(error.to_string().contains(why), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn without_pod_info_the_reason_names_the_field_of_the_csi_driver_object() {
+        let nameless = PodRef { uid: String::new(), ..pod() };
+        for pod in [None, Some(&nameless)] {
+            let error = check(Answers::default(), pod).await.unwrap_err().to_string();
+            assert!(error.contains("podInfoOnMount: true"), "{error}");
+        }
+    }
+}

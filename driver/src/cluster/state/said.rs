@@ -1,0 +1,138 @@
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::Timestamp;
+use zpod_kubernetes::crd::{PoolStatus, Scrub, ZfsVolumeStatus};
+use zpod_kubernetes::{HEALTHY, Quantity};
+use zpod_volume::{Bytes, PoolName};
+
+use crate::guest::{self, Health, ScrubState, VolumeReport};
+use crate::volumes::condition_of;
+
+/// The word for the pool of a volume that no pod uses.
+pub(super) const EXPORTED: &str = "Exported";
+/// Smaller changes of usage are not worth a write.
+const STEP: u64 = 16 << 20;
+/// Nor is a smaller change of the ratio.
+const RATIO_STEP: f64 = 0.1;
+
+/// What is said of a pool in the status of its ZfsVolume.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Said {
+    pub(super) pool: PoolStatus,
+    pub(super) healthy: Healthy,
+}
+
+/// The condition `Healthy`, without its time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Healthy {
+    pub(super) status: String,
+    pub(super) reason: String,
+    pub(super) message: String,
+}
+
+impl Said {
+    /// What a report amounts to.
+    pub(super) fn of(report: &VolumeReport) -> Self {
+        let condition = condition_of(report);
+        let (status, reason) = match report.health {
+            _ if report.refusal.is_some() => ("False", "VolumeRefused"),
+            Health::Unknown => ("Unknown", "PoolUnknown"),
+            Health::Online if report.data_errors > 0 => ("False", "DataErrors"),
+            Health::Online => ("True", "PoolOnline"),
+            Health::Degraded => ("False", "PoolDegraded"),
+            Health::Faulted => ("False", "PoolFaulted"),
+            Health::Suspended => ("False", "PoolSuspended"),
+            Health::Unavailable => ("False", "PoolUnavailable"),
+        };
+        // A pool that does not answer has no usage to tell.
+        let known = (report.bytes.total > 0).then_some(report.bytes);
+        let size = |bytes: u64| Some(Quantity::rounded(Bytes(bytes)));
+        let count = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        let pool = PoolStatus {
+            // Ours, not the guest's word for it.
+            name: PoolName::for_volume(report.id).to_string(),
+            health: report.health.name().to_owned(),
+            message: report.message.clone(),
+            used: known.and_then(|usage| size(usage.used)),
+            available: known.and_then(|usage| size(usage.available)),
+            allocated: known.and_then(|_| size(report.allocated.0)),
+            compress_ratio: known.map_or_else(String::new, |_| format!("{:.2}x", report.compress_ratio)),
+            read_errors: count(report.errors.read),
+            write_errors: count(report.errors.write),
+            checksum_errors: count(report.errors.checksum),
+            data_errors: count(report.data_errors),
+            last_scrub: report.scrub.map(scrub),
+        };
+        let healthy = Healthy { status: status.to_owned(), reason: reason.to_owned(), message: condition.message };
+        Self { pool, healthy }
+    }
+
+    /// What an object says already.
+    pub(super) fn found(status: &ZfsVolumeStatus) -> Option<(Self, Time)> {
+        let condition = status.conditions.iter().find(|condition| condition.type_ == HEALTHY)?;
+        let Condition { status: holds, reason, message, last_transition_time, .. } = condition.clone();
+        let said = Self { pool: status.pool.clone()?, healthy: Healthy { status: holds, reason, message } };
+        Some((said, last_transition_time))
+    }
+
+    /// The same once no pod uses the volume any more.
+    pub(super) fn exported(self) -> Self {
+        let healthy = Healthy {
+            status: "Unknown".into(),
+            reason: "NotInUse".into(),
+            message: "no pod uses the volume; its pool is looked at by the next guest".into(),
+        };
+        let pool = PoolStatus { health: EXPORTED.into(), message: String::new(), ..self.pool };
+        Self { pool, healthy }
+    }
+
+    /// With the usage that was known before, where there is none now.
+    pub(super) fn or_usage_of(mut self, before: Option<&Self>) -> Self {
+        if let Some(before) = before.filter(|_| self.pool.used.is_none()) {
+            self.pool = PoolStatus {
+                used: before.pool.used,
+                available: before.pool.available,
+                allocated: before.pool.allocated,
+                compress_ratio: before.pool.compress_ratio.clone(),
+                ..self.pool
+            };
+        }
+        self
+    }
+
+    /// Whether more than usage differs.
+    pub(super) fn is_news(&self, written: &Self) -> bool {
+        let pool = PoolStatus {
+            used: written.pool.used,
+            available: written.pool.available,
+            allocated: written.pool.allocated,
+            compress_ratio: written.pool.compress_ratio.clone(),
+            ..self.pool.clone()
+        };
+        self.healthy != written.healthy || pool != written.pool
+    }
+
+    /// Whether usage has moved far enough.
+    pub(super) fn has_moved(&self, written: &Self, capacity: Bytes) -> bool {
+        let step = STEP.max(capacity.0 / 100);
+        let moved = |now: Option<Quantity>, then: Option<Quantity>| match (now, then) {
+            (Some(now), Some(then)) => now.0.0.abs_diff(then.0.0) >= step,
+            (now, then) => now != then,
+        };
+        let ratio = |said: &Self| said.pool.compress_ratio.trim_end_matches('x').parse::<f64>().unwrap_or(0.0);
+        moved(self.pool.used, written.pool.used)
+            || moved(self.pool.available, written.pool.available)
+            || moved(self.pool.allocated, written.pool.allocated)
+            || (ratio(self) - ratio(written)).abs() >= RATIO_STEP
+    }
+}
+
+fn scrub(scrub: guest::Scrub) -> Scrub {
+    let state = match scrub.state {
+        ScrubState::Running => "Scanning",
+        ScrubState::Paused => "Paused",
+        ScrubState::Finished => "Finished",
+        ScrubState::Canceled => "Canceled",
+    };
+    let ended = scrub.ended.and_then(|at| Timestamp::from_second(i64::try_from(at).ok()?).ok()).map(Time);
+    Scrub { state: state.to_owned(), end_time: ended, errors: i64::try_from(scrub.errors).unwrap_or(i64::MAX) }
+}
