@@ -48,17 +48,16 @@ pub fn check(places: &Places) -> Result<Finding> {
         Ok(_) => ("up to date".to_owned(), 0),
     };
     let _ = writeln!(text, "state:     {state}");
-    let exit_code = match (exit_code, &kata, &guest) {
-        (0, Err(error), _) | (0, _, Err(error)) => {
+    // What keeps an installation from succeeding goes first.
+    let exit_code = match (kata.err().or(guest.err()), exit_code) {
+        (Some(error), _) => {
             let _ = writeln!(text, "but:       {error}\nremedy:    {}", error.remedy());
             error.exit_code()
         }
-        (0, ..) => 0,
-        (code, ..) => {
-            let _ = writeln!(
-                text,
-                "remedy:    run `zpod-installer install`, as the pod of the node plugin does at its start"
-            );
+        (None, 0) => 0,
+        (None, code) => {
+            let _ =
+                writeln!(text, "remedy:    run `zpod-installer install`, as the node plugin's pod does at its start");
             code
         }
     };

@@ -88,7 +88,10 @@ fn a_person_is_told_what_is_there() {
     node.run(&["install"]);
     fs::remove_dir_all(node.host("opt/kata")).unwrap();
     let (code, text) = check(&node);
-    assert!(code == Some(3) && text.contains("up to date") && text.contains("Kata is not on this node"), "{text}");
+    assert!(code == Some(3) && text.contains("up to date") && text.contains("install Kata Containers"), "{text}");
+    node.run(&["uninstall"]);
+    let (code, text) = check(&node);
+    assert!(code == Some(3) && text.contains("nothing was installed"), "{text}");
 }
 
 /// In namespaces of its own: a small disk, and a read-only one.
