@@ -13,8 +13,8 @@ impl Cluster {
     /// When a part is missing or the API server refuses it.
     pub async fn add_snapshots(&self) -> Result<()> {
         let mut beside = self.beside.lock().await;
-        if !beside.is_empty() {
-            return Ok(());
+        if let Some(controller) = beside.first_mut() {
+            return controller.must_run();
         }
         let crds = inputs::snapshot_crds()?;
         self.kubectl(&["apply", "-f", &crds.display().to_string()]).await?;

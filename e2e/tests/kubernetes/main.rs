@@ -5,6 +5,7 @@
 
 mod outage;
 mod smoke;
+mod snapshots;
 mod stage;
 mod volume;
 
@@ -23,6 +24,7 @@ fn main() -> Result<ExitCode> {
             "a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next",
             volume::a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next,
         ),
+        stage.trial("the_snapshot_api_can_be_added", snapshots::the_snapshot_api_can_be_added),
         stage.trial("the_api_server_comes_back_with_what_it_knew", outage::the_api_server_comes_back_with_what_it_knew),
         stage.trial("a_killed_node_comes_back_with_its_name", outage::a_killed_node_comes_back_with_its_name),
     ];
