@@ -13,8 +13,8 @@ COPY . .
 ENV RUSTFLAGS="-C target-feature=+crt-static"
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --release --locked --target x86_64-unknown-linux-gnu -p zpod-installer \
-    && install -s -D -t /out target/x86_64-unknown-linux-gnu/release/zpod-installer
+    cargo build --profile dist --locked --target x86_64-unknown-linux-gnu -p zpod-installer \
+    && install -s -D -t /out target/x86_64-unknown-linux-gnu/dist/zpod-installer
 
 FROM scratch
 LABEL org.opencontainers.image.title="zpod-guest" \

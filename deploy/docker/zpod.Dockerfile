@@ -9,10 +9,10 @@ COPY . .
 ENV RUSTFLAGS="-C target-feature=+crt-static"
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --release --locked --target x86_64-unknown-linux-gnu -p zpod-driver \
+    cargo build --profile dist --locked --target x86_64-unknown-linux-gnu -p zpod-driver \
         --bin zpod-controller --bin zpod-node \
-    && install -s -D -t /out target/x86_64-unknown-linux-gnu/release/zpod-controller \
-        target/x86_64-unknown-linux-gnu/release/zpod-node
+    && install -s -D -t /out target/x86_64-unknown-linux-gnu/dist/zpod-controller \
+        target/x86_64-unknown-linux-gnu/dist/zpod-node
 
 FROM scratch
 LABEL org.opencontainers.image.title="zpod" \

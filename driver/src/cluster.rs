@@ -9,19 +9,23 @@
 //! ([`ClusterPods`]).
 
 mod bucket;
+mod election;
 mod events;
 #[cfg(test)]
 mod fake;
 mod node_status;
 mod nodes;
+mod orphans;
 mod pods;
 mod provisioner;
 mod reconcile;
 mod state;
 
+pub use election::Election;
 pub use events::{PoolEvents, WaitingEvents, write_events};
 pub use node_status::{NodeReporter, report_node};
 pub use nodes::Nodes;
+pub use orphans::Orphans;
 pub use pods::ClusterPods;
 pub use provisioner::ClusterProvisioner;
 pub use reconcile::reconcile;

@@ -5,12 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use kube::Client;
 
 use super::{EndpointOptions, Failure, MetricsOptions, main_of, told_to_end};
-use crate::cluster::{ClusterProvisioner, Nodes};
+use crate::cluster::{ClusterProvisioner, Election, Nodes, Orphans};
 use crate::csi::{ControllerService, IdentityService};
 use crate::metrics;
 use crate::serve::{Services, Socket, serve};
+
+/// How often an election that can't be held is tried again.
+const RETRY: Duration = Duration::from_secs(10);
 
 /// CSI controller of zpod: asks the nodes for volumes through ZfsVolume objects.
 #[derive(Debug, Clone, Parser)]
@@ -20,6 +24,12 @@ struct Options {
     endpoint: EndpointOptions,
     #[command(flatten)]
     metrics: MetricsOptions,
+    /// The namespace of the Lease by which controllers choose a leader.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "default")]
+    namespace: String,
+    /// This process's name in that choice: its pod's.
+    #[arg(long, env = "POD_NAME", default_value = "zpod-controller")]
+    identity: String,
     /// How long a node is waited for, in seconds. Less than --timeout of the sidecars, so that they hear why.
     #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..=600))]
     node_timeout: u64,
@@ -32,8 +42,11 @@ pub fn run() -> ExitCode {
 
 async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let end = told_to_end()?;
-    let _metrics = options.metrics.serve(metrics::registry()).await?;
+    let mut registry = metrics::registry();
+    let orphans = Orphans::register(&mut registry);
+    let _metrics = options.metrics.serve(registry).await?;
     let client = zpod_kubernetes::connect().await?;
+    tokio::spawn(lead(client.clone(), options.namespace, options.identity, orphans));
     let nodes = Arc::new(Nodes::watch(client.clone()));
     let provisioner = ClusterProvisioner::new(client, nodes, Duration::from_secs(options.node_timeout));
     let endpoint = options.endpoint.endpoint;
@@ -46,4 +59,15 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     };
     serve(socket, services, end).await?;
     Ok(())
+}
+
+/// Does what one controller alone should do, while this is the one.
+async fn lead(client: Client, namespace: String, identity: String, orphans: Orphans) {
+    loop {
+        match Election::join(client.clone(), &namespace, &identity).await {
+            Ok(election) => orphans.clone().watch(client.clone(), election.leads.clone()).await,
+            Err(error) => tracing::warn!("election: {error}"),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
 }

@@ -1,0 +1,130 @@
+use std::collections::HashSet;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::PersistentVolume;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Api, ListParams};
+use kube::{Client, ResourceExt as _};
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+use zpod_kubernetes::KubeCatalog;
+use zpod_kubernetes::crd::ZfsVolume;
+use zpod_volume::VolumeId;
+
+/// How often orphans are looked for.
+const LOOK_EVERY: Duration = Duration::from_secs(600);
+/// A volume is made before its PersistentVolume: this long it may be without.
+const GRACE_SECONDS: i64 = 900;
+/// Objects the API server is asked for at once.
+const PAGE: u32 = 500;
+/// Each is named in the log, up to so many.
+const NAMED: usize = 20;
+
+/// Counts volumes that no PersistentVolume speaks of any more, such as one whose claim was deleted at the moment the
+/// provisioner ended. They are told of and never touched: whether their data is wanted, a person must say.
+#[derive(Debug, Clone, Default)]
+pub struct Orphans {
+    count: Gauge,
+}
+
+impl Orphans {
+    /// Tells their number as `zpod_orphaned_volumes`.
+    pub fn register(registry: &mut Registry) -> Self {
+        let orphans = Self::default();
+        let help = "ZfsVolumes without a PersistentVolume, as the leading controller last counted them";
+        registry.register("zpod_orphaned_volumes", help, orphans.count.clone());
+        orphans
+    }
+
+    /// Looks for them while this process leads.
+    pub async fn watch(self, client: Client, mut leads: watch::Receiver<bool>) {
+        while leads.wait_for(|leads| *leads).await.is_ok() {
+            match self.look(&client).await {
+                Ok(count) => tracing::debug!(count, "volumes without a PersistentVolume"),
+                Err(error) => tracing::info!("orphans could not be looked for: {error}"),
+            }
+            let _ = tokio::time::timeout(LOOK_EVERY, leads.wait_for(|leads| !*leads)).await;
+            if !*leads.borrow() {
+                self.count.set(0);
+            }
+        }
+    }
+
+    async fn look(&self, client: &Client) -> Result<usize, Box<dyn std::error::Error + Send + Sync>> {
+        let known = persistent_volumes(client).await?;
+        let (catalog, mut token, mut count) = (KubeCatalog::of_cluster(client.clone()), None::<String>, 0);
+        loop {
+            let (objects, next) = catalog.page(token.as_deref(), PAGE).await?;
+            for object in objects.iter().filter(|object| is_orphan(object, &known, Timestamp::now())) {
+                count += 1;
+                if count <= NAMED {
+                    let (name, node, volume) = (object.name_any(), &object.spec.node_name, &object.spec.volume_name);
+                    tracing::warn!(
+                        "ZfsVolume {name} on node {node} has no PersistentVolume {volume}: its data is kept. To destroy \
+                         it: kubectl patch zfsvolume {name} --type=merge -p '{{\"spec\":{{\"destroy\":true}}}}' && kubectl \
+                         delete zfsvolume {name}"
+                    );
+                }
+            }
+            token = next;
+            if token.is_none() {
+                break;
+            }
+        }
+        self.count.set(i64::try_from(count).unwrap_or(i64::MAX));
+        Ok(count)
+    }
+}
+
+/// The ids of the volumes that PersistentVolumes are named after (external-provisioner gives both one name): 16 bytes
+/// for each, whatever is in them.
+async fn persistent_volumes(client: &Client) -> Result<HashSet<VolumeId>, kube::Error> {
+    let volumes: Api<PersistentVolume> = Api::all(client.clone());
+    let (mut known, mut params) = (HashSet::new(), ListParams::default().limit(PAGE));
+    loop {
+        let page = volumes.list_metadata(&params).await?;
+        known.extend(page.items.iter().map(|volume| VolumeId::from_name(&volume.name_any())));
+        match page.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => params = params.continue_token(&token),
+            None => return Ok(known),
+        }
+    }
+}
+
+fn is_orphan(object: &ZfsVolume, known: &HashSet<VolumeId>, now: Timestamp) -> bool {
+    let old = |created: Timestamp| now.as_second() - created.as_second() > GRACE_SECONDS;
+    object.metadata.deletion_timestamp.is_none()
+        && object.creation_timestamp().is_some_and(|created| old(created.0))
+        && !known.contains(&VolumeId::from_name(&object.spec.volume_name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use zpod_kubernetes::crd::ZfsVolumeSpec;
+
+    fn object(age: i64) -> ZfsVolume {
+        let spec: ZfsVolumeSpec = serde_json::from_value(serde_json::json!({
+            "volumeName": "pvc-1", "nodeName": "n", "capacity": "1Gi",
+            "parameters": {"backing": "file", "provisioning": "thin", "headroom": "8x", "quota": "refquota"},
+        }))
+        .unwrap();
+        let mut object = ZfsVolume::new("x", spec);
+        let created = Timestamp::now().as_second() - age;
+        object.metadata.creation_timestamp = Some(Time(Timestamp::from_second(created).unwrap()));
+        object
+    }
+
+    #[test]
+    fn only_an_old_volume_without_a_persistent_volume_is_an_orphan() {
+        let (now, none) = (Timestamp::now(), HashSet::new());
+        assert!(is_orphan(&object(3600), &none, now));
+        assert!(!is_orphan(&object(60), &none, now), "its PersistentVolume may be on its way");
+        assert!(!is_orphan(&object(3600), &HashSet::from([VolumeId::from_name("pvc-1")]), now));
+        let mut leaving = object(3600);
+        leaving.metadata.deletion_timestamp = leaving.metadata.creation_timestamp.clone();
+        assert!(!is_orphan(&leaving, &none, now));
+    }
+}
