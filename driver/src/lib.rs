@@ -8,7 +8,7 @@
 //! * [`volumes`]: what can be done with a volume, and the rules that keep its data. No gRPC.
 //! * [`metrics`]: what Prometheus is told.
 //! * [`csi`]: the CSI services: parse, call, map.
-//! * [`serve`], [`command`]: the socket and the command line.
+//! * [`serve`], [`privileges`], [`command`]: the socket, what is given up at the start, and the command line.
 
 pub mod cluster;
 pub mod command;
@@ -16,5 +16,6 @@ pub mod csi;
 pub mod guest;
 pub mod kata;
 pub mod metrics;
+pub mod privileges;
 pub mod serve;
 pub mod volumes;

@@ -11,13 +11,15 @@ use zpod_storage::backing::file::FileBacking;
 use zpod_storage::catalog::CatalogError;
 
 use super::{EndpointOptions, Failure, MetricsOptions, NodeOptions, main_of, told_to_end};
-use crate::cluster::{NodeReporter, reconcile, report_node};
+use crate::cluster::{
+    ClusterPods, NodeReporter, PoolEvents, PoolStates, reconcile, report_node, write_events, write_states,
+};
 use crate::csi::{IdentityService, NodeService};
 use crate::guest::Monitor;
 use crate::kata::DirectVolumes;
 use crate::metrics::{self, NodeMetrics, VolumeMetrics};
 use crate::serve::{Services, Socket, serve};
-use crate::volumes::{Context, NodeVolumes, Provisioner, VolumeError};
+use crate::volumes::{Context, NodeVolumes, Observer, Provisioner, VolumeError};
 
 /// How often an API server that is away is asked again.
 const RETRY: Duration = Duration::from_secs(2);
@@ -40,7 +42,13 @@ struct Options {
 
 /// Parses the command line, runs, and says why where that failed.
 pub fn run() -> ExitCode {
-    main_of("zpod-node", run_until_signal(Options::parse()))
+    let options = Options::parse();
+    // Before the runtime makes threads: each would keep what it has.
+    if let Err(error) = crate::privileges::drop_unneeded() {
+        eprintln!("zpod-node: privileges can't be given up: {error}");
+        return ExitCode::FAILURE;
+    }
+    main_of("zpod-node", run_until_signal(options))
 }
 
 async fn run_until_signal(options: Options) -> Result<(), Failure> {
@@ -49,12 +57,17 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let backing = Arc::new(FileBacking::open(&node.backing_dir, node.overprovision)?);
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     let catalog = KubeCatalog::of_node(client.clone(), &node.node_name);
-    let context = Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), backing.clone());
+    let boot_id = Context::boot_id()?;
+    let context = Context::new(node.node_name, boot_id.clone(), Arc::new(catalog), backing.clone());
     let mut registry = metrics::registry();
     NodeMetrics::register(&mut registry, context.node(), backing);
-    let observer = VolumeMetrics::register(&mut registry, context.node());
+    let states = PoolStates::new(context.node(), &boot_id);
+    let (events, waiting) = PoolEvents::new(context.node());
+    let observers: Vec<Arc<dyn Observer>> =
+        vec![VolumeMetrics::register(&mut registry, context.node()), states.clone(), events];
     let _metrics = options.metrics.serve(registry).await?;
-    let volumes = load(&context, direct).await?.observed_by(observer);
+    let pods = ClusterPods::new(client.clone(), options.runtime_handler.clone());
+    let volumes = load(&context, direct).await?.observed_by(Arc::new(observers)).checking_pods(Arc::new(pods));
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
     let endpoint = options.endpoint.endpoint;
     let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;
@@ -79,7 +92,9 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         () = reconcile(client.clone(), context.node().to_owned(), provisioner, changed) => {
             return Err("the watch of ZfsVolumes has ended".into());
         }
-        () = report_node(client, reporter) => {}
+        () = report_node(client.clone(), reporter) => {}
+        () = write_states(client.clone(), states) => {}
+        () = write_events(client, waiting) => {}
     }
     Ok(())
 }

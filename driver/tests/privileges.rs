@@ -1,0 +1,166 @@
+//! With what zpod-node keeps of its privileges it can do all of its work, and little else. Needs root, mkfs.xfs and
+//! unshare(1): each test runs in a child with mounts of its own, since what is given up does not come back.
+
+#![allow(clippy::unwrap_used, reason = "clippy allows it in test functions only, not in what they call")]
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, capabilities, capability_is_in_bounding_set, no_new_privs};
+use uuid::Uuid;
+use zpod_driver::kata::{DirectVolume, DirectVolumes, TargetPath};
+use zpod_driver::privileges::{NEEDED, drop_unneeded};
+use zpod_storage::backing::file::FileBacking;
+use zpod_storage::backing::{Backing, DeviceSpec, Outcome};
+use zpod_volume::{Bytes, Create, DiskLayout, Headroom, Provisioning, VolumeId, VolumeSpec};
+
+fn in_a_child(what: &str) {
+    let status = Command::new("unshare")
+        .args(["--mount", "--propagation", "private"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--ignored", "--nocapture"])
+        .env("ZPOD_TEST_WHAT", what)
+        .stdin(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{what}: {status} (root is needed)");
+}
+
+#[test]
+#[ignore = "what the other tests run in a process of its own"]
+fn child() {
+    match std::env::var("ZPOD_TEST_WHAT").unwrap().as_str() {
+        "gone" => gone(),
+        "xfs" => work("xfs"),
+        "tmpfs" => work("tmpfs"),
+        what => panic!("{what}?"),
+    }
+}
+
+#[test]
+fn all_but_two_capabilities_are_gone_and_do_not_come_back() {
+    in_a_child("gone");
+}
+
+#[test]
+fn what_is_kept_is_enough_for_images_on_xfs_placeholders_entries_and_sockets() {
+    in_a_child("xfs");
+}
+
+#[test]
+fn what_is_kept_is_enough_for_images_on_tmpfs_placeholders_entries_and_sockets() {
+    in_a_child("tmpfs");
+}
+
+fn run(command: &mut Command) {
+    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let theirs = dir.path().join("theirs");
+    fs::write(&theirs, "secret").unwrap();
+    fs::set_permissions(&theirs, Permissions::from_mode(0o600)).unwrap();
+    run(Command::new("chown").arg("1000:1000").arg(&theirs));
+    // Not every machine that tests run on gives its root all of it.
+    let bounding = CapabilitySet::all().iter().filter(|one| capability_is_in_bounding_set(*one).unwrap_or(false));
+    let had = (capabilities(None).unwrap().permitted, bounding.collect::<CapabilitySet>());
+    drop_unneeded().unwrap();
+    let sets = capabilities(None).unwrap();
+    let (kept, bound) = (had.0 & NEEDED, had.1 & NEEDED);
+    assert_eq!((sets.effective, sets.permitted), (kept, kept));
+    assert_eq!(sets.inheritable, CapabilitySet::empty());
+    assert!(no_new_privs().unwrap());
+    for one in CapabilitySet::all().iter() {
+        assert_eq!(capability_is_in_bounding_set(one).unwrap_or(false), bound.contains(one), "{one:?}");
+    }
+    // A program that root runs would get all that is in the bounding set.
+    let status = Command::new("cat").arg("/proc/self/status").output().unwrap();
+    let status = String::from_utf8(status.stdout).unwrap();
+    for (set, want) in [("CapPrm", kept & bound), ("CapEff", kept & bound), ("CapBnd", bound)] {
+        let line = format!("{set}:\t{:016x}", want.bits());
+        assert!(status.contains(&line), "{line} in {status}");
+    }
+    assert!(status.contains(&format!("CapAmb:\t{:016x}", 0)) && status.contains("NoNewPrivs:\t1"), "{status}");
+    // What belongs to others is out of reach; so are devices, other processes and the network's settings.
+    assert_eq!(fs::read(&theirs).unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
+    let node = rustix::fs::mknodat(
+        rustix::fs::CWD,
+        dir.path().join("disk"),
+        rustix::fs::FileType::BlockDevice,
+        rustix::fs::Mode::from_raw_mode(0o600),
+        rustix::fs::makedev(7, 0),
+    );
+    assert_eq!(node.unwrap_err(), Errno::PERM);
+    // Once more changes nothing.
+    drop_unneeded().unwrap();
+}
+
+/// A mounted file system; gone with the namespace.
+fn mounted(kind: &str, dir: &Path) -> PathBuf {
+    let at = dir.join("volumes");
+    fs::create_dir(&at).unwrap();
+    if kind == "tmpfs" {
+        run(Command::new("mount").args(["-t", "tmpfs", "zpod-test"]).arg(&at));
+        return at;
+    }
+    let image = dir.join("disk");
+    File::create(&image).unwrap().set_len(1 << 30).unwrap();
+    run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&image));
+    // Where the kernel has project quotas: see that they are used without the capabilities that are given up.
+    let limits = Command::new("mount").args(["-o", "loop,prjquota"]).arg(&image).arg(&at).output().unwrap();
+    if !limits.status.success() {
+        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&at));
+    }
+    at
+}
+
+fn work(kind: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let volumes = mounted(kind, dir.path());
+    let before = FileBacking::open(&volumes, 1.0).unwrap().abilities();
+    // As kubelet and Kata leave them: of root, closed to others.
+    let (pods, kata) = (dir.path().join("pods"), dir.path().join("kata"));
+    for made in [&pods, &kata] {
+        fs::create_dir(made).unwrap();
+        fs::set_permissions(made, Permissions::from_mode(0o700)).unwrap();
+    }
+    let socket = kata.join("shim-monitor.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    fs::set_permissions(&socket, Permissions::from_mode(0o600)).unwrap();
+
+    drop_unneeded().unwrap();
+
+    let backing = FileBacking::open(&volumes, 1.0).unwrap();
+    println!("{kind}: {}", backing.abilities());
+    assert_eq!(backing.abilities(), before, "as much as with all capabilities");
+    let id = VolumeId::from_name("a");
+    let spec = |mib| DeviceSpec {
+        id,
+        layout: DiskLayout::new(Bytes::mib(mib), Headroom::NONE),
+        provisioning: Provisioning::Thin,
+    };
+    assert_eq!(backing.create(&spec(256)).unwrap(), Outcome::Changed);
+    let proof = backing.exclusive(id).unwrap();
+    backing.write_table(&spec(256), proof.as_ref()).unwrap();
+    drop(proof);
+    assert_eq!(backing.grow(&spec(300)).unwrap(), Outcome::Changed);
+
+    let target = TargetPath::resolve(&pods.join("mount")).unwrap();
+    assert_eq!(target.mount_placeholder().unwrap(), Outcome::Changed);
+    let direct = DirectVolumes::open(&dir.path().join("direct-volumes")).unwrap();
+    let spec = VolumeSpec::new(id, Uuid::from_u128(1), Create::Fresh, Bytes::mib(256));
+    let entry = DirectVolume { device: backing.device(id).unwrap(), spec, discard: true };
+    assert_eq!(direct.publish(&target, &entry).unwrap(), Outcome::Changed);
+    assert_eq!(direct.remove(&target).unwrap(), Outcome::Changed);
+    assert_eq!(target.remove_placeholder().unwrap(), Outcome::Changed);
+
+    UnixStream::connect(&socket).unwrap();
+    listener.accept().unwrap();
+    assert_eq!(backing.destroy(id).unwrap(), Outcome::Changed);
+}
