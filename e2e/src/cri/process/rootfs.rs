@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::unistd::{chdir, pivot_root};
+use nix::unistd::{chdir, fchdir, pivot_root};
 use serde::{Deserialize, Serialize};
 
 use super::mounts::{Mount, Propagation};
@@ -44,9 +44,12 @@ pub(super) fn enter(spec: &Root) -> Result<()> {
     if spec.read_only {
         remount_read_only(&root, MsFlags::empty()).context("make the root read-only")?;
     }
+    let node = File::open("/").context("open the node's root")?;
     chdir(&root)?;
     // Both in one place: the old root lies on top of the new one.
     pivot_root(".", ".").context("pivot into the root")?;
+    // From here on "." is the old root alone: seen from the new one, both would change.
+    fchdir(&node).context("go to the node's root")?;
     // A slave first: unmounting a peer would unmount the node's own mounts too.
     change(Path::new("."), MsFlags::MS_SLAVE | MsFlags::MS_REC).context("let go of the node's mounts")?;
     umount2(".", MntFlags::MNT_DETACH).context("leave the node's root")?;
