@@ -3,6 +3,7 @@
 //! A scenario is an `async fn(&Cluster) -> Result<()>` in a module of its own, and a line in `main`. All share one
 //! cluster, which the first one starts, and run one after another: each leaves the cluster as it was.
 
+mod chart;
 mod outage;
 mod smoke;
 mod snapshots;
@@ -20,6 +21,10 @@ fn main() -> Result<ExitCode> {
     let stage = Stage::default();
     let trials = vec![
         stage.trial("a_pod_runs_and_its_log_can_be_read", smoke::a_pod_runs_and_its_log_can_be_read),
+        stage.trial(
+            "the_chart_is_installed_upgraded_and_uninstalled",
+            chart::the_chart_is_installed_upgraded_and_uninstalled,
+        ),
         stage.trial(
             "a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next",
             volume::a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next,

@@ -1,0 +1,76 @@
+//! The chart, as an administrator uses it.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use zpod_e2e::cluster::Cluster;
+use zpod_e2e::cluster::chart::{NAMESPACE, chart};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const NODE: &str = "node-a";
+const VOLUME: &str = "11111111-1111-4111-8111-111111111111";
+
+/// Every container of the chart runs with the privileges that the chart gives it, and what the chart brings to a node
+/// goes with it. The volumes' records stay.
+pub(crate) async fn the_chart_is_installed_upgraded_and_uninstalled(cluster: &Cluster) -> Result<()> {
+    cluster.install_chart().await?;
+    cluster
+        .wait(MINUTE, "the node says what room it has", async || {
+            let node = cluster.kubectl_json(&["get", "zfsnode", NODE]).await?;
+            ensure!(node["status"]["backing"]["total"].is_string(), "its object is {node}");
+            Ok(())
+        })
+        .await?;
+    let guest = cluster.node_dir(NODE).join("opt/zpod/guest");
+    let initrd = guest.join("initrd");
+    ensure!(initrd.exists(), "the installer put no initrd on the node");
+    a_node_plugin_changes_its_own_objects_only(cluster).await?;
+
+    let (chart, replicas) = (chart().display().to_string(), "controller.replicas=1");
+    let upgrade = ["upgrade", "zpod", &chart, "-n", NAMESPACE, "--wait", "--timeout", "3m", "--set", replicas];
+    cluster.helm3(&upgrade).await?;
+    ensure!(initrd.exists(), "an upgrade took the initrd from the node");
+
+    let uninstall = ["uninstall", "zpod", "-n", NAMESPACE, "--wait", "--timeout", "3m"];
+    if let Err(error) = cluster.helm(&uninstall).await {
+        let pods = cluster.kubectl(&["describe", "pods", "-n", NAMESPACE]).await;
+        return Err(error).with_context(|| pods.unwrap_or_else(|error| format!("{error:#}")));
+    }
+    ensure!(!guest.is_symlink(), "uninstalled, and {} is there", guest.display());
+    let kinds = "deployments,daemonsets,jobs,roles,rolebindings,networkpolicies";
+    let left = cluster.kubectl(&["get", kinds, "-n", NAMESPACE, "-o", "name"]).await?;
+    ensure!(left.trim().is_empty(), "left behind: {left}");
+    cluster.kubectl(&["get", "zfsvolume", VOLUME]).await.context("uninstalling took the volumes' records")?;
+    cluster.kubectl(&["delete", "zfsvolume", VOLUME]).await?;
+    Ok(())
+}
+
+/// RBAC can't say "of its own node"; the chart's admission policy does.
+async fn a_node_plugin_changes_its_own_objects_only(cluster: &Cluster) -> Result<()> {
+    // Nobody's node, so that no node plugin touches it.
+    let volume = format!(
+        "apiVersion: zpod.storage/v1alpha1\nkind: ZfsVolume\nmetadata: {{name: {VOLUME}}}\nspec:\n  volumeName: policy\n  \
+         nodeName: node-of-nobody\n  capacity: 1Gi\n  parameters: {{backing: file, provisioning: thin, headroom: 8x, quota: \
+         refquota}}\n"
+    );
+    cluster.apply(&volume).await?;
+    let account = format!("--as=system:serviceaccount:{NAMESPACE}:zpod-node");
+    let of = |node: &str| format!("--as-user-extra=authentication.kubernetes.io/node-name={node}");
+    let (own, other) = (of("node-of-nobody"), of(NODE));
+    let annotate = ["annotate", "--overwrite", "zfsvolume", VOLUME, "touched=yes", &account];
+    let destroy = ["patch", "zfsvolume", VOLUME, "--type=merge", "-p", r#"{"spec":{"destroy":true}}"#, &account];
+    cluster.kubectl(&[&annotate[..], &[&own]].concat()).await.context("its own object")?;
+    for (what, arguments, extra, want) in [
+        ("an object of another node", &annotate[..], Some(&other), "may change objects of its own node only"),
+        ("a token that names no node", &annotate[..], None, "must be bound to its pod"),
+        ("the spec", &destroy[..], Some(&own), "may not change the spec"),
+    ] {
+        let extra: Vec<&str> = extra.map(String::as_str).into_iter().collect();
+        let Err(refused) = cluster.kubectl(&[arguments, &extra].concat()).await else {
+            bail!("a node plugin changed {what}");
+        };
+        let text = format!("{refused:#}");
+        ensure!(text.contains(want), "{what}: {text}");
+    }
+    Ok(())
+}
