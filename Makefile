@@ -8,7 +8,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 export ZPOD_BIN := $(TARGET)/release/zpod
 export ZPOD_GUEST_IMAGE_DIR := $(TARGET)/guest-image
 
-.PHONY: help setup kubernetes build image demo test lint chart bench clean
+.PHONY: help setup kubernetes build image demo test lint chart charts bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
@@ -36,6 +36,9 @@ lint: setup ## format, clippy, shell scripts
 
 chart: kubernetes ## the Helm chart: is what is generated up to date, what does its schema take, by Helm 4 and 3
 	deploy/charts.sh check
+
+charts: kubernetes ## write what is generated of the chart: definitions, README, plain manifests
+	deploy/charts.sh generate
 
 test: lint chart build image ## everything: lint, chart, unit, property, csi-sanity, crash, e2e in real guests and a cluster
 	cargo test --locked --workspace --exclude zpod-e2e --features zpod-driver/crash-points
