@@ -5,6 +5,7 @@
 //! * [`Guest`]: one virtual machine, its disks hot-plugged by QMP, its vsock a unix socket on the host.
 //! * [`Sandbox`]: does what Kata's shim does between a pod's mounts and the agent in its guest, in the manner of either
 //!   runtime ([`Runtime`]): it reads `mountInfo.json`, hot-plugs, and sends the agent's requests.
+//! * [`cri`]: a Kubernetes node, with a real kubelet (`zpod-e2e-node`).
 //! * `zpod-e2e-agent` (a binary of this crate) takes kata-agent's place in the guest, unless `ZPOD_E2E_KATA_AGENT`
 //!   names a real one.
 //!

@@ -32,6 +32,11 @@ impl Client {
         Self { runtime: RuntimeServiceClient::new(channel) }
     }
 
+    /// The runtime service itself.
+    pub fn runtime(&mut self) -> &mut RuntimeServiceClient<Channel> {
+        &mut self.runtime
+    }
+
     /// Runs a command in a running container to its end.
     ///
     /// # Errors
