@@ -8,10 +8,10 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 export ZPOD_BIN := $(TARGET)/release/zpod
 export ZPOD_GUEST_IMAGE_DIR := $(TARGET)/guest-image
 
-.PHONY: help setup kubernetes build image demo test lint chart charts bench clean
+.PHONY: help setup kubernetes build image demo demo-k8s test lint chart charts bench clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
 
 setup: ## install what a build and the tests need (idempotent)
 	@deploy/setup.sh
@@ -29,6 +29,10 @@ demo: build image ## a ZFS volume inside a real guest kernel, from CSI call to d
 	@cargo build --quiet --locked -p zpod-e2e --bins
 	@$(TARGET)/debug/zpod-demo
 
+demo-k8s: build image kubernetes ## the chart on a real control plane and kubelet: a claim and a pod with ZFS at /data
+	@cargo build --quiet --locked -p zpod-e2e --bins
+	@$(TARGET)/debug/zpod-demo-k8s
+
 lint: setup ## format, clippy, shell scripts
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
@@ -44,7 +48,7 @@ test: lint chart build image ## everything: lint, chart, unit, property, csi-san
 	cargo test --locked --workspace --exclude zpod-e2e --features zpod-driver/crash-points
 	cargo test --locked -p zpod-e2e
 
-bench: build image ## measure; tables on the terminal, JSON in bench-results/
+bench: build image kubernetes ## measure; tables on the terminal, JSON in bench-results/
 	cargo bench --locked -p zpod-e2e
 
 clean: ## what was built, but not the cache

@@ -27,6 +27,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod report;
+pub mod screen;
 pub mod shim;
 pub mod slot;
 pub mod vsock;

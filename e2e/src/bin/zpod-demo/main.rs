@@ -1,17 +1,14 @@
 //! `make demo`: a ZFS volume inside a real guest kernel, from the CSI call to data that survives.
 
-mod screen;
-
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use zpod_e2e::accel::Accel;
 use zpod_e2e::csi::{Publish, bytes};
+use zpod_e2e::screen::Screen;
 use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, inputs};
 use zpod_proto::csi::{NodeGetVolumeStatsResponse, volume_usage::Unit};
 use zpod_volume::{Bytes, PoolName, VolumeId};
-
-use screen::Screen;
 
 const SIZE: Bytes = Bytes::gib(1);
 const GROWN: Bytes = Bytes::gib(2);

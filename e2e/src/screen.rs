@@ -1,11 +1,11 @@
-//! What the demo prints: steps with their times, details below them.
+//! What a demo prints: steps with their times, details below them.
 
 use std::io::{IsTerminal as _, Write as _};
 use std::time::Instant;
 
 /// The terminal.
 #[derive(Debug)]
-pub(crate) struct Screen {
+pub struct Screen {
     colours: bool,
     terminal: bool,
     begin: Instant,
@@ -20,7 +20,9 @@ const RED: &str = "1;31";
 const BOLD: &str = "1";
 
 impl Screen {
-    pub(crate) fn new() -> Self {
+    /// One without anything on it.
+    #[expect(clippy::new_without_default, reason = "its clock runs from here")]
+    pub fn new() -> Self {
         let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
         let terminal = std::io::stdout().is_terminal();
         // https://no-color.org; FORCE_COLOR is for pipes that end at a terminal.
@@ -33,12 +35,13 @@ impl Screen {
         if self.colours { format!("\x1b[{colour}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    pub(crate) fn headline(&self, text: &str) {
+    /// What it is about.
+    pub fn headline(&self, text: &str) {
         println!("{}\n", self.paint(BOLD, text));
     }
 
     /// Begins a step: on a terminal its title is there while it runs.
-    pub(crate) fn begin(&mut self, title: &str) {
+    pub fn begin(&mut self, title: &str) {
         self.step = Instant::now();
         self.title = title.to_owned();
         if self.terminal {
@@ -49,25 +52,27 @@ impl Screen {
     }
 
     /// Ends the step with what came out of it.
-    pub(crate) fn done(&self, outcome: &str) {
+    pub fn done(&self, outcome: &str) {
         let time = format!("{:6.2} s", self.step.elapsed().as_secs_f64());
         let start = if self.terminal { "\r\x1b[2K" } else { "" };
         println!("{start}{} {}  {}", self.paint(GREEN, &time), self.paint(BLUE, &self.title), outcome);
     }
 
     /// More lines about the step.
-    pub(crate) fn detail(&self, text: &str) {
+    pub fn detail(&self, text: &str) {
         for line in text.lines() {
             println!("           {}", self.paint(DIM, line));
         }
     }
 
-    pub(crate) fn finish(&self, text: &str) {
+    /// The last line, of a demo that went well.
+    pub fn finish(&self, text: &str) {
         let time = format!("{:.0} s", self.begin.elapsed().as_secs_f64());
         println!("\n{} {}", self.paint(GREEN, "✔"), self.paint(BOLD, &format!("{text} {time} in all.")));
     }
 
-    pub(crate) fn fail(&self, error: &anyhow::Error) {
+    /// The last line, of one that didn't.
+    pub fn fail(&self, error: &anyhow::Error) {
         println!("\n{} {error:#}", self.paint(RED, &format!("✘ {}:", self.title)));
     }
 }
