@@ -25,6 +25,7 @@ pub(crate) async fn the_chart_is_installed_upgraded_and_uninstalled(cluster: &Cl
     let initrd = guest.join("initrd");
     ensure!(initrd.exists(), "the installer put no initrd on the node");
     a_node_plugin_changes_its_own_objects_only(cluster).await?;
+    no_right_is_missing(cluster).await?;
 
     let (chart, replicas) = (chart().display().to_string(), "controller.replicas=1");
     let upgrade = ["upgrade", "zpod", &chart, "-n", NAMESPACE, "--wait", "--timeout", "3m", "--set", replicas];
@@ -72,5 +73,14 @@ async fn a_node_plugin_changes_its_own_objects_only(cluster: &Cluster) -> Result
         let text = format!("{refused:#}");
         ensure!(text.contains(want), "{what}: {text}");
     }
+    Ok(())
+}
+
+/// Nobody was refused anything by the API server, in whatever ran before this.
+async fn no_right_is_missing(cluster: &Cluster) -> Result<()> {
+    let pods = ["-l", "app.kubernetes.io/part-of=zpod", "--all-containers", "--prefix", "--max-log-requests=50"];
+    let logs = cluster.kubectl(&[&["logs", "-n", NAMESPACE, "--tail=-1"], &pods[..]].concat()).await?;
+    let refused: Vec<_> = logs.lines().filter(|line| line.to_lowercase().contains("forbidden")).collect();
+    ensure!(refused.is_empty(), "{}", refused.join("\n"));
     Ok(())
 }
