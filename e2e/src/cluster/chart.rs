@@ -1,13 +1,17 @@
 //! zpod in the cluster: the chart, as an administrator installs it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::Cluster;
 
 /// Where the chart is installed.
 pub const NAMESPACE: &str = "zpod-system";
+
+/// kubelet and the sidecars try again after some time when they find a volume in use.
+const GONE: Duration = Duration::from_secs(120);
 
 /// The chart's directory.
 pub fn chart() -> PathBuf {
@@ -38,5 +42,23 @@ impl Cluster {
                 Err(error).with_context(|| pods.unwrap_or_else(|error| format!("{error:#}")))
             }
         }
+    }
+    /// Waits until there is no record and no file of any volume.
+    ///
+    /// # Errors
+    /// When something stays for two minutes.
+    pub async fn wait_for_no_volumes(&self) -> Result<()> {
+        self.wait(GONE, "nothing is left of any volume", async || {
+            let records = self.kubectl(&["get", "zfsvolumes,persistentvolumes", "-o", "name"]).await?;
+            ensure!(records.trim().is_empty(), "records: {records}");
+            for node in std::fs::read_dir(self.workdir.path().join("n")).context("list the nodes")?.flatten() {
+                let files = std::fs::read_dir(node.path().join("var/lib/zpod/volumes")).into_iter().flatten().flatten();
+                let names: Vec<_> = files.map(|file| file.path()).collect();
+                let image = names.iter().find(|path| path.extension().is_some_and(|extension| extension == "img"));
+                ensure!(image.is_none(), "files: {names:?}");
+            }
+            Ok(())
+        })
+        .await
     }
 }

@@ -3,8 +3,12 @@
 //! A scenario is an `async fn(&Cluster) -> Result<()>` in a module of its own, and a line in `main`. All share one
 //! cluster, which the first one starts, and run one after another: each leaves the cluster as it was.
 
+mod capacity;
 mod chart;
 mod outage;
+mod refusals;
+mod restarts;
+mod running;
 mod smoke;
 mod snapshots;
 mod stage;
@@ -22,12 +26,34 @@ fn main() -> Result<ExitCode> {
     let trials = vec![
         stage.trial("a_pod_runs_and_its_log_can_be_read", smoke::a_pod_runs_and_its_log_can_be_read),
         stage.trial(
-            "the_chart_is_installed_upgraded_and_uninstalled",
-            chart::the_chart_is_installed_upgraded_and_uninstalled,
-        ),
-        stage.trial(
             "a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next",
             volume::a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next,
+        ),
+        stage.trial(
+            "a_pod_on_another_runtime_is_told_what_to_write",
+            refusals::a_pod_on_another_runtime_is_told_what_to_write,
+        ),
+        stage.trial(
+            "a_pod_that_mounts_a_part_of_its_volume_is_told_which",
+            refusals::a_pod_that_mounts_a_part_of_its_volume_is_told_which,
+        ),
+        stage.trial("a_burst_of_claims_outlives_the_controllers", restarts::a_burst_of_claims_outlives_the_controllers),
+        stage.trial(
+            "a_node_plugin_restarts_while_three_replicas_run",
+            restarts::a_node_plugin_restarts_while_three_replicas_run,
+        ),
+        stage.trial("a_pod_runs_on_whatever_happens_around_it", running::a_pod_runs_on_whatever_happens_around_it),
+        stage
+            .trial("a_pod_that_is_not_root_writes_to_its_volume", running::a_pod_that_is_not_root_writes_to_its_volume),
+        stage.trial(
+            "a_volume_that_fills_is_told_of_on_its_claim_and_its_pod",
+            running::a_volume_that_fills_is_told_of_on_its_claim_and_its_pod,
+        ),
+        stage.trial("the_scheduler_goes_where_the_room_is", capacity::the_scheduler_goes_where_the_room_is),
+        // After all that use the chart: it looks for what they were refused, and uninstalls it.
+        stage.trial(
+            "the_chart_is_installed_upgraded_and_uninstalled",
+            chart::the_chart_is_installed_upgraded_and_uninstalled,
         ),
         stage.trial("the_snapshot_api_can_be_added", snapshots::the_snapshot_api_can_be_added),
         stage.trial("the_api_server_comes_back_with_what_it_knew", outage::the_api_server_comes_back_with_what_it_knew),

@@ -1,6 +1,5 @@
 //! A claim, the pods that use it, and its end.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -39,16 +38,7 @@ pub(crate) async fn a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next(clus
 
     cluster.delete(WRITER).await?;
     cluster.delete(CLAIM).await?;
-    cluster
-        .wait(60 * SECOND, "nothing is left of the volume", async || {
-            let records = cluster.kubectl(&["get", "zfsvolumes,persistentvolumes", "-o", "name"]).await?;
-            ensure!(records.trim().is_empty(), "records: {records}");
-            let volumes = cluster.node_dir("node-a").join("var/lib/zpod/volumes");
-            let files: Vec<_> = fs::read_dir(volumes)?.flatten().map(|file| file.file_name()).collect();
-            ensure!(!files.iter().any(|name| name.to_string_lossy().ends_with(".img")), "files: {files:?}");
-            Ok(())
-        })
-        .await
+    cluster.wait_for_no_volumes().await
 }
 
 /// Runs the pod until its log says where /data is from; its file's checksum.

@@ -1,0 +1,97 @@
+//! Nodes with more and with less room.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use zpod_e2e::cluster::Cluster;
+
+const SECOND: Duration = Duration::from_secs(1);
+const SMALL: &str = "node-b";
+/// More than the small node has.
+const CLAIMS: usize = 3;
+
+/// A second node has a backing file system of 1 GiB. Claims of 2 GiB all go to the first, and one that fits nowhere is
+/// told that there is no room.
+pub(crate) async fn the_scheduler_goes_where_the_room_is(cluster: &Cluster) -> Result<()> {
+    cluster.install_chart().await?;
+    let backing = cluster.node_dir(SMALL).join("var/lib/zpod/volumes");
+    small_file_system(&backing)?;
+    cluster.add_node(SMALL).await?;
+    let result = claims_go_where_the_room_is(cluster).await;
+    cluster.kill_node(SMALL).await?;
+    cluster.kubectl(&["delete", "node", SMALL]).await?;
+    run("umount", &["--lazy", &backing.display().to_string()])?;
+    result
+}
+
+async fn claims_go_where_the_room_is(cluster: &Cluster) -> Result<()> {
+    cluster
+        .wait(180 * SECOND, "the scheduler knows both nodes' room", async || {
+            let capacities = cluster.kubectl_json(&["get", "csistoragecapacities", "-A"]).await?;
+            let items = capacities["items"].as_array().context("no list")?;
+            let of = |node: &str| {
+                items.iter().find(|item| {
+                    item["storageClassName"] == "zpod"
+                        && item["nodeTopology"]["matchLabels"]["csi.zpod.storage/node"] == node
+                })
+            };
+            ensure!(of("node-a").is_some() && of(SMALL).is_some(), "capacities: {capacities}");
+            Ok(())
+        })
+        .await?;
+    for number in 0..CLAIMS {
+        cluster.apply(&claim_and_pod(&format!("room-{number}"), "2Gi")).await?;
+    }
+    for number in 0..CLAIMS {
+        let name = format!("room-{number}");
+        cluster
+            .wait(120 * SECOND, "the claim is bound", async || {
+                let claim = cluster.kubectl_json(&["get", "pvc", &name]).await?;
+                ensure!(claim["status"]["phase"] == "Bound", "it is {}", claim["status"]);
+                Ok(())
+            })
+            .await?;
+    }
+    let volumes = cluster.kubectl(&["get", "zfsvolumes", "-o", "jsonpath={.items[*].spec.nodeName}"]).await?;
+    ensure!(volumes.split(' ').all(|node| node == "node-a"), "volumes are on {volumes}");
+
+    cluster.apply(&claim_and_pod("room-nowhere", "900Ti")).await?;
+    cluster
+        .wait(60 * SECOND, "an event that says that there is no room", async || {
+            let events = cluster.events_of("default", "room-nowhere").await;
+            ensure!(events.contains("did not have enough free storage"), "the events are: {events}");
+            Ok(())
+        })
+        .await?;
+    for name in (0..CLAIMS).map(|number| format!("room-{number}")).chain(["room-nowhere".to_owned()]) {
+        cluster.delete(&claim_and_pod(&name, "2Gi")).await?;
+    }
+    cluster.wait_for_no_volumes().await
+}
+
+/// The pod is scheduled and never started: it has not even a runtime that could have the volume.
+fn claim_and_pod(name: &str, size: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: PersistentVolumeClaim\nmetadata: {{name: {name}}}\nspec:\n  storageClassName: zpod\n  \
+         accessModes: [ReadWriteOncePod]\n  resources: {{requests: {{storage: {size}}}}}\n---\napiVersion: v1\nkind: \
+         Pod\nmetadata: {{name: {name}}}\nspec:\n  terminationGracePeriodSeconds: 1\n  containers:\n  - {{name: shell, image: \
+         'busybox:1.37', command: [sleep, '1000000'], volumeMounts: [{{name: data, mountPath: /data}}]}}\n  volumes:\n  - \
+         {{name: data, persistentVolumeClaim: {{claimName: {name}}}}}\n"
+    )
+}
+
+fn small_file_system(at: &Path) -> Result<()> {
+    std::fs::create_dir_all(at).with_context(|| format!("create {}", at.display()))?;
+    let (image, at) = (at.with_extension("xfs").display().to_string(), at.display().to_string());
+    run("truncate", &["--size", "1G", &image])?;
+    run("mkfs.xfs", &["-q", &image])?;
+    run("mount", &["-o", "loop", &image, &at])
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(program).args(arguments).output().with_context(|| format!("run {program}"))?;
+    ensure!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}

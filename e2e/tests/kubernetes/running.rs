@@ -1,0 +1,135 @@
+//! What happens around a pod while it runs.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use zpod_e2e::cluster::Cluster;
+use zpod_e2e::cluster::chart::NAMESPACE;
+
+const SECOND: Duration = Duration::from_secs(1);
+const POD: Duration = Duration::from_secs(240);
+const OUTAGE: Duration = Duration::from_secs(30);
+const CLAIM: &str = include_str!("../../manifests/claim.yaml");
+const EXPANDED: &str = include_str!("../../manifests/claim-expanded.yaml");
+const GROUP: &str = include_str!("../../manifests/group.yaml");
+const WRITER: &str = include_str!("../../manifests/pod.yaml");
+/// Writes 88 % of a volume, then 5 % more, both of what can't be compressed.
+const FILLER: &str = include_str!("../../manifests/filler.yaml");
+
+/// The node plugin is replaced, the API server is away, the volume's object is deleted by hand, and then its claim: the
+/// pod runs on, its volume grows, and its data goes with the claim only when the pod has gone.
+pub(crate) async fn a_pod_runs_on_whatever_happens_around_it(cluster: &Cluster) -> Result<()> {
+    cluster.install_chart().await?;
+    cluster.apply(CLAIM).await?;
+    cluster.apply(WRITER).await?;
+    cluster.wait_for_pod("default", "writer", "Running", POD).await?;
+    health(cluster, "Online").await?;
+
+    cluster.kubectl(&["delete", "pod", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=zpod-node", "--wait"]).await?;
+    cluster.kubectl(&["rollout", "status", "daemonset/zpod-node", "-n", NAMESPACE, "--timeout=120s"]).await?;
+    runs_on(cluster).await.context("after the node plugin was replaced")?;
+
+    cluster.stop_api_server().await;
+    tokio::time::sleep(OUTAGE).await;
+    cluster.start_api_server().await?;
+    cluster.apply(EXPANDED).await?;
+    cluster
+        .wait(120 * SECOND, "the claim grows after the API server was away", async || {
+            let claim = cluster.kubectl_json(&["get", "pvc", "data"]).await?;
+            ensure!(claim["status"]["capacity"]["storage"] == "2Gi", "it is {}", claim["status"]);
+            Ok(())
+        })
+        .await?;
+    runs_on(cluster).await.context("after the API server was away")?;
+
+    let name = volume(cluster).await?["metadata"]["name"].as_str().context("no name")?.to_owned();
+    let error =
+        cluster.kubectl(&["patch", "zfsvolume", &name, "--type=merge", "-p", r#"{"spec":{"capacity":"1Gi"}}"#]).await;
+    let error = error.err().map(|error| format!("{error:#}")).unwrap_or_default();
+    ensure!(error.contains("volumes never shrink"), "the API server let a volume shrink: {error}");
+    cluster.kubectl(&["delete", "zfsvolume", &name, "--wait=false"]).await?;
+    cluster
+        .wait(30 * SECOND, "a volume deleted by hand says that it is kept", async || {
+            let volume = volume(cluster).await?;
+            let conditions = volume["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            let kept = conditions.iter().any(|each| each["type"] == "Destroyed" && each["reason"] == "NotAskedFor");
+            ensure!(kept, "its conditions: {conditions:?}");
+            Ok(())
+        })
+        .await?;
+    runs_on(cluster).await.context("after the ZfsVolume was deleted by hand")?;
+
+    cluster.kubectl(&["delete", "pvc", "data", "--wait=false"]).await?;
+    tokio::time::sleep(5 * SECOND).await;
+    runs_on(cluster).await.context("after its claim was deleted")?;
+    volume(cluster).await.context("the volume of a running pod is gone")?;
+    cluster.delete(WRITER).await?;
+    cluster.wait_for_no_volumes().await
+}
+
+/// Neither its user nor its group is root: the guest gives the volume to its fsGroup.
+pub(crate) async fn a_pod_that_is_not_root_writes_to_its_volume(cluster: &Cluster) -> Result<()> {
+    cluster.install_chart().await?;
+    cluster.apply(GROUP).await?;
+    cluster.wait_for_pod("default", "group", "Running", POD).await?;
+    cluster
+        .wait(30 * SECOND, "the file's owner", async || {
+            let log = cluster.kubectl(&["logs", "group"]).await?;
+            ensure!(log.trim() == "1000:2000", "the log is: {log}");
+            Ok(())
+        })
+        .await?;
+    cluster.delete(GROUP).await?;
+    cluster.wait_for_no_volumes().await
+}
+
+/// What the guest notices is in the volume's status, on the claim and on the pod.
+pub(crate) async fn a_volume_that_fills_is_told_of_on_its_claim_and_its_pod(cluster: &Cluster) -> Result<()> {
+    cluster.install_chart().await?;
+    cluster.apply(FILLER).await?;
+    cluster.wait_for_pod("default", "filler", "Running", POD).await?;
+    for reason in ["VolumeFilling", "VolumeNearlyFull"] {
+        cluster
+            .wait(180 * SECOND, reason, async || {
+                let (claim, pod) = (events(cluster, "PersistentVolumeClaim").await?, events(cluster, "Pod").await?);
+                ensure!(claim.contains(reason) && pod.contains(reason), "on the claim: {claim}\non the pod: {pod}");
+                Ok(())
+            })
+            .await?;
+    }
+    let volume = volume(cluster).await?;
+    ensure!(volume["status"]["pool"]["health"] == "Online", "its status: {}", volume["status"]["pool"]);
+    cluster.delete(FILLER).await?;
+    cluster.wait_for_no_volumes().await
+}
+
+async fn events(cluster: &Cluster, kind: &str) -> Result<String> {
+    let selector = format!("involvedObject.name=filler,involvedObject.kind={kind}");
+    cluster.kubectl(&["get", "events", "--field-selector", &selector]).await
+}
+
+/// The only volume there is.
+async fn volume(cluster: &Cluster) -> Result<Value> {
+    let volumes = cluster.kubectl_json(&["get", "zfsvolumes"]).await?;
+    volumes["items"].get(0).cloned().context("there is no ZfsVolume")
+}
+
+async fn health(cluster: &Cluster, wanted: &str) -> Result<()> {
+    cluster
+        .wait(60 * SECOND, "the pool's health in the volume's status", async || {
+            let volume = volume(cluster).await?;
+            let health = &volume["status"]["pool"]["health"];
+            ensure!(health == wanted, "it is {health}; status: {}", volume["status"]);
+            Ok(())
+        })
+        .await
+}
+
+/// It is the same container, never started again, and its guest is heard.
+async fn runs_on(cluster: &Cluster) -> Result<()> {
+    let pod = cluster.wait_for_pod("default", "writer", "Running", 60 * SECOND).await?;
+    let status = &pod["status"]["containerStatuses"][0];
+    ensure!(status["restartCount"] == 0, "its container was started again: {status}");
+    health(cluster, "Online").await
+}
