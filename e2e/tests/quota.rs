@@ -4,6 +4,8 @@
 
 #[path = "quota/guest.rs"]
 mod guest;
+#[path = "../../driver/src/privileges.rs"]
+mod privileges;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

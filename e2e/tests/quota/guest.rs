@@ -16,6 +16,8 @@ use zpod_storage::backing::file::FileBacking;
 use zpod_storage::backing::{Backing, BackingError, DeviceSpec, Outcome};
 use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId};
 
+use crate::privileges;
+
 pub(crate) const INIT: &str = "/test";
 pub(crate) const ARGUMENTS: [&str; 4] = ["--exact", "in_the_guest", "--ignored", "--nocapture"];
 pub(crate) const XFS_QUOTA: &str = "/bin/xfs_quota";
@@ -56,8 +58,9 @@ pub(crate) fn main() {
     panic!("power off: {error}");
 }
 
-const TESTS: [(&str, fn()); 9] = [
+const TESTS: [(&str, fn()); 10] = [
     ("a guest is stopped at its limit and another volume gets all it was promised", the_limit_holds),
+    ("the same with the privileges that zpod-node keeps", with_what_zpod_node_keeps),
     ("growth raises the limit, a restart keeps it, destroying lifts it", the_limit_follows_the_promise),
     ("each image is a project of its own, and a project is used again only when it is empty", projects_are_unique),
     ("a guest that scatters its blocks still gets all it was promised", scattered_blocks_fit),
@@ -180,6 +183,15 @@ fn the_limit_holds() {
         assert_eq!(backing.destroy(spec.id).unwrap(), Outcome::Changed);
     }
     assert_eq!(limits(), BTreeMap::new());
+}
+
+/// Here, where root has all privileges: what is given up is given up by this thread alone.
+fn with_what_zpod_node_keeps() {
+    let work = || {
+        privileges::drop_unneeded().unwrap();
+        the_limit_holds();
+    };
+    std::thread::spawn(work).join().unwrap();
 }
 
 fn mib(bytes: u64) -> f64 {

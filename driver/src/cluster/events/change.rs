@@ -128,7 +128,7 @@ fn filling(level: Level, percent: u64, volume: &Observed, report: &VolumeReport)
         warning: true,
         note: format!(
             "{} is {percent} % full: {used} of {total}; writes fail when it is full: remove data, or raise \
-             spec.resources.requests.storage of the claim, which needs no restart",
+             spec.resources.requests.storage of the claim, which needs no restart within the headroom",
             name(volume)
         ),
     }
