@@ -14,6 +14,7 @@
 mod authority;
 pub mod chart;
 mod control_plane;
+mod disk;
 pub mod images;
 mod isolation;
 mod kata;
@@ -43,6 +44,8 @@ const NODE_READY: Duration = Duration::from_secs(90);
 const KATA_LABEL: &str = "katacontainers.io/kata-runtime=true";
 /// So many lines of each log in a diagnosis.
 const TAIL: usize = 15;
+/// So many lines of each answer in a diagnosis.
+const MOST: usize = 80;
 
 /// A running cluster. It ends, with everything it started, when it is dropped or the thread that made it ends.
 #[derive(Debug)]
@@ -117,6 +120,7 @@ impl Cluster {
         let root = self.node_dir(name);
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
         kata::deploy(&root)?;
+        disk::mount(&root)?;
         let user = format!("system:node:{name}");
         let kubeconfig = self.authority.kubeconfig(&format!("{name}.conf"), &user, Some("system:nodes"))?;
         let log = self.workdir.path().join("logs").join(format!("{name}.log"));
@@ -265,17 +269,21 @@ impl Cluster {
 
     /// What a person would look at first when something went wrong.
     pub async fn diagnosis(&self) -> String {
-        let questions: [&[&str]; 3] = [
-            &["get", "nodes,pods,pvc,pv", "-A", "-o", "wide"],
+        let logs = ["logs", "-n", chart::NAMESPACE, "-l", "app.kubernetes.io/part-of=zpod"];
+        let logs = [&logs[..], &["--all-containers", "--prefix", "--tail=15", "--max-log-requests=50"]].concat();
+        let questions: [&[&str]; 5] = [
+            &["get", "nodes,pods", "-A", "-o", "wide"],
+            &["get", "pvc,pv", "-A"],
             &["get", "zfsvolumes,zfsnodes", "-o", "wide"],
-            &["get", "events", "-A", "--sort-by", ".lastTimestamp"],
+            &["get", "events", "-A", "--field-selector", "type=Warning", "--sort-by", ".lastTimestamp"],
+            &logs,
         ];
         let mut text = String::new();
         for question in questions {
             let answer = self.kubectl(question).await.unwrap_or_else(|error| format!("{error:#}"));
             let lines: Vec<_> = answer.lines().collect();
-            // Of events only the newest.
-            let newest = lines[lines.len().saturating_sub(40)..].join("\n");
+            // The newest, where a test has made a hundred of something.
+            let newest = lines[lines.len().saturating_sub(MOST)..].join("\n");
             text.push_str(&format!("--- kubectl {}\n{newest}\n", question.join(" ")));
         }
         text + &diagnose_logs(self.workdir.path())

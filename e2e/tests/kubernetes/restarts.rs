@@ -50,14 +50,14 @@ pub(crate) async fn a_burst_of_claims_outlives_the_controllers(cluster: &Cluster
             claims,
             "---\n{{apiVersion: v1, kind: PersistentVolumeClaim, metadata: {{name: burst-{number}}}, spec: \
              {{storageClassName: zpod-immediate, accessModes: [ReadWriteOncePod], resources: {{requests: {{storage: \
-             64Mi}}}}}}}}\n"
+             256Mi}}}}}}}}\n"
         )?;
     }
     cluster.apply(&claims).await?;
     let kill = ["delete", "pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=zpod-controller", "--force"];
     cluster.kubectl(&[&kill[..], &["--grace-period=0"]].concat()).await?;
     cluster
-        .wait(2 * MINUTE, "all claims are bound", async || {
+        .wait(4 * MINUTE, "all claims are bound", async || {
             let phases = cluster.kubectl(&["get", "pvc", "-o", "jsonpath={.items[*].status.phase}"]).await?;
             let bound = phases.split(' ').filter(|phase| *phase == "Bound").count();
             ensure!(bound == CLAIMS, "{bound} of {CLAIMS} are");
