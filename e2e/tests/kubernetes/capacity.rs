@@ -16,7 +16,7 @@ const CLAIMS: usize = 3;
 /// told that there is no room.
 pub(crate) async fn the_scheduler_goes_where_the_room_is(cluster: &Cluster) -> Result<()> {
     cluster.install_chart().await?;
-    let backing = cluster.node_dir(SMALL).join("var/lib/zpod/volumes");
+    let backing = cluster.node_dir(SMALL).join("var/lib/zpod");
     small_file_system(&backing)?;
     cluster.add_node(SMALL).await?;
     let result = claims_go_where_the_room_is(cluster).await;
