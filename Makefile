@@ -44,8 +44,11 @@ chart: kubernetes ## the Helm chart: is what is generated up to date, what does 
 charts: kubernetes ## write what is generated of the chart: definitions, README, plain manifests
 	deploy/charts.sh generate
 
-test: lint chart build image ## everything: lint, chart, unit, property, csi-sanity, crash, e2e in real guests and a cluster
+# Programs as they are built for their own tests: an optimized build of all of it is for what measures.
+test: export ZPOD_BIN := $(TARGET)/debug/zpod
+test: lint chart image ## everything: lint, chart, unit, property, csi-sanity, crash, e2e in real guests and a cluster
 	cargo test --locked --workspace --exclude zpod-e2e --features zpod-driver/crash-points
+	cargo build --quiet --locked -p zpod-driver -p zpod-installer
 	cargo test --locked -p zpod-e2e
 
 bench: build image kubernetes ## measure; tables on the terminal, JSON in bench-results/
