@@ -12,7 +12,8 @@
 //! # Limitations
 //! No cgroups, so no limits and hardly any statistics; no seccomp, AppArmor or user namespaces; no streaming `exec`,
 //! `attach` or `port-forward` (`ExecSync` works, for probes and for [`client::Client`]). A guest has no network: its
-//! pod's address is taken and answers nobody. Nothing survives a restart of the node.
+//! pod's address is taken and answers nobody. Its containers share one busybox for their root, whatever their images
+//! say, and get no files of kubelet's (tokens, `/etc/hosts`). Nothing survives a restart of the node.
 
 pub mod client;
 mod container;

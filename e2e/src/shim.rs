@@ -57,6 +57,7 @@ pub struct Sandbox {
     guest: Guest,
     _monitor: Monitor,
     direct_volumes: PathBuf,
+    hostname: String,
     disks: BTreeMap<PathBuf, Disk>,
     containers: HashMap<String, Held>,
     substitutes: HashMap<PathBuf, PathBuf>,
@@ -83,10 +84,10 @@ impl Sandbox {
     pub async fn start_with(node: &Node, runtime: Runtime, boot: Boot) -> Result<Self> {
         let id = uuid::Uuid::new_v4().simple().to_string();
         let guest = Guest::boot(boot).await?;
-        Self::start_in(&node.kata_run_dir(), node.direct_volume_dir(), id, runtime, guest).await
+        Self::start_in(&node.kata_run_dir(), node.direct_volume_dir(), id, "e2e", runtime, guest).await
     }
 
-    /// The same in a guest that boots already, with the directories and the id of the caller's choice.
+    /// The same in a guest that boots already, with the directories and the names of the caller's choice.
     ///
     /// # Errors
     /// When the agent doesn't answer in time.
@@ -94,6 +95,7 @@ impl Sandbox {
         run_dir: &Path,
         direct_volumes: PathBuf,
         id: String,
+        hostname: &str,
         runtime: Runtime,
         mut guest: Guest,
     ) -> Result<Self> {
@@ -103,7 +105,7 @@ impl Sandbox {
         };
         let boot_time = guest.power_on.elapsed();
         let monitor = Monitor::serve(run_dir, &id, &guest.vsock())?;
-        let request = agent::CreateSandboxRequest { hostname: "e2e".into(), sandbox_id: id, ..Default::default() };
+        let request = agent::CreateSandboxRequest { hostname: hostname.into(), sandbox_id: id, ..Default::default() };
         if let Err(error) = agent.run("CreateSandbox", &request).await {
             return Err(guest.explain(error.into()));
         }
@@ -113,6 +115,7 @@ impl Sandbox {
             guest,
             _monitor: monitor,
             direct_volumes,
+            hostname: hostname.to_owned(),
             disks: BTreeMap::new(),
             containers: HashMap::new(),
             substitutes: HashMap::new(),
@@ -179,7 +182,7 @@ impl Sandbox {
             container_id: container.id.clone(),
             exec_id: container.id.clone(),
             storages,
-            oci: Some(container.spec(mounts)),
+            oci: Some(container.spec(&self.hostname, mounts)),
             ..Default::default()
         };
         let sent = Instant::now();

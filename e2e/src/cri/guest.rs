@@ -36,14 +36,14 @@ pub(super) struct GuestPod {
 
 impl GuestPod {
     /// Boots it.
-    pub(super) async fn start(id: &str) -> Result<Self> {
+    pub(super) async fn start(id: &str, hostname: &str) -> Result<Self> {
         // As short as the sandbox's directory: its sockets must be where zpod-node sees them.
         let dir = Path::new(RUN_DIR).join(id);
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         let guest = Guest::boot_in(Boot::Zpod, &dir).await?;
         let process = guest.process();
         let (run_dir, volumes) = (Path::new(RUN_DIR), PathBuf::from(DIRECT_VOLUMES));
-        let sandbox = Sandbox::start_in(run_dir, volumes, id.to_owned(), Runtime::Rs, guest).await?;
+        let sandbox = Sandbox::start_in(run_dir, volumes, id.to_owned(), hostname, Runtime::Rs, guest).await?;
         eprintln!("pod {id}: its guest booted in {:?}", sandbox.boot_time);
         let agent = sandbox.agent().clone();
         let sandbox = Arc::new(AsyncMutex::new(Some(sandbox)));
@@ -124,7 +124,11 @@ impl Machine for GuestPod {
             let sandbox = sandbox.as_mut().context("the pod was stopped")?;
             sandbox.spawn_process(id, process(&program.with_args(command))).await?
         };
-        running.patient().finish().await
+        let running = running.patient();
+        let mut kill = Kill(Some(running.clone()));
+        let output = running.finish().await;
+        kill.0 = None;
+        output
     }
 
     async fn remove(&self, id: &str) -> Result<()> {
@@ -147,6 +151,18 @@ impl Machine for GuestPod {
 
     fn process(&self, _: &str) -> Option<u32> {
         Some(self.process)
+    }
+}
+
+/// Ends a command that nobody waits for any more.
+struct Kill(Option<Running>);
+
+impl Drop for Kill {
+    fn drop(&mut self) {
+        if let Some(running) = self.0.take() {
+            // It may have ended just now.
+            tokio::spawn(async move { running.signal(Signal::SIGKILL as u32).await });
+        }
     }
 }
 

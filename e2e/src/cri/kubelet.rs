@@ -63,6 +63,10 @@ impl Kubelet<'_> {
             "cgroupsPerQOS": false,
             "enforceNodeAllocatable": [],
             "failSwapOn": false,
+            // Kubernetes 1.37 counts a pod's overhead twice once the pod runs: kubelet reports it within
+            // status.allocatedResources (kubelet_pods.go), and the scheduler adds it to that
+            // (component-helpers, resource/helpers.go). Few guests would fit on a small machine.
+            "featureGates": {"InPlacePodLevelResourcesVerticalScaling": false},
             "makeIPTablesUtilChains": false,
             // Without it cAdvisor measures no file systems, and kubelet has no statistics of volumes either.
             "localStorageCapacityIsolation": true,

@@ -97,7 +97,7 @@ impl Runtime {
         address: Option<Ipv4Addr>,
     ) -> Result<Arc<dyn Machine>> {
         if self.guest_handlers.iter().any(|known| known == handler) {
-            return Ok(Arc::new(GuestPod::start(id).await?));
+            return Ok(Arc::new(GuestPod::start(id, &config.hostname).await?));
         }
         if !handler.is_empty() {
             bail!("unknown runtime handler {handler:?}: this node has {}", self.guest_handlers.join(", "));

@@ -71,7 +71,7 @@ impl Container {
     }
 
     /// The spec, with the volumes' mounts as the runtime made them.
-    pub(super) fn spec(&self, volumes: Vec<agent::Mount>) -> agent::Spec {
+    pub(super) fn spec(&self, hostname: &str, volumes: Vec<agent::Mount>) -> agent::Spec {
         let mut mounts = vec![mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])];
         if !self.guest_mounts.iter().any(|(_, destination)| destination == "/dev") {
             mounts.push(mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]));
@@ -88,7 +88,7 @@ impl Container {
             version: "1.1.0".into(),
             process: Some(self.process.clone().unwrap_or_else(sleep)),
             root: Some(agent::Root { path: ROOTFS.into(), readonly: self.read_only_root }),
-            hostname: "e2e".into(),
+            hostname: hostname.into(),
             mounts,
             annotations: [("io.kubernetes.cri.container-type".to_owned(), "container".to_owned())].into(),
             linux: Some(agent::Linux {

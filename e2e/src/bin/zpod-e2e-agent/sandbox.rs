@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 
 use anyhow::{Result, anyhow};
+use nix::unistd::sethostname;
 use zpod_proto::agent::{CreateContainerRequest, CreateSandboxRequest};
 
 use crate::container::{BASE, Container};
@@ -19,6 +20,8 @@ impl Sandbox {
     pub(crate) async fn create(&mut self, request: CreateSandboxRequest) -> Result<()> {
         let _ = fs::remove_dir_all(BASE);
         fs::create_dir_all(BASE)?;
+        // kata-agent gives it to a UTS namespace that all containers share: here that is the guest's.
+        sethostname(&request.hostname)?;
         self.storages.add(request.storages).await.map(|_| ())
     }
 
