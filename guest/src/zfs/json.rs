@@ -66,6 +66,7 @@ struct Scan {
 impl Scan {
     /// The scrub it tells of. A resilver, the other kind of scan, needs a second device, which no pool here has.
     fn scrub(&self) -> Option<LastScrub> {
+        // OpenZFS 2.3.2 prints 0 for "not paused" (seen in a guest, with -p), "-" without -p.
         let paused = !matches!(self.scrub_pause.as_str(), "" | "-" | "0");
         let state = match self.state.as_str() {
             "SCANNING" if paused => ScrubState::Paused,
