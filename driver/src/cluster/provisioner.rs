@@ -77,9 +77,10 @@ impl ClusterProvisioner {
 
     async fn record(&self, request: &CreateRequest, capacity: Bytes) -> Result<Volume, VolumeError> {
         let id = VolumeId::from_name(&request.name);
-        if let Some(volume) = self.catalog.get(id).await? {
-            return same(volume, request);
+        if let Some(object) = self.catalog.object(id).await? {
+            return same(usable(&object)?, request);
         }
+        self.nodes.listed().await.map_err(VolumeError::CutShort)?;
         let node = self
             .nodes
             .choose(request.nodes.as_deref(), capacity)
@@ -134,7 +135,7 @@ impl Provision for ClusterProvisioner {
             self.catalog.destroy(&object).await?;
             return Err(refusal(&object, READY, &node));
         }
-        same(volume_of(&object)?, &request)
+        same(usable(&object)?, &request)
     }
 
     async fn delete(&self, id: VolumeId) -> Result<Outcome, VolumeError> {
@@ -142,7 +143,9 @@ impl Provision for ClusterProvisioner {
         crash::point("cluster delete: begin");
         self.catalog.destroy(&object).await?;
         let node = object.spec.node_name.clone();
-        let answered = |object: Option<&ZfsVolume>| object.is_none_or(|object| is_false(object, DESTROYED));
+        let answered = |object: Option<&ZfsVolume>| {
+            object.is_none_or(|object| said_since(object, DESTROYED, object.metadata.generation))
+        };
         match self.wait(id, &node, "destroyed", answered).await? {
             None => Ok(Outcome::Changed),
             Some(object) => Err(refusal(&object, DESTROYED, &node)),
@@ -226,8 +229,18 @@ fn condition<'a>(object: &'a ZfsVolume, kind: &str) -> Option<&'a Condition> {
     object.status.as_ref()?.conditions.iter().find(|condition| condition.type_ == kind)
 }
 
-fn is_false(object: &ZfsVolume, kind: &str) -> bool {
-    condition(object, kind).is_some_and(|condition| condition.status == "False")
+/// The record of a volume that is there or is being made.
+fn usable(object: &ZfsVolume) -> Result<Volume, VolumeError> {
+    let volume = volume_of(object)?;
+    if object.metadata.deletion_timestamp.is_none() {
+        return Ok(volume);
+    }
+    let remedy = if object.spec.destroy {
+        "let DeleteVolume be repeated until it succeeds"
+    } else {
+        "somebody deleted its ZfsVolume by hand: `kubectl describe zfsvolume` says what can be done"
+    };
+    Err(VolumeError::NotReady { id: volume.id, state: "being deleted", remedy })
 }
 
 /// Whether the node has said no to this generation of the spec or a later one.

@@ -22,6 +22,8 @@ const CONCURRENCY: u16 = 16;
 const RETRY: Duration = Duration::from_secs(2);
 /// ... and where a pod has to end first, after this.
 const RETRY_IN_USE: Duration = Duration::from_secs(5);
+/// Room may come back, and nobody tells.
+const RETRY_NO_ROOM: Duration = Duration::from_secs(30);
 /// An object that was deleted by hand is looked at again after this long.
 const RETRY_BLOCKED: Duration = Duration::from_secs(300);
 
@@ -112,8 +114,7 @@ impl Work {
             Err(error) => {
                 let no_room = error.is_no_room();
                 self.say(id, None, EXPANDED, reason(&error), error.to_string()).await?;
-                // Room may come back; nobody tells.
-                if no_room { Ok(Action::requeue(RETRY_BLOCKED)) } else { Err(error) }
+                if no_room { Ok(Action::requeue(RETRY_NO_ROOM)) } else { Err(error) }
             }
         }
     }
