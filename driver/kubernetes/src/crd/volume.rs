@@ -197,6 +197,7 @@ pub struct PublicationStatus {
     pub read_only: bool,
     /// The group that owns the volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<i64>")]
     pub fs_group: Option<u32>,
     /// Mount flags.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
