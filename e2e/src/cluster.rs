@@ -150,6 +150,18 @@ impl Cluster {
         Ok(())
     }
 
+    /// Kills a node and takes it out of the cluster, with the pods that were on it: their collector would need a while.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub async fn remove_node(&self, name: &str) -> Result<()> {
+        self.kill_node(name).await?;
+        self.kubectl(&["delete", "node", name]).await?;
+        let on_it = format!("spec.nodeName={name}");
+        self.kubectl(&["delete", "pods", "-A", "--field-selector", &on_it, "--force", "--grace-period=0"]).await?;
+        Ok(())
+    }
+
     /// The directory that is a node's root: `var/lib/zpod`, `run/kata` and the like are below it.
     pub fn node_dir(&self, name: &str) -> PathBuf {
         // Short: unix sockets below it have 108 bytes.

@@ -20,8 +20,7 @@ pub(crate) async fn the_scheduler_goes_where_the_room_is(cluster: &Cluster) -> R
     small_file_system(&backing)?;
     cluster.add_node(SMALL).await?;
     let result = claims_go_where_the_room_is(cluster).await;
-    cluster.kill_node(SMALL).await?;
-    cluster.kubectl(&["delete", "node", SMALL]).await?;
+    cluster.remove_node(SMALL).await?;
     run("umount", &["--lazy", &backing.display().to_string()])?;
     result
 }

@@ -26,8 +26,7 @@ pub(crate) async fn a_killed_node_comes_back_with_its_name(cluster: &Cluster) ->
     cluster.kill_node("node-b").await?;
     cluster.kubectl(&["delete", "node", "node-b"]).await?;
     cluster.add_node("node-b").await?;
-    cluster.kill_node("node-b").await?;
-    cluster.kubectl(&["delete", "node", "node-b"]).await?;
+    cluster.remove_node("node-b").await?;
     // The other one was not touched by any of it.
     cluster
         .wait(30 * SECOND, "node-a alone", async || {
