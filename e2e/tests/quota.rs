@@ -4,6 +4,8 @@
 
 #[path = "quota/guest.rs"]
 mod guest;
+// As it is in the driver, whose crate would bring a Kubernetes client into the guest.
+#[allow(unreachable_pub)]
 #[path = "../../driver/src/privileges.rs"]
 mod privileges;
 
