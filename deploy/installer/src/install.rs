@@ -149,7 +149,10 @@ pub fn install_guest(places: &Places, root: &HostRoot, guest: &Guest) -> Result<
     let dir = InstallDir::create(root, &places.install_dir, places.lock_wait)?;
     dir.clear_leftovers()?;
     let because = match assess(&dir, Some(guest), Some(&kata), Depth::Hash)? {
-        Ok(stamp) => return Ok(Outcome::UpToDate(Box::new(stamp))),
+        Ok(stamp) => {
+            dir.prune(&stamp.id())?;
+            return Ok(Outcome::UpToDate(Box::new(stamp)));
+        }
         Err(because) => because,
     };
     if because == Reason::KataChanged

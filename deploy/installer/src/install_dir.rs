@@ -221,6 +221,30 @@ impl InstallDir {
         Ok(())
     }
 
+    /// Removes what one that was killed after it had switched left: all but the version in use and the latest other.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn prune(&self, id: &str) -> Result<()> {
+        let mut others = self.versions()?;
+        others.retain(|other| other != id);
+        if others.len() < 2 {
+            return Ok(());
+        }
+        let list = || -> io::Result<Vec<(i64, i64, String)>> {
+            let versions = open_dir(&self.dir, VERSIONS)?;
+            let made = |name: String| -> io::Result<_> {
+                let status = rustix::fs::statat(&versions, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+                Ok((status.st_mtime, status.st_mtime_nsec.try_into().unwrap_or(0), name))
+            };
+            others.into_iter().map(made).collect()
+        };
+        let mut others = list().map_err(Error::at("list", &self.path.join(VERSIONS)))?;
+        others.sort();
+        others.pop();
+        others.iter().try_for_each(|(.., old)| self.remove(old))
+    }
+
     /// The names of all versions that are there, whole or not.
     ///
     /// # Errors

@@ -105,6 +105,23 @@ fn what_a_killed_installer_can_leave_is_cleared_by_the_next() {
     assert!(!node.host("opt/zpod").exists());
 }
 
+/// One that was killed after the link was replaced, and before old versions were removed.
+#[test]
+fn versions_that_a_killed_installer_left_are_removed_by_the_next() {
+    let node = Node::new();
+    let places = node.places();
+    install(&places).unwrap();
+    for old in ["0123456789abcdef", "0123456789abcdee"] {
+        fs::create_dir(node.host("opt/zpod/versions").join(old)).unwrap();
+        // Longer than a tick of the clock that files are dated by.
+        std::thread::sleep(Duration::from_millis(30));
+    }
+    install(&places).unwrap();
+    node.assert_installed();
+    assert_eq!(fs::read_dir(node.host("opt/zpod/versions")).unwrap().count(), 2, "the one in use and the latest other");
+    assert!(node.host("opt/zpod/versions/0123456789abcdee").exists());
+}
+
 #[test]
 fn a_version_that_was_made_but_not_switched_to_is_taken() {
     let node = Node::new();
