@@ -72,7 +72,11 @@ impl HostRoot {
             inside.push(name);
             let next = match self.dir(&inside) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    rustix::fs::mkdirat(&dir, name, Mode::from_raw_mode(0o755))?;
+                    match rustix::fs::mkdirat(&dir, name, Mode::from_raw_mode(0o755)) {
+                        // Another installer came first. What is there must be a directory all the same.
+                        Ok(()) | Err(Errno::EXIST) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                     rustix::fs::fsync(&dir)?;
                     self.dir(&inside)
                 }
