@@ -13,6 +13,7 @@
 
 mod authority;
 pub mod chart;
+mod claim;
 mod control_plane;
 mod disk;
 pub mod images;
@@ -34,6 +35,7 @@ use crate::console;
 use crate::process::Process;
 use crate::workdir::Workdir;
 use authority::Authority;
+pub use claim::Written;
 use control_plane::ControlPlane;
 pub use isolation::{BRIDGE_ADDRESS, SERVICE_ADDRESS, isolate};
 use kubectl::Kubectl;

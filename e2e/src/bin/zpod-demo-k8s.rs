@@ -71,7 +71,7 @@ async fn on_cluster(screen: &mut Screen, cluster: &Cluster) -> Result<()> {
     cluster.apply(CLAIM).await?;
     cluster.apply(POD).await?;
     let accel = if Accel::detect().await? == Accel::Kvm { "with KVM" } else { "in pure emulation" };
-    let first = running(cluster).await?;
+    let first = cluster.wait_for_writer(BOOT).await?;
     screen.done(&format!("Bound and Running, in a QEMU guest of its own, {accel}"));
     screen.detail(&cluster.kubectl(&["get", "pvc,pod,zfsvolumes"]).await?);
     screen.begin("kubectl logs writer");
@@ -80,14 +80,14 @@ async fn on_cluster(screen: &mut Screen, cluster: &Cluster) -> Result<()> {
 
     screen.begin("kubectl apply -f claim-expanded.yaml");
     cluster.apply(EXPANDED).await?;
-    grown(cluster).await?;
+    cluster.wait_for_size("data", "2Gi", 90 * SECOND).await?;
     screen.done("1Gi to 2Gi while the pod runs: nothing unmounted, the machine untouched");
     screen.detail(&cluster.kubectl(&["get", "pvc"]).await?);
 
     screen.begin("kubectl delete pod writer; apply it again");
     cluster.delete(POD).await?;
     cluster.apply(POD).await?;
-    let second = running(cluster).await?;
+    let second = cluster.wait_for_writer(BOOT).await?;
     ensure!(first.sum == second.sum, "the first pod wrote {}, the next one reads {}", first.sum, second.sum);
     screen.done("another guest, the same checksum:");
     screen.detail(&second.sum);
@@ -104,41 +104,10 @@ async fn on_cluster(screen: &mut Screen, cluster: &Cluster) -> Result<()> {
     screen.begin("Delete pod, claim, volume");
     cluster.delete(POD).await?;
     cluster.delete(CLAIM).await?;
-    gone(cluster).await?;
+    cluster.wait_for_no_volumes().await?;
     screen.done("no record, no disk is left");
     screen.finish("A claim on a real cluster, with ZFS in its pod's own guest:");
     Ok(())
-}
-
-struct Writer {
-    log: String,
-    sum: String,
-}
-
-/// Waits until the pod runs and its log says where /data is from.
-async fn running(cluster: &Cluster) -> Result<Writer> {
-    cluster.wait_for_pod("default", "writer", "Running", BOOT).await?;
-    let log = cluster
-        .wait(60 * SECOND, "the pod's log", async || {
-            let log = cluster.kubectl(&["logs", "writer"]).await?;
-            ensure!(log.contains("/data/file"), "the log is: {log}");
-            Ok(log)
-        })
-        .await?;
-    let mount = log.lines().find(|line| line.contains(" /data ")).unwrap_or_default();
-    ensure!(mount.split(' ').nth(2) == Some("zfs"), "/data is not ZFS: {log}");
-    let sum = log.lines().find(|line| line.ends_with("/data/file")).context("no checksum")?.to_owned();
-    Ok(Writer { log, sum })
-}
-
-async fn grown(cluster: &Cluster) -> Result<()> {
-    cluster
-        .wait(90 * SECOND, "the claim has 2Gi", async || {
-            let claim = cluster.kubectl_json(&["get", "pvc", "data"]).await?;
-            ensure!(claim["status"]["capacity"]["storage"] == "2Gi", "it is {}", claim["status"]);
-            Ok(())
-        })
-        .await
 }
 
 /// The table, when the guest has spoken of its pool.
@@ -165,17 +134,4 @@ async fn events(cluster: &Cluster) -> Result<String> {
         None => format!("{line}\n"),
     };
     Ok(table.lines().map(short).collect())
-}
-
-async fn gone(cluster: &Cluster) -> Result<()> {
-    cluster
-        .wait(90 * SECOND, "nothing is left of the volume", async || {
-            let records = cluster.kubectl(&["get", "zfsvolumes,persistentvolumes", "-o", "name"]).await?;
-            ensure!(records.trim().is_empty(), "records: {records}");
-            let volumes = cluster.node_dir(NODE).join("var/lib/zpod/volumes");
-            let files: Vec<_> = std::fs::read_dir(volumes)?.flatten().map(|file| file.file_name()).collect();
-            ensure!(!files.iter().any(|name| name.to_string_lossy().ends_with(".img")), "files: {files:?}");
-            Ok(())
-        })
-        .await
 }

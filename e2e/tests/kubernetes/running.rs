@@ -34,13 +34,8 @@ pub(crate) async fn a_pod_runs_on_whatever_happens_around_it(cluster: &Cluster) 
     tokio::time::sleep(OUTAGE).await;
     cluster.start_api_server().await?;
     cluster.apply(EXPANDED).await?;
-    cluster
-        .wait(120 * SECOND, "the claim grows after the API server was away", async || {
-            let claim = cluster.kubectl_json(&["get", "pvc", "data"]).await?;
-            ensure!(claim["status"]["capacity"]["storage"] == "2Gi", "it is {}", claim["status"]);
-            Ok(())
-        })
-        .await?;
+    let grows = cluster.wait_for_size("data", "2Gi", 120 * SECOND).await;
+    grows.context("after the API server was away")?;
     runs_on(cluster).await.context("after the API server was away")?;
 
     let name = volume(cluster).await?["metadata"]["name"].as_str().context("no name")?.to_owned();

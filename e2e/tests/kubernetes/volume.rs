@@ -27,14 +27,7 @@ pub(crate) async fn a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next(clus
 
     // While that pod runs.
     cluster.apply(EXPANDED).await?;
-    cluster
-        .wait(60 * SECOND, "the claim has 2Gi", async || {
-            let claim = cluster.kubectl_json(&["get", "pvc", "data"]).await?;
-            ensure!(claim["status"]["capacity"]["storage"] == "2Gi", "it is {}", claim["status"]);
-            Ok(())
-        })
-        .await
-        .context(cluster.events_of("default", "data").await)?;
+    cluster.wait_for_size("data", "2Gi", 60 * SECOND).await.context(cluster.events_of("default", "data").await)?;
 
     cluster.delete(WRITER).await?;
     cluster.delete(CLAIM).await?;
@@ -44,16 +37,5 @@ pub(crate) async fn a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next(clus
 /// Runs the pod until its log says where /data is from; its file's checksum.
 async fn run_writer(cluster: &Cluster) -> Result<String> {
     cluster.apply(WRITER).await?;
-    cluster.wait_for_pod("default", "writer", "Running", POD).await?;
-    let log = cluster
-        .wait(60 * SECOND, "the pod's log", async || {
-            let log = cluster.kubectl(&["logs", "writer"]).await?;
-            ensure!(log.contains("/data/file"), "the log is: {log}");
-            Ok(log)
-        })
-        .await?;
-    let mount = log.lines().find(|line| line.contains(" /data ")).unwrap_or_default();
-    ensure!(mount.split(' ').nth(2) == Some("zfs"), "/data is not ZFS: {log}");
-    let sum = log.lines().find(|line| line.ends_with("/data/file")).context("no checksum")?;
-    Ok(sum.to_owned())
+    Ok(cluster.wait_for_writer(POD).await?.sum)
 }
