@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition as KubeCondition, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::{Client, Resource as _};
+use kube::{Client, Resource as _, ResourceExt as _};
 use serde_json::json;
 use zpod_storage::catalog::{Catalog, CatalogError, Created, Page, Volume};
 use zpod_storage::crash;
@@ -160,7 +160,8 @@ impl KubeCatalog {
         let name = object.metadata.name.as_deref().unwrap_or_default();
         let id = id_of(object)?;
         let mut metadata = json!({"name": name, "resourceVersion": object.metadata.resource_version});
-        if object.metadata.deletion_timestamp.is_none() {
+        // What an apply leaves out it gives up; and nobody may add a finalizer to an object on its way out.
+        if object.metadata.deletion_timestamp.is_none() || object.finalizers().iter().any(|each| each == FINALIZER) {
             metadata["finalizers"] = json!([FINALIZER]);
         }
         let body = json!({
@@ -320,6 +321,11 @@ fn id_of(object: &ZfsVolume) -> Result<VolumeId, CatalogError> {
     })
 }
 
+/// Whether an HTTP status says no to the request, and asking again won't help. 429 asks for patience only.
+pub fn is_refusal(code: u16) -> bool {
+    matches!(code, 400..=428 | 430..=499)
+}
+
 /// Sends a request, and waits no longer than [`PATIENCE`].
 pub(crate) async fn request<T>(
     what: &'static str,
@@ -334,7 +340,7 @@ fn flatten<T>(
 ) -> Result<T, CatalogError> {
     match answer {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 400..=428 | 430..=499) => {
+        Ok(Err(kube::Error::Api(status))) if is_refusal(status.code) => {
             Err(CatalogError::Forbidden { what, reason: format!("{} ({})", status.message, status.code) })
         }
         Ok(Err(error)) => Err(CatalogError::Unavailable { what, reason: error.to_string() }),

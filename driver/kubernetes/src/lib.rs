@@ -6,7 +6,7 @@ pub mod crd;
 mod quantity;
 mod record;
 
-pub use catalog::{KubeCatalog, Remark};
+pub use catalog::{KubeCatalog, Remark, is_refusal};
 pub use client::connect;
 pub use quantity::Quantity;
 pub use record::{CLAIM_UID, DESTROYED, EXPANDED, HEALTHY, READY, volume_of};

@@ -21,7 +21,7 @@ use kube::api::PostParams;
 use kube::{Api, Client};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use zpod_kubernetes::CLAIM_UID;
+use zpod_kubernetes::{CLAIM_UID, is_refusal};
 use zpod_volume::VolumeId;
 
 use super::bucket::Bucket;
@@ -182,7 +182,7 @@ async fn write(events: &Api<Event>, event: &Event) -> Result<(), String> {
     for tries in 1.. {
         let failed = match tokio::time::timeout(PATIENCE, events.create(&PostParams::default(), event)).await {
             Ok(Ok(_)) => return Ok(()),
-            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 400..=428 | 430..=499) => {
+            Ok(Err(kube::Error::Api(status))) if is_refusal(status.code) => {
                 return Err(format!("{} ({})", status.message, status.code));
             }
             Ok(Err(error)) => error.to_string(),

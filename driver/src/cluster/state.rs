@@ -24,8 +24,8 @@ use kube::{Client, Resource as _};
 use serde_json::json;
 use tokio::sync::Notify;
 use tokio::time::Instant;
-use zpod_kubernetes::HEALTHY;
 use zpod_kubernetes::crd::{Manager, ZfsVolume};
+use zpod_kubernetes::{HEALTHY, is_refusal};
 use zpod_volume::VolumeId;
 
 use super::bucket::Bucket;
@@ -131,7 +131,7 @@ async fn ask<T>(answer: impl Future<Output = kube::Result<T>>) -> Result<T, Fail
     match tokio::time::timeout(PATIENCE, answer).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(Failure::Gone),
-        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 400..=428 | 430..=499) => {
+        Ok(Err(kube::Error::Api(status))) if is_refusal(status.code) => {
             Err(Failure::Refused(format!("{} ({})", status.message, status.code)))
         }
         Ok(Err(error)) => Err(Failure::Away(error.to_string())),
