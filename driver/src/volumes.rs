@@ -21,6 +21,7 @@ mod provision;
 mod publish;
 mod published;
 mod reports;
+mod snapshots;
 mod spec;
 mod stats;
 
@@ -33,5 +34,6 @@ pub use pods::{AnyPod, PodCheck};
 pub(crate) use provision::same;
 pub use provision::{CreateRequest, Provision, Provisioner, Room, TOPOLOGY_KEY, VolumePage};
 pub use publish::{NodeVolumes, PublishRequest};
+pub use snapshots::{GroupRequest, SnapshotPage, SnapshotRequest, Snapshots};
 pub use stats::Stats;
 pub(crate) use stats::condition_of;

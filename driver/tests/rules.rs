@@ -23,7 +23,6 @@ use tonic::Code;
 use zpod_driver::kata::DirectVolumes;
 use zpod_driver::volumes::{Context, CreateRequest, NodeVolumes, Provision, Provisioner, PublishRequest, VolumeError};
 use zpod_storage::backing::sim::SimBacking;
-use zpod_storage::catalog::dir::DirCatalog;
 use zpod_volume::{Bytes, Create, DiskLayout, VolumeId};
 
 const GIB: i64 = 1 << 30;
@@ -168,7 +167,7 @@ async fn the_host_never_reads_a_tenants_bytes() {
 
 /// One boot of a host, on directories and devices that outlive it.
 async fn boot(dir: &Path, backing: &SimBacking, boot_id: &str) -> (Provisioner, NodeVolumes) {
-    let catalog = Arc::new(DirCatalog::open(dir.join("state")).unwrap());
+    let catalog = Arc::new(zpod_storage::catalog::dir::open(dir.join("state")).unwrap().0);
     let direct = DirectVolumes::open(&dir.join("direct-volumes")).unwrap();
     let context = Context::new("node-1".into(), boot_id.into(), catalog, Arc::new(backing.clone()));
     (Provisioner::new(Arc::clone(&context)), NodeVolumes::load(context, direct).await.unwrap())

@@ -10,7 +10,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use zpod_e2e::csi::Publish;
 use zpod_e2e::direct_volume::DirectVolume;
 use zpod_e2e::shim::Monitor;
@@ -242,6 +242,7 @@ type Stream = Pin<Box<dyn tokio_stream::Stream<Item = Result<StatusResponse, Sta
 
 #[tonic::async_trait]
 impl Guest for Liar {
+    type SendStream = ReceiverStream<Result<SendResponse, Status>>;
     type WatchStream = Stream;
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
@@ -272,5 +273,33 @@ impl Guest for Liar {
 
     async fn scrub(&self, _: Request<ScrubRequest>) -> Result<Response<ScrubResponse>, Status> {
         Err(Status::internal("LIE".repeat(10_000)))
+    }
+
+    async fn mark(&self, _: Request<MarkRequest>) -> Result<Response<MarkResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn unmark(&self, _: Request<UnmarkRequest>) -> Result<Response<UnmarkResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn provide_key(&self, _: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn properties(&self, _: Request<PropertiesRequest>) -> Result<Response<PropertiesResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn send_points(&self, _: Request<SendPointsRequest>) -> Result<Response<SendPointsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn send(&self, _: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn receive(&self, _: Request<Streaming<ReceiveRequest>>) -> Result<Response<ReceiveResponse>, Status> {
+        Err(Status::unimplemented(""))
     }
 }

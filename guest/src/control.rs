@@ -6,13 +6,16 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use zpod_proto::guest::guest_server::{Guest, GuestServer};
 use zpod_proto::guest::last_scrub::State;
 use zpod_proto::guest::scrub_request::Action;
 use zpod_proto::guest::{
-    GrowRequest, GrowResponse, Health, LastScrub, ScrubRequest, ScrubResponse, SetPropertiesRequest,
-    SetPropertiesResponse, StatusRequest, StatusResponse, SyncRequest, SyncResponse, VolumeStatus, WatchRequest,
+    GrowRequest, GrowResponse, Health, LastScrub, MarkRequest, MarkResponse, PropertiesRequest, PropertiesResponse,
+    ProvideKeyRequest, ProvideKeyResponse, ReceiveRequest, ReceiveResponse, ScrubRequest, ScrubResponse,
+    SendPointsRequest, SendPointsResponse, SendRequest, SendResponse, SetPropertiesRequest, SetPropertiesResponse,
+    StatusRequest, StatusResponse, SyncRequest, SyncResponse, UnmarkRequest, UnmarkResponse, VolumeStatus,
+    WatchRequest,
 };
 use zpod_volume::{Bytes, VolumeId};
 
@@ -84,6 +87,10 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
         token: snapshot.token.to_string(),
         scrub: details.report.scrub.map(last_scrub),
         refusal: snapshot.refusal.unwrap_or_default(),
+        awaits_key: false,
+        encrypted: false,
+        block: false,
+        snapshot_bytes: 0,
     }
 }
 
@@ -103,6 +110,7 @@ fn id(text: &str) -> Result<VolumeId, Status> {
 
 #[tonic::async_trait]
 impl<M: Machine> Guest for Control<M> {
+    type SendStream = ReceiverStream<Result<SendResponse, Status>>;
     type WatchStream = ReceiverStream<Result<StatusResponse, Status>>;
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
@@ -162,5 +170,33 @@ impl<M: Machine> Guest for Control<M> {
         };
         self.volumes.scrub(id(&request.volume_id)?, action).await?;
         Ok(Response::new(ScrubResponse {}))
+    }
+
+    async fn mark(&self, _: Request<MarkRequest>) -> Result<Response<MarkResponse>, Status> {
+        Err(Status::unimplemented("Mark"))
+    }
+
+    async fn unmark(&self, _: Request<UnmarkRequest>) -> Result<Response<UnmarkResponse>, Status> {
+        Err(Status::unimplemented("Unmark"))
+    }
+
+    async fn provide_key(&self, _: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {
+        Err(Status::unimplemented("ProvideKey"))
+    }
+
+    async fn properties(&self, _: Request<PropertiesRequest>) -> Result<Response<PropertiesResponse>, Status> {
+        Err(Status::unimplemented("Properties"))
+    }
+
+    async fn send_points(&self, _: Request<SendPointsRequest>) -> Result<Response<SendPointsResponse>, Status> {
+        Err(Status::unimplemented("SendPoints"))
+    }
+
+    async fn send(&self, _: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
+        Err(Status::unimplemented("Send"))
+    }
+
+    async fn receive(&self, _: Request<Streaming<ReceiveRequest>>) -> Result<Response<ReceiveResponse>, Status> {
+        Err(Status::unimplemented("Receive"))
     }
 }

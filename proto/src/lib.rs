@@ -20,6 +20,12 @@ pub mod guest {
 
     /// The vsock port on which zpod-guest serves this protocol. Kata uses 1024 to 1027.
     pub const PORT: u32 = 10240;
+
+    impl std::fmt::Debug for ProvideKeyRequest {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.debug_struct("ProvideKeyRequest").field("volume_id", &self.volume_id).finish_non_exhaustive()
+        }
+    }
 }
 
 /// The part of Kata's agent protocol that zpod touches (package `grpc` on the wire).

@@ -5,45 +5,77 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-/// The id of a volume: the CSI `volume_id`, the GPT disk GUID, and the name of its backing.
-///
-/// It follows from the name that CSI gives (`CreateVolume.name`), so that two requests with one name can never
-/// make two volumes, whoever handles them.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct VolumeId(Uuid);
+/// A typed id that follows from the name that CSI gives, so that two requests with one name can never make two things,
+/// whoever handles them.
+macro_rules! id_of_a_name {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $domain:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(Uuid);
 
-impl VolumeId {
-    /// The id that belongs to a CSI volume name.
-    pub fn from_name(name: &str) -> Self {
-        let digest = Sha256::new().chain_update(b"csi.zpod.storage/volume\0").chain_update(name).finalize();
-        let mut bytes = [0; 16];
-        bytes.copy_from_slice(&digest[..16]);
-        // RFC 9562 version 8: "custom", made by a rule of ours.
-        Self(uuid::Builder::from_custom_bytes(bytes).into_uuid())
-    }
+        impl $name {
+            /// The id that belongs to a CSI name.
+            pub fn from_name(name: &str) -> Self {
+                let digest = Sha256::new().chain_update($domain).chain_update(name).finalize();
+                let mut bytes = [0; 16];
+                bytes.copy_from_slice(&digest[..16]);
+                // RFC 9562 version 8: "custom", made by a rule of ours.
+                Self(uuid::Builder::from_custom_bytes(bytes).into_uuid())
+            }
 
-    /// The id as a UUID.
-    pub const fn uuid(self) -> Uuid {
-        self.0
-    }
+            /// The id as a UUID.
+            pub const fn uuid(self) -> Uuid {
+                self.0
+            }
 
-    /// The id that a UUID stands for.
-    pub const fn from_uuid(uuid: Uuid) -> Self {
-        Self(uuid)
-    }
+            /// The id that a UUID stands for.
+            pub const fn from_uuid(uuid: Uuid) -> Self {
+                Self(uuid)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.hyphenated().fmt(f)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = ParseNameError;
+
+            /// Only the canonical form (lower case, hyphens) is an id: one thing has one name.
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                let id = Uuid::try_parse(text).map(Self).ok().filter(|id| id.to_string() == text);
+                id.ok_or_else(|| ParseNameError {
+                    what: $what,
+                    value: text.chars().take(64).collect(),
+                    allowed: "a UUID in lower case with hyphens",
+                })
+            }
+        }
+    };
 }
 
-impl fmt::Display for VolumeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.hyphenated().fmt(f)
-    }
+id_of_a_name! {
+    /// The id of a volume: the CSI `volume_id`, the GPT disk GUID, and the name of its backing.
+    VolumeId, "volume id", b"csi.zpod.storage/volume\0"
 }
 
-impl fmt::Debug for VolumeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
+id_of_a_name! {
+    /// The id of a snapshot: the CSI `snapshot_id`, and the name of its backing.
+    SnapshotId, "snapshot id", b"csi.zpod.storage/snapshot\0"
+}
+
+id_of_a_name! {
+    /// The id of a group of snapshots that were taken together: the CSI `group_snapshot_id`.
+    GroupId, "group snapshot id", b"csi.zpod.storage/group-snapshot\0"
 }
 
 /// A name that does not parse.
@@ -55,17 +87,63 @@ pub struct ParseNameError {
     allowed: &'static str,
 }
 
-impl FromStr for VolumeId {
+/// The name of a ZFS snapshot that marks, inside a guest, the instant that a copy of its disk is to show: what stands
+/// behind the `@`. The restored volume is rolled back to it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mark(String);
+
+/// What the name of every mark begins with. No other ZFS snapshot of ours does.
+const MARK: &str = "zpod-mark-";
+
+impl Mark {
+    /// The mark for a snapshot.
+    pub fn for_snapshot(id: SnapshotId) -> Self {
+        Self(format!("{MARK}{}", id.uuid().simple()))
+    }
+
+    /// The mark for a clone, by the volume that the clone is.
+    pub fn for_clone(id: VolumeId) -> Self {
+        Self(format!("{MARK}{}", id.uuid().simple()))
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Mark {
     type Err = ParseNameError;
 
-    /// Only the canonical form (lower case, hyphens) is an id: one volume has one name.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let id = Uuid::try_parse(text).map(Self).ok().filter(|id| id.to_string() == text);
-        id.ok_or_else(|| ParseNameError {
-            what: "volume id",
+        let hex = text.strip_prefix(MARK).unwrap_or_default();
+        let good = hex.len() == 32 && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        good.then(|| Self(text.to_owned())).ok_or_else(|| ParseNameError {
+            what: "mark",
             value: text.chars().take(64).collect(),
-            allowed: "a UUID in lower case with hyphens",
+            allowed: "zpod-mark- and 32 hexadecimal digits in lower case",
         })
+    }
+}
+
+impl TryFrom<String> for Mark {
+    type Error = ParseNameError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<Mark> for String {
+    fn from(mark: Mark) -> Self {
+        mark.0
     }
 }
 
@@ -144,6 +222,21 @@ mod tests {
         assert_eq!(id.to_string().parse(), Ok(id));
         for text in [id.to_string().to_uppercase(), id.uuid().simple().to_string(), "../x".into(), String::new()] {
             assert!(text.parse::<VolumeId>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_no_volume_even_of_the_same_name() {
+        assert_ne!(SnapshotId::from_name("x").uuid(), VolumeId::from_name("x").uuid());
+        assert_ne!(SnapshotId::from_name("x").uuid(), GroupId::from_name("x").uuid());
+    }
+
+    #[test]
+    fn a_mark_cannot_be_anything_but_a_mark() {
+        let mark = Mark::for_snapshot(SnapshotId::from_name("x"));
+        assert_eq!(mark.as_str().parse(), Ok(mark));
+        for text in ["", "zpod-mark-", "x", "zpod-mark-0@x", "zpod-mark-../../../../../../../../../../.."] {
+            assert!(text.parse::<Mark>().is_err(), "{text}");
         }
     }
 

@@ -80,6 +80,11 @@ impl DiskLayout {
     /// Where the guest's creation journal lies, in bytes from the start of the disk: one 4 KiB block behind the GPT
     /// and before the partition. The host never reads or writes it.
     pub const JOURNAL_OFFSET: u64 = MIB / 2;
+    /// Where the host leaves the [`VolumeSpec`](crate::VolumeSpec) of a block device, in bytes from the start of the
+    /// disk: behind the GPT and before the journal. Kata passes no options along with a device.
+    pub const SPEC_OFFSET: u64 = MIB / 4;
+    /// Room for it, its header included.
+    pub const SPEC_BYTES: usize = 32 << 10;
     /// The smallest capacity of a volume.
     pub const MIN_CAPACITY: Bytes = Bytes::mib(256);
     /// The largest capacity of a volume: 1 PiB, far below what GPT and ZFS can address, so that sums don't overflow.

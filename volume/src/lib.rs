@@ -2,9 +2,11 @@
 //!
 //! * [`VolumeId`], [`PoolName`], [`Bytes`]: typed ids and sizes.
 //! * [`VolumeParameters`]: what a StorageClass may say, parsed at the edge.
+//! * [`VolumeAttributes`]: what a VolumeAttributesClass may change later.
 //! * [`DiskLayout`] and [`gpt`]: what the virtual disk looks like.
 //! * [`VolumeSpec`]: what the node tells the guest about one volume, in the `zpod=` mount option.
 
+mod attributes;
 mod bytes;
 mod id;
 mod layout;
@@ -14,9 +16,10 @@ mod spec;
 
 pub mod gpt;
 
+pub use attributes::VolumeAttributes;
 pub use bytes::{Bytes, ParseBytesError};
-pub use id::{ParseNameError, PoolName, VolumeId};
+pub use id::{GroupId, Mark, ParseNameError, PoolName, SnapshotId, VolumeId};
 pub use layout::{DiskLayout, Headroom, ParseHeadroomError, SECTOR};
-pub use parameters::{Backing, ParameterError, Provisioning, QuotaMode, VolumeParameters};
+pub use parameters::{Backing, Encryption, ParameterError, Provisioning, QuotaMode, ScrubInterval, VolumeParameters};
 pub use property::{Property, PropertyKind};
-pub use spec::{Create, DecodeSpecError, MountFlag, OPTION_PREFIX, Version, VolumeSpec};
+pub use spec::{Create, DecodeSpecError, MountFlag, OPTION_PREFIX, Origin, Version, VolumeMode, VolumeSpec};

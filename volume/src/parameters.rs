@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -37,8 +38,53 @@ pub enum QuotaMode {
     None,
 }
 
+/// How a volume's contents are encrypted. ZFS's own encryption, in the guest: the host sees ciphertext.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Encryption {
+    /// AES with 256 bits in Galois/Counter mode.
+    #[serde(rename = "aes-256-gcm")]
+    Aes256Gcm,
+}
+
+impl Encryption {
+    /// ZFS's word for it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Aes256Gcm => "aes-256-gcm",
+        }
+    }
+}
+
+/// How often a volume is scrubbed. Whole seconds, at least a minute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ScrubInterval(u64);
+
+impl ScrubInterval {
+    const MIN: u64 = 60;
+
+    /// As a duration.
+    pub const fn duration(self) -> Duration {
+        Duration::from_secs(self.0)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+        let unit = match unit {
+            "m" => 60,
+            "h" => 3600,
+            "d" => 86400,
+            "w" => 7 * 86400,
+            _ => return None,
+        };
+        let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+        let seconds = digits.parse::<u64>().ok().filter(|_| plain)?.checked_mul(unit)?;
+        (Self::MIN..=3650 * 86400).contains(&seconds).then_some(Self(seconds))
+    }
+}
+
 /// A word of a fixed list.
-trait Word: Sized + Copy + 'static {
+pub(crate) trait Word: Sized + Copy + 'static {
     const WORDS: &'static [(&'static str, Self)];
 
     fn parse(key: &str, value: &str) -> Result<Self, ParameterError> {
@@ -62,6 +108,14 @@ impl Word for QuotaMode {
         &[("refquota", Self::Refquota), ("quota", Self::Quota), ("none", Self::None)];
 }
 
+impl Word for bool {
+    const WORDS: &'static [(&'static str, Self)] = &[("true", true), ("false", false)];
+}
+
+impl Word for Option<Encryption> {
+    const WORDS: &'static [(&'static str, Self)] = &[("aes-256-gcm", Some(Encryption::Aes256Gcm)), ("off", None)];
+}
+
 /// What a StorageClass says about its volumes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -77,6 +131,15 @@ pub struct VolumeParameters {
     /// Upper bound of the guest's ARC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arc_max: Option<Bytes>,
+    /// Where the host's file system can't share blocks, snapshots and clones may be full copies.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_copy: bool,
+    /// How the contents are encrypted; not at all where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Encryption>,
+    /// How often its guest scrubs it; never by itself where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub_interval: Option<ScrubInterval>,
     /// ZFS properties that differ from the defaults, by name. Always valid: see [`Property`].
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub properties: BTreeMap<String, String>,
@@ -88,6 +151,12 @@ pub enum ParameterError {
     /// No such parameter.
     #[error("parameter {key:?} is not known; allowed are: {}", VolumeParameters::keys().join(", "))]
     Unknown {
+        /// The key as it was given.
+        key: String,
+    },
+    /// Not one that a volume's life can change.
+    #[error("mutable parameter {key:?} can't be changed; what can: {}", crate::VolumeAttributes::keys().join(", "))]
+    Immutable {
         /// The key as it was given.
         key: String,
     },
@@ -104,7 +173,7 @@ pub enum ParameterError {
 }
 
 impl ParameterError {
-    fn bad(key: &str, value: &str, allowed: impl Into<String>) -> Self {
+    pub(crate) fn bad(key: &str, value: &str, allowed: impl Into<String>) -> Self {
         Self::Bad { key: key.to_owned(), value: value.to_owned(), allowed: allowed.into() }
     }
 }
@@ -113,7 +182,8 @@ impl ParameterError {
 const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
 
 impl VolumeParameters {
-    const OWN_KEYS: [&str; 5] = ["arcMax", "backing", "headroom", "provisioning", "quota"];
+    const OWN_KEYS: [&str; 8] =
+        ["allowCopy", "arcMax", "backing", "encryption", "headroom", "provisioning", "quota", "scrubInterval"];
 
     /// Every key a StorageClass may use, sorted.
     pub fn keys() -> Vec<&'static str> {
@@ -132,6 +202,13 @@ impl VolumeParameters {
         let given: BTreeMap<_, _> = map.into_iter().filter(|(key, _)| !key.starts_with(SIDECAR_PREFIX)).collect();
         for (key, value) in given {
             match key {
+                "allowCopy" => parameters.allow_copy = Word::parse(key, value)?,
+                "encryption" => parameters.encryption = Word::parse(key, value)?,
+                "scrubInterval" => {
+                    let allowed = "a whole number with m, h, d or w behind it, at least 1m, such as 7d";
+                    let interval = ScrubInterval::parse(value);
+                    parameters.scrub_interval = Some(interval.ok_or_else(|| ParameterError::bad(key, value, allowed))?);
+                }
                 "backing" => parameters.backing = Word::parse(key, value)?,
                 "provisioning" => parameters.provisioning = Word::parse(key, value)?,
                 "quota" => parameters.quota = Word::parse(key, value)?,
@@ -213,10 +290,15 @@ mod tests {
             ("acltype", "off"),
             ("dedup", "on"),
             ("autotrim", "off"),
+            ("volblocksize", "8K"),
+            ("allowCopy", "true"),
+            ("encryption", "aes-256-gcm"),
+            ("scrubInterval", "7d"),
             ("csi.storage.k8s.io/pvc/name", "data"),
         ])
         .unwrap();
-        assert_eq!(all.properties.len(), 13);
+        assert_eq!(all.properties.len(), 14);
+        assert_eq!(all.scrub_interval.unwrap().duration().as_secs(), 7 * 86400);
         assert_eq!(all.arc_max, Some(Bytes::mib(256)));
         assert_eq!(all.properties_of(PropertyKind::Pool)["autotrim"], "off");
         let json = serde_json::to_string(&all).unwrap();
@@ -226,13 +308,18 @@ mod tests {
     #[test]
     fn what_is_refused_names_key_value_and_what_is_allowed() {
         for (key, value, want) in [
-            ("compresion", "lz4", "\"compresion\" is not known; allowed are: acltype, arcMax"),
+            ("compresion", "lz4", "\"compresion\" is not known; allowed are: acltype, allowCopy, arcMax"),
             ("backing", "nfs", "backing: \"nfs\" is not allowed; allowed is: file"),
             ("quota", "yes", "refquota, quota, none"),
             ("headroom", "0x", "1x (none) to 1000x"),
             ("arcMax", "1Mi", "at least 64 MiB"),
             ("recordsize", "3K", "a power of two from 512 to 16M"),
             ("compression", "zstd-99", "zstd-1 to zstd-19"),
+            ("encryption", "on", "aes-256-gcm, off"),
+            ("scrubInterval", "30s", "at least 1m"),
+            ("scrubInterval", "-1d", "at least 1m"),
+            ("allowCopy", "yes", "true, false"),
+            ("volblocksize", "1M", "from 4K to 128K"),
         ] {
             let error = parse(&[(key, value)]).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");

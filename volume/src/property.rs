@@ -9,6 +9,8 @@ pub enum PropertyKind {
     Pool,
     /// A property of the dataset.
     Dataset,
+    /// Given when the volume of a block device (zvol) is made, fixed from then on.
+    VolumeAtCreation,
 }
 
 /// A ZFS property that a StorageClass may set, with the values it may have. Values are those of zpoolprops(7) and
@@ -21,6 +23,10 @@ pub struct Property {
     pub kind: PropertyKind,
     /// What a new volume gets where the class says nothing; `None` leaves it to ZFS.
     pub default: Option<&'static str>,
+    /// Whether it can change in the volume's life: a VolumeAttributesClass may set it.
+    pub mutable: bool,
+    /// Whether block devices (zvols) have it too.
+    pub block: bool,
     values: Values,
 }
 
@@ -37,17 +43,34 @@ enum Values {
 const ON_OFF: Values = Values::OneOf(&["on", "off"]);
 
 /// Every property, in alphabetical order.
-const ALL: [Property; 13] = [
-    dataset("acltype", Some("posix"), Values::OneOf(&["off", "nfsv4", "posix"])),
-    Property { key: "ashift", kind: PropertyKind::PoolAtCreation, default: Some("12"), values: Values::Number(9, 16) },
-    dataset("atime", Some("off"), ON_OFF),
-    Property { key: "autotrim", kind: PropertyKind::Pool, default: Some("on"), values: ON_OFF },
-    dataset(
-        "checksum",
-        None,
-        Values::OneOf(&["on", "fletcher2", "fletcher4", "sha256", "sha512", "skein", "edonr", "blake3"]),
-    ),
-    dataset(
+const ALL: [Property; 14] = [
+    fixed("acltype", Some("posix"), Values::OneOf(&["off", "nfsv4", "posix"])),
+    Property {
+        key: "ashift",
+        kind: PropertyKind::PoolAtCreation,
+        default: Some("12"),
+        mutable: false,
+        block: true,
+        values: Values::Number(9, 16),
+    },
+    files("atime", Some("off"), ON_OFF),
+    Property {
+        key: "autotrim",
+        kind: PropertyKind::Pool,
+        default: Some("on"),
+        mutable: true,
+        block: true,
+        values: ON_OFF,
+    },
+    Property {
+        mutable: false,
+        ..any(
+            "checksum",
+            None,
+            Values::OneOf(&["on", "fletcher2", "fletcher4", "sha256", "sha512", "skein", "edonr", "blake3"]),
+        )
+    },
+    any(
         "compression",
         Some("lz4"),
         Values::OneOfOrLevel(
@@ -55,17 +78,39 @@ const ALL: [Property; 13] = [
             &[("gzip-", 1, 9), ("zstd-", 1, 19), ("zstd-fast-", 1, 10)],
         ),
     ),
-    dataset("copies", None, Values::Number(1, 3)),
-    dataset("dedup", None, Values::OneOf(&["on", "off", "verify", "sha256", "sha512", "skein", "blake3"])),
-    dataset("logbias", None, Values::OneOf(&["latency", "throughput"])),
-    dataset("primarycache", None, Values::OneOf(&["all", "none", "metadata"])),
-    dataset("recordsize", None, Values::PowerOfTwo(512, 16 << 20)),
-    dataset("sync", None, Values::OneOf(&["standard", "always", "disabled"])),
-    dataset("xattr", Some("sa"), Values::OneOf(&["on", "off", "dir", "sa"])),
+    Property { mutable: false, ..any("copies", None, Values::Number(1, 3)) },
+    Property {
+        mutable: false,
+        ..any("dedup", None, Values::OneOf(&["on", "off", "verify", "sha256", "sha512", "skein", "blake3"]))
+    },
+    any("logbias", None, Values::OneOf(&["latency", "throughput"])),
+    any("primarycache", None, Values::OneOf(&["all", "none", "metadata"])),
+    files("recordsize", None, Values::PowerOfTwo(512, 16 << 20)),
+    any("sync", None, Values::OneOf(&["standard", "always", "disabled"])),
+    Property {
+        key: "volblocksize",
+        kind: PropertyKind::VolumeAtCreation,
+        default: Some("16K"),
+        mutable: false,
+        block: true,
+        values: Values::PowerOfTwo(4 << 10, 128 << 10),
+    },
+    fixed("xattr", Some("sa"), Values::OneOf(&["on", "off", "dir", "sa"])),
 ];
 
-const fn dataset(key: &'static str, default: Option<&'static str>, values: Values) -> Property {
-    Property { key, kind: PropertyKind::Dataset, default, values }
+/// A property of file systems and block devices that can change.
+const fn any(key: &'static str, default: Option<&'static str>, values: Values) -> Property {
+    Property { key, kind: PropertyKind::Dataset, default, mutable: true, block: true, values }
+}
+
+/// One of file systems only that can change.
+const fn files(key: &'static str, default: Option<&'static str>, values: Values) -> Property {
+    Property { block: false, ..any(key, default, values) }
+}
+
+/// One of file systems only that stays as it was made.
+const fn fixed(key: &'static str, default: Option<&'static str>, values: Values) -> Property {
+    Property { mutable: false, ..files(key, default, values) }
 }
 
 impl Property {
@@ -99,6 +144,16 @@ impl Property {
     /// For a person: the values it may have.
     pub fn allowed(&self) -> impl fmt::Display {
         struct Allowed(Values);
+        struct Short(u64);
+        impl fmt::Display for Short {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match self.0 {
+                    n if n >= 1 << 20 => write!(f, "{}M", n >> 20),
+                    n if n >= 1 << 10 => write!(f, "{}K", n >> 10),
+                    n => write!(f, "{n}"),
+                }
+            }
+        }
         impl fmt::Display for Allowed {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 match self.0 {
@@ -108,7 +163,9 @@ impl Property {
                         levels.iter().try_for_each(|(prefix, low, high)| write!(f, ", {prefix}{low} to {prefix}{high}"))
                     }
                     Values::Number(low, high) => write!(f, "{low} to {high}"),
-                    Values::PowerOfTwo(..) => f.write_str("a power of two from 512 to 16M, such as 16K or 1M"),
+                    Values::PowerOfTwo(low, high) => {
+                        write!(f, "a power of two from {} to {}, such as 16K", Short(low), Short(high))
+                    }
                 }
             }
         }

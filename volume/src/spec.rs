@@ -5,7 +5,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Bytes, DiskLayout, PoolName, Property, PropertyKind, QuotaMode, VolumeId};
+use crate::{Bytes, DiskLayout, Encryption, Mark, PoolName, Property, PropertyKind, QuotaMode, VolumeId};
 
 /// What the option begins with that carries a [`VolumeSpec`].
 pub const OPTION_PREFIX: &str = "zpod=";
@@ -72,6 +72,54 @@ pub struct VolumeSpec {
     /// Mount flags.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mount_flags: Vec<MountFlag>,
+    /// A file system, or a block device.
+    #[serde(default, skip_serializing_if = "VolumeMode::is_filesystem")]
+    pub mode: VolumeMode,
+    /// Properties given when the block device is made.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub volume_creation_properties: BTreeMap<String, String>,
+    /// Space of the pool that is kept for the volume's own files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reservation: Option<Bytes>,
+    /// How the contents are encrypted. The key comes over the control channel and is never here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Encryption>,
+    /// Whose contents the disk was copied from, until a guest has made them this volume's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+}
+
+/// What a container gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VolumeMode {
+    /// A directory.
+    #[default]
+    Filesystem,
+    /// A block device: a zvol of the pool.
+    Block,
+}
+
+impl VolumeMode {
+    /// Whether it is a directory.
+    pub const fn is_filesystem(&self) -> bool {
+        matches!(self, Self::Filesystem)
+    }
+}
+
+/// Where a disk's contents come from: a copy of the disk of another volume, as a guest last left it or as it was while
+/// one ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Origin {
+    /// The volume whose pool and journal are on the disk. Not the one that was copied, where that was itself a copy
+    /// that no guest has made its own yet.
+    pub volume: VolumeId,
+    /// The instant to roll back to, where a guest ran while the copy was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<Mark>,
+    /// Whether a guest had reported the pool when the copy was made. If not, there may be none on the disk.
+    pub initialized: bool,
 }
 
 /// Whether a guest may make a pool. The guest's own journal on the disk has the last word: no pool is made where the
@@ -151,10 +199,15 @@ impl VolumeSpec {
             arc_max: None,
             fs_group: None,
             mount_flags: Vec::new(),
+            mode: VolumeMode::Filesystem,
+            volume_creation_properties: BTreeMap::new(),
+            reservation: None,
+            encryption: None,
+            origin: None,
         }
     }
 
-    /// The dataset that is mounted.
+    /// The dataset that is mounted, or whose block device is handed out.
     pub fn dataset(&self) -> String {
         format!("{}/data", self.pool)
     }
@@ -184,10 +237,12 @@ impl VolumeSpec {
             (PropertyKind::PoolAtCreation, &self.pool_creation_properties),
             (PropertyKind::Pool, &self.pool_properties),
             (PropertyKind::Dataset, &self.dataset_properties),
+            (PropertyKind::VolumeAtCreation, &self.volume_creation_properties),
         ];
         for (kind, properties) in kinds {
             for (key, value) in properties {
-                let known = Property::named(key).is_some_and(|known| known.kind == kind && known.allows(value));
+                let fits = |known: &&Property| known.kind == kind && (known.block || self.mode.is_filesystem());
+                let known = Property::named(key).filter(fits).is_some_and(|known| known.allows(value));
                 if !known {
                     return Err(DecodeSpecError::Property(key.clone(), value.clone()));
                 }

@@ -153,7 +153,7 @@ impl KubeCatalog {
                 return Ok(());
             }
         }
-        Err(CatalogError::Conflict(id))
+        Err(CatalogError::conflict::<Volume>(id))
     }
 
     async fn apply_spec(&self, object: &ZfsVolume, spec: crate::crd::ZfsVolumeSpec) -> Result<ZfsVolume, CatalogError> {
@@ -169,8 +169,8 @@ impl KubeCatalog {
         });
         let params = PatchParams::apply(Manager::Controller.name()).force();
         match tokio::time::timeout(PATIENCE, self.volumes.patch(name, &params, &Patch::Apply(body))).await {
-            Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(CatalogError::Conflict(id)),
-            Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(CatalogError::NotFound(id)),
+            Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(CatalogError::conflict::<Volume>(id)),
+            Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(CatalogError::not_found::<Volume>(id)),
             answer => flatten("change ZfsVolume", answer),
         }
     }
@@ -194,7 +194,7 @@ impl KubeCatalog {
         let params = PatchParams::apply(Manager::Node.name()).force();
         match tokio::time::timeout(PATIENCE, self.volumes.patch_status(&name, &params, &Patch::Apply(body))).await {
             Ok(Err(kube::Error::Api(status))) if status.code == 409 => Ok(None),
-            Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(CatalogError::NotFound(id)),
+            Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(CatalogError::not_found::<Volume>(id)),
             answer => flatten("write the status of ZfsVolume", answer).map(Some),
         }
     }
@@ -209,7 +209,7 @@ impl Catalog for KubeCatalog {
         let params = PostParams { field_manager: Some(Manager::Controller.name().to_owned()), ..PostParams::default() };
         match tokio::time::timeout(PATIENCE, self.volumes.create(&params, &object)).await {
             Ok(Err(kube::Error::Api(status))) if status.code == 409 => {
-                let existing = self.get(id).await?.ok_or(CatalogError::Conflict(id))?;
+                let existing = self.get(id).await?.ok_or(CatalogError::conflict::<Volume>(id))?;
                 Ok(Created::Existed(existing))
             }
             answer => Ok(Created::Created(volume_of(&flatten("create ZfsVolume", answer)?)?)),
@@ -222,10 +222,10 @@ impl Catalog for KubeCatalog {
 
     async fn update(&self, volume: Volume) -> Result<Volume, CatalogError> {
         for _ in 0..TRIES {
-            let object = self.object(volume.id).await?.ok_or(CatalogError::NotFound(volume.id))?;
+            let object = self.object(volume.id).await?.ok_or(CatalogError::not_found::<Volume>(volume.id))?;
             let found = volume_of(&object)?;
             if found.revision != volume.revision {
-                return Err(CatalogError::Conflict(volume.id));
+                return Err(CatalogError::conflict::<Volume>(volume.id));
             }
             // What guests say has another owner (`Manager::State`), and what was asked for another still.
             if (Volume { condition: None, labels: found.labels.clone(), ..volume.clone() })
@@ -238,7 +238,7 @@ impl Catalog for KubeCatalog {
                 return Ok(Volume { condition: volume.condition, ..volume_of(&stored)? });
             }
         }
-        Err(CatalogError::Conflict(volume.id))
+        Err(CatalogError::conflict::<Volume>(volume.id))
     }
 
     async fn remove(&self, id: VolumeId) -> Result<(), CatalogError> {
@@ -256,7 +256,7 @@ impl Catalog for KubeCatalog {
                 answer => return flatten("let ZfsVolume go", answer).map(drop),
             }
         }
-        Err(CatalogError::Conflict(id))
+        Err(CatalogError::conflict::<Volume>(id))
     }
 
     async fn list(&self, from: Option<VolumeId>, limit: usize) -> Result<Page, CatalogError> {
@@ -278,7 +278,7 @@ impl Catalog for KubeCatalog {
         }
         let next = volumes.get(limit).map(|volume| volume.id);
         volumes.truncate(limit);
-        Ok(Page { volumes, next })
+        Ok(Page { records: volumes, next })
     }
 }
 

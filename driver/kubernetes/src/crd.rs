@@ -13,9 +13,10 @@ mod snapshot;
 mod volume;
 
 pub use node::{BackingStatus, ZfsNode, ZfsNodeSpec, ZfsNodeStatus};
-pub use snapshot::{ZfsSnapshot, ZfsSnapshotSpec, ZfsSnapshotStatus};
+pub use snapshot::{GroupRef, SnapshotPhase, ZfsSnapshot, ZfsSnapshotSpec, ZfsSnapshotStatus};
 pub use volume::{
-    ClaimRef, Phase, Pod, PoolStatus, PublicationStatus, Scrub, ZfsVolume, ZfsVolumeSpec, ZfsVolumeStatus,
+    ClaimRef, Mode, OriginStatus, Phase, Pod, PoolStatus, PublicationStatus, Scrub, SourceRef, ZfsVolume,
+    ZfsVolumeSpec, ZfsVolumeStatus,
 };
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;

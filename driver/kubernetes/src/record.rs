@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition as KubeCondition;
-use zpod_storage::catalog::{CatalogError, Condition, Phase as RecordPhase, PodRef, Publication, Volume};
-use zpod_volume::VolumeId;
+use zpod_storage::catalog::{CatalogError, Condition, Phase as RecordPhase, PodRef, Publication, Source, Volume};
+use zpod_volume::{Origin, ParameterError, VolumeAttributes, VolumeId, VolumeMode};
 
 use crate::Quantity;
 use crate::catalog::{Remark, set};
-use crate::crd::{ClaimRef, Phase, Pod, PublicationStatus, ZfsVolume, ZfsVolumeSpec, ZfsVolumeStatus};
+use crate::crd::{
+    ClaimRef, Mode, OriginStatus, Phase, Pod, PublicationStatus, SourceRef, ZfsVolume, ZfsVolumeSpec, ZfsVolumeStatus,
+};
 
 /// The condition that says whether the device is there.
 pub const READY: &str = "Ready";
@@ -35,8 +37,45 @@ pub(crate) fn spec_of(volume: &Volume) -> ZfsVolumeSpec {
         capacity: Quantity(volume.capacity),
         parameters: volume.parameters.clone(),
         claim: claim_of(&volume.labels),
+        source: volume.source.map(source_ref),
+        mode: (volume.mode == VolumeMode::Block).then_some(Mode::Block),
+        attributes: volume.attributes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+        scrub_requested_at: None,
+        ephemeral: volume.ephemeral,
         destroy: false,
     }
+}
+
+fn source_ref(source: Source) -> SourceRef {
+    match source {
+        Source::Snapshot(id) => SourceRef { snapshot: Some(id.to_string()), volume: None },
+        Source::Volume(id) => SourceRef { snapshot: None, volume: Some(id.to_string()) },
+    }
+}
+
+fn source_of(reference: &SourceRef) -> Option<Source> {
+    match (&reference.snapshot, &reference.volume) {
+        (Some(id), None) => id.parse().ok().map(Source::Snapshot),
+        (None, Some(id)) => id.parse().ok().map(Source::Volume),
+        _ => None,
+    }
+}
+
+fn origin_of(status: &OriginStatus) -> Option<Origin> {
+    let mark = status.mark.as_deref().map(str::parse).transpose().ok()?;
+    Some(Origin { volume: status.volume.parse().ok()?, mark, initialized: status.initialized })
+}
+
+fn origin_status(origin: &Origin) -> OriginStatus {
+    OriginStatus {
+        volume: origin.volume.to_string(),
+        mark: origin.mark.as_ref().map(ToString::to_string),
+        initialized: origin.initialized,
+    }
+}
+
+fn attributes_of(map: &BTreeMap<String, String>) -> Result<VolumeAttributes, ParameterError> {
+    VolumeAttributes::parse(map.iter().map(|(key, value)| (key.as_str(), value.as_str())))
 }
 
 fn claim_of(labels: &BTreeMap<String, String>) -> Option<ClaimRef> {
@@ -73,6 +112,11 @@ pub fn volume_of(object: &ZfsVolume) -> Result<Volume, CatalogError> {
     let none = ZfsVolumeStatus::default();
     let (spec, status) = (&object.spec, object.status.as_ref().unwrap_or(&none));
     let capacity = status.capacity.unwrap_or(spec.capacity).0;
+    // What the node has taken over; before it has the device, what was asked for.
+    let attributes = if status.phase.is_some() { &status.attributes } else { &spec.attributes };
+    let attributes = attributes_of(attributes).map_err(|error| unreadable(&error.to_string()))?;
+    let source = spec.source.as_ref().map(|source| source_of(source).ok_or_else(|| unreadable("its source is none")));
+    let origin = status.origin.as_ref().map(|origin| origin_of(origin).ok_or_else(|| unreadable("its origin is none")));
     let healthy = status.conditions.iter().find(|condition| condition.type_ == HEALTHY);
     Ok(Volume {
         id,
@@ -93,6 +137,11 @@ pub fn volume_of(object: &ZfsVolume) -> Result<Volume, CatalogError> {
         condition: healthy
             .map(|condition| Condition { abnormal: condition.status == "False", message: condition.message.clone() }),
         labels: labels_of(spec.claim.as_ref()),
+        attributes,
+        mode: if spec.mode == Some(Mode::Block) { VolumeMode::Block } else { VolumeMode::Filesystem },
+        source: source.transpose()?,
+        origin: origin.transpose()?,
+        ephemeral: spec.ephemeral,
         revision: u64::try_from(status.revision).map_err(|_| unreadable("status.revision is negative"))?,
     })
 }
@@ -146,6 +195,8 @@ pub(crate) fn node_status(object: &ZfsVolume, volume: &Volume) -> ZfsVolumeStatu
         initialized: volume.initialized,
         written: volume.written,
         publication: volume.publication.as_ref().map(publication_status),
+        origin: volume.origin.as_ref().map(origin_status),
+        attributes: volume.attributes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         observed_generation: generation,
         revision: i64::try_from(volume.revision).unwrap_or(i64::MAX - 1) + 1,
         pool: None,
@@ -193,6 +244,15 @@ mod tests {
                 uid: "c".into(),
                 persistent_volume: "pvc-1".into(),
             })),
+            attributes: VolumeAttributes::parse([("atime", "on")]).unwrap(),
+            mode: VolumeMode::Block,
+            source: Some(Source::Volume(VolumeId::from_name("pvc-0"))),
+            origin: Some(Origin {
+                volume: VolumeId::from_name("pvc-0"),
+                mark: Some(zpod_volume::Mark::for_clone(VolumeId::from_name("pvc-1"))),
+                initialized: true,
+            }),
+            ephemeral: false,
             revision: 4,
         }
     }

@@ -11,7 +11,7 @@ use kube::client::Body;
 use serde_json::{Value, json};
 use tower::service_fn;
 use zpod_storage::catalog::{Phase, Volume};
-use zpod_volume::{Bytes, VolumeId, VolumeParameters};
+use zpod_volume::{Bytes, VolumeParameters};
 
 use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE};
 
@@ -102,19 +102,10 @@ fn status(code: u16, reason: &str) -> Value {
 /// A volume of a claim in namespace `prod`.
 pub(super) fn volume(claim: &str) -> Volume {
     Volume {
-        id: VolumeId::from_name(claim),
-        name: claim.into(),
-        capacity: Bytes::gib(1),
-        initial_capacity: Bytes::gib(1),
-        parameters: VolumeParameters::parse([]).unwrap(),
-        node: "n1".into(),
         phase: Phase::Ready,
-        initialized: false,
-        written: false,
         table_capacity: Bytes::gib(1),
-        publication: None,
-        condition: None,
         labels: [(CLAIM_NAME, claim), (CLAIM_NAMESPACE, "prod")].map(|(k, v)| (k.into(), v.into())).into(),
         revision: 1,
+        ..Volume::wanted(claim, Bytes::gib(1), VolumeParameters::default(), "n1")
     }
 }

@@ -89,22 +89,7 @@ impl ClusterProvisioner {
         if let Some(uid) = self.claim_uid(request).await {
             labels.insert(CLAIM_UID.to_owned(), uid);
         }
-        let volume = Volume {
-            id,
-            name: request.name.clone(),
-            capacity,
-            initial_capacity: capacity,
-            parameters: request.parameters.clone(),
-            node,
-            phase: RecordPhase::Creating,
-            initialized: false,
-            written: false,
-            table_capacity: Bytes(0),
-            publication: None,
-            condition: None,
-            labels,
-            revision: 0,
-        };
+        let volume = Volume { labels, ..Volume::wanted(&request.name, capacity, request.parameters.clone(), &node) };
         crash::point("cluster create: begin");
         match self.catalog.create(volume).await? {
             Created::Created(volume) => Ok(volume),
@@ -128,7 +113,7 @@ impl Provision for ClusterProvisioner {
             Some(object) => object.metadata.deletion_timestamp.is_some() || phase(object).is_some(),
         };
         let Some(object) = self.wait(id, &node, "made", answered).await? else {
-            return Err(CatalogError::NotFound(id).into());
+            return Err(CatalogError::not_found::<Volume>(id).into());
         };
         if phase(&object) == Some(Phase::Refused) {
             // Nothing was made there: the name is free for another node.

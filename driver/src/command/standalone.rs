@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use zpod_storage::backing::file::FileBacking;
-use zpod_storage::catalog::dir::DirCatalog;
+use zpod_storage::catalog::dir;
 
 use super::{EndpointOptions, Failure, NodeOptions, main_of, told_to_end};
 use crate::csi::{ControllerService, IdentityService, NodeService};
@@ -42,7 +42,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     }
     let (end, node) = (told_to_end()?, options.node);
     let backing = FileBacking::open(&node.backing_dir, node.overprovision)?;
-    let catalog = DirCatalog::open(&options.state_dir)?;
+    let catalog = dir::open(&options.state_dir)?.0;
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     let context = Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(backing));
     let volumes = NodeVolumes::load(context.clone(), direct).await?;

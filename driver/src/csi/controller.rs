@@ -61,6 +61,7 @@ impl ControllerService {
             nodes: request::nodes(request.accessibility_requirements.as_ref()),
             labels: request::labels(&request.parameters),
             name: request.name,
+            ..CreateRequest::default()
         });
         Ok(csi::CreateVolumeResponse { volume: Some(describe(&volume.await?)) })
     }

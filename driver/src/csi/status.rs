@@ -54,7 +54,9 @@ fn backing(error: &BackingError) -> Code {
         BackingError::NoRoom { .. } => Code::ResourceExhausted,
         BackingError::InUse { .. } => Code::FailedPrecondition,
         // The directory may be mounted in a moment. Nothing is ever made in the device's place.
-        BackingError::Missing { .. } => Code::Unavailable,
+        BackingError::CannotShare { .. } => Code::FailedPrecondition,
+        BackingError::Stopped => Code::Aborted,
+        BackingError::Missing { .. } | BackingError::SnapshotMissing { .. } => Code::Unavailable,
         BackingError::Mismatch { .. } | BackingError::Io { .. } => Code::Internal,
         #[allow(unreachable_patterns)]
         _ => Code::Internal,
@@ -88,7 +90,8 @@ mod tests {
     use super::*;
     use std::io;
     use std::time::Duration;
-    use zpod_volume::{Bytes, VolumeId, VolumeParameters};
+    use zpod_storage::catalog::Volume;
+    use zpod_volume::{Bytes, SnapshotId, VolumeId, VolumeParameters};
 
     fn every_error() -> Vec<(VolumeError, Code)> {
         let id = VolumeId::from_name("pvc-1");
@@ -137,13 +140,19 @@ mod tests {
             (backing(no_room), Code::ResourceExhausted),
             (backing(BackingError::InUse { id, device: "/d".into(), detail: s("x") }), Code::FailedPrecondition),
             (backing(BackingError::Missing { id, device: "/d".into() }), Code::Unavailable),
+            (backing(BackingError::CannotShare { location: s("/d") }), Code::FailedPrecondition),
+            (backing(BackingError::Stopped), Code::Aborted),
+            (
+                backing(BackingError::SnapshotMissing { id: SnapshotId::from_name("x"), file: "/d".into() }),
+                Code::Unavailable,
+            ),
             (
                 backing(BackingError::Mismatch { id, device: "/d".into(), found: Bytes(1), wanted: Bytes(2) }),
                 Code::Internal,
             ),
             (backing(BackingError::Io { what: "open", path: "/d".into(), source: io() }), Code::Internal),
-            (CatalogError::Conflict(id).into(), Code::Aborted),
-            (CatalogError::NotFound(id).into(), Code::NotFound),
+            (CatalogError::conflict::<Volume>(id).into(), Code::Aborted),
+            (CatalogError::not_found::<Volume>(id).into(), Code::NotFound),
             (CatalogError::Damaged { path: "/r".into(), reason: s("x") }.into(), Code::DataLoss),
             (CatalogError::Io { what: "open", path: "/r".into(), source: io() }.into(), Code::Internal),
             (CatalogError::Locked("/r".into()).into(), Code::Unavailable),

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use zpod_storage::backing::{BackingError, Outcome};
-use zpod_storage::catalog::{Condition, Created, Phase, Volume};
+use zpod_storage::catalog::{Condition, Created, Phase, Source, Volume};
 use zpod_storage::crash;
-use zpod_volume::{Bytes, DiskLayout, VolumeId, VolumeParameters};
+use zpod_volume::{Bytes, DiskLayout, VolumeAttributes, VolumeId, VolumeMode, VolumeParameters};
 
 use super::context::{deleting, device_spec, to_the_end};
 use super::{CapacityRange, Context, VolumeError};
@@ -86,6 +86,12 @@ pub struct CreateRequest {
     pub nodes: Option<Vec<String>>,
     /// The orchestrator's names for it.
     pub labels: BTreeMap<String, String>,
+    /// What a VolumeAttributesClass says.
+    pub attributes: VolumeAttributes,
+    /// A file system or a block device.
+    pub mode: VolumeMode,
+    /// What it is made from; nothing for an empty one.
+    pub source: Option<Source>,
 }
 
 /// Room for new volumes.
@@ -170,8 +176,8 @@ impl Provision for Provisioner {
     async fn list(&self, from: Option<String>, limit: usize) -> Result<VolumePage, VolumeError> {
         let parse = |token: String| token.parse().map_err(|_| VolumeError::Token(token.chars().take(64).collect()));
         let mut page = self.context.catalog.list(from.map(parse).transpose()?, limit).await?;
-        page.volumes.retain(|volume| volume.phase != Phase::Creating);
-        Ok(VolumePage { volumes: page.volumes, next: page.next.map(|id| id.to_string()) })
+        page.records.retain(|volume| volume.phase != Phase::Creating);
+        Ok(VolumePage { volumes: page.records, next: page.next.map(|id| id.to_string()) })
     }
 
     async fn room(&self, node: Option<&str>) -> Result<Room, VolumeError> {
@@ -193,20 +199,8 @@ async fn create(context: &Context, request: CreateRequest) -> Result<Volume, Vol
     }
     let _lock = context.lock(id).await;
     let wanted = Volume {
-        id,
-        name: request.name.clone(),
-        capacity,
-        initial_capacity: capacity,
-        parameters: request.parameters.clone(),
-        node: context.node.clone(),
-        phase: Phase::Creating,
-        initialized: false,
-        written: false,
-        table_capacity: Bytes(0),
-        publication: None,
-        condition: None,
         labels: request.labels.clone(),
-        revision: 0,
+        ..Volume::wanted(&request.name, capacity, request.parameters.clone(), &context.node)
     };
     crash::point("create: begin");
     let volume = match context.catalog.create(wanted).await? {

@@ -58,7 +58,7 @@ impl NodeVolumes {
         let mut from = None;
         loop {
             let page = node.context.catalog.list(from, LOAD_PAGE).await?;
-            for volume in &page.volumes {
+            for volume in &page.records {
                 if let Some(publication) = node.context.publication(volume) {
                     node.context.published.insert(volume, publication);
                     // An entry that lets a guest make a pool must not outlive the record that forbids it.

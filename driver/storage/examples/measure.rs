@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use zpod_storage::backing::file::FileBacking;
 use zpod_storage::backing::{Backing, DeviceSpec};
-use zpod_storage::catalog::dir::DirCatalog;
 use zpod_storage::catalog::{Catalog, Phase, Volume};
 use zpod_volume::{Bytes, DiskLayout, Headroom, Provisioning, VolumeId, VolumeParameters};
 
@@ -57,7 +56,7 @@ fn backing(dir: &Path) {
 
 async fn catalog(dir: &Path) {
     let dir = dir.join("catalog");
-    let catalog = Arc::new(DirCatalog::open(&dir).unwrap());
+    let catalog = Arc::new(zpod_storage::catalog::dir::open(&dir).unwrap().0);
     for clients in [1, 8, 64] {
         let start = Instant::now();
         let tasks: Vec<_> = (0..clients)
@@ -109,7 +108,7 @@ async fn catalog(dir: &Path) {
     drop(catalog);
     let before = resident();
     let start = Instant::now();
-    let _catalog = DirCatalog::open(&dir).unwrap();
+    let _catalog = zpod_storage::catalog::dir::open(&dir).unwrap().0;
     println!("catalog open with 10,000: {:?}; resident before {before}, after {} KiB", start.elapsed(), resident());
 }
 
@@ -129,18 +128,11 @@ fn resident() -> u64 {
 fn record(name: &str) -> Volume {
     Volume {
         id: VolumeId::from_name(name),
-        name: format!("pvc-{name}"),
-        capacity: Bytes::gib(1),
-        initial_capacity: Bytes::gib(1),
-        parameters: VolumeParameters::default(),
-        node: "node-1".to_owned(),
         phase: Phase::Ready,
         initialized: true,
         written: true,
         table_capacity: Bytes::gib(1),
-        publication: None,
-        condition: None,
         labels: [("namespace".to_owned(), "default".to_owned())].into(),
-        revision: 0,
+        ..Volume::wanted(&format!("pvc-{name}"), Bytes::gib(1), VolumeParameters::default(), "node-1")
     }
 }

@@ -15,7 +15,13 @@ pub mod sim;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId};
+use zpod_volume::{Bytes, DiskLayout, Provisioning, SnapshotId, VolumeId};
+
+impl fmt::Debug for Copying<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Copying").field("full", &self.full).finish_non_exhaustive()
+    }
+}
 
 /// What a provider is asked to make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +52,23 @@ pub struct Capacity {
     pub available: Bytes,
     /// The largest partition one volume can get.
     pub largest: Bytes,
+}
+
+/// What a device is made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CopySource {
+    /// Another device. The caller has seen to it that it is whole.
+    Device(VolumeId),
+    /// A snapshot.
+    Snapshot(SnapshotId),
+}
+
+/// How a copy is made.
+pub struct Copying<'a> {
+    /// A full copy may be made where blocks can't be shared.
+    pub full: bool,
+    /// Told of a full copy's progress: bytes done, bytes in all. `false` stops it; it can be repeated.
+    pub progress: &'a (dyn Fn(Bytes, Bytes) -> bool + Sync),
 }
 
 /// A proof that nobody else has the device open, for as long as it lives.
@@ -86,6 +109,43 @@ pub trait Backing: Send + Sync + fmt::Debug {
 
     /// Whether the pool's region has ever been written to. Reads no data. An answer of `true` forbids to make a pool.
     fn ever_written(&self, spec: &DeviceSpec) -> Result<bool, BackingError>;
+
+    /// Whether copies share blocks with what they are of: made at once, and taking no space until one of them changes.
+    fn shares_blocks(&self) -> bool;
+
+    /// Keeps a copy of a device's partition table and partition, as they are at this instant. The caller has seen to it
+    /// that they are whole: nobody has the device open, or its guest has marked the instant and written everything out.
+    /// Full copies are made only of devices that nobody has open.
+    ///
+    /// # Errors
+    /// [`BackingError::CannotShare`], [`BackingError::NoRoom`].
+    fn snapshot(&self, id: SnapshotId, source: &DeviceSpec, how: &Copying<'_>) -> Result<Outcome, BackingError>;
+
+    /// Removes what [`Backing::snapshot`] has kept. Nothing else changes, whatever was made from it.
+    fn destroy_snapshot(&self, id: SnapshotId) -> Result<Outcome, BackingError>;
+
+    /// Space that a snapshot takes on the host, shared blocks included.
+    ///
+    /// # Errors
+    /// [`BackingError::SnapshotMissing`].
+    fn snapshot_allocated(&self, id: SnapshotId) -> Result<Bytes, BackingError>;
+
+    /// Makes a device as [`Backing::create`] does, its partition beginning with the contents of `source`, whose partition
+    /// has `partition` bytes and is not larger. Its own partition table is written, blind.
+    ///
+    /// # Errors
+    /// As [`Backing::create`] and [`Backing::snapshot`].
+    fn create_from(
+        &self,
+        spec: &DeviceSpec,
+        source: CopySource,
+        partition: Bytes,
+        how: &Copying<'_>,
+    ) -> Result<Outcome, BackingError>;
+
+    /// Leaves the guest a note in the region that [`DiskLayout::SPEC_OFFSET`] is kept for. Only with a proof that no guest
+    /// runs on the device.
+    fn write_note(&self, id: VolumeId, note: &[u8], proof: &dyn Exclusive) -> Result<(), BackingError>;
 
     /// What the shim is given: a block device or a regular file.
     fn device(&self, id: VolumeId) -> Result<PathBuf, BackingError>;
@@ -156,6 +216,27 @@ pub enum BackingError {
         /// The size expected.
         wanted: Bytes,
     },
+    /// The file system can't share blocks, and a full copy is not allowed.
+    #[error(
+        "the file system of {location} can't share blocks between files, so that this would be a full copy: put the \
+         backing directory on XFS or btrfs, or allow full copies (StorageClass or VolumeSnapshotClass parameter \
+         allowCopy: \"true\")"
+    )]
+    CannotShare {
+        /// Directory or pool.
+        location: String,
+    },
+    /// There is no copy kept of that name.
+    #[error("snapshot {id}: its copy {file} does not exist; the backing directory may not be mounted")]
+    SnapshotMissing {
+        /// The snapshot.
+        id: SnapshotId,
+        /// Where it should be.
+        file: PathBuf,
+    },
+    /// The caller has stopped a copy.
+    #[error("the copy was stopped; it is made again when it is asked for again")]
+    Stopped,
     /// The operating system refused.
     #[error("{what} {path}: {source}")]
     Io {

@@ -1,19 +1,43 @@
-//! Where volumes are recorded: the only state the driver has.
+//! Where volumes and snapshots are recorded: the only state the driver has.
 //!
 //! # Design
 //! A record is replaced whole, and only if it is still the one that was read ([`Volume::revision`]): two writers can't
-//! undo each other. Records are handed out one at a time or a page at a time; nothing needs all of them at once.
+//! undo each other. Volumes and snapshots are kept alike ([`Record`]). Records are handed out one at a time or a page at a time; nothing needs all of them at once.
 
 pub mod dir;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::hash::Hash;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use async_trait::async_trait;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-use zpod_volume::{Bytes, DiskLayout, Headroom, VolumeId, VolumeParameters};
+use zpod_volume::{
+    Bytes, DiskLayout, Encryption, GroupId, Headroom, Mark, Origin, SnapshotId, VolumeAttributes, VolumeId, VolumeMode,
+    VolumeParameters,
+};
+
+/// Something that is recorded.
+pub trait Record: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// Its id: a UUID.
+    type Id: Copy + Ord + Hash + fmt::Display + fmt::Debug + FromStr + Send + Sync + 'static;
+    /// What it is, for a person.
+    const KIND: &'static str;
+
+    /// Its id.
+    fn id(&self) -> Self::Id;
+
+    /// Counts its changes. Zero until it is stored.
+    fn revision(&self) -> u64;
+
+    /// The same with another revision.
+    #[must_use]
+    fn with_revision(self, revision: u64) -> Self;
+}
 
 /// What is recorded of a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,11 +74,97 @@ pub struct Volume {
     /// Labels from the orchestrator, such as the PVC's name and namespace.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// What a VolumeAttributesClass has changed.
+    #[serde(default, skip_serializing_if = "VolumeAttributes::is_empty")]
+    pub attributes: VolumeAttributes,
+    /// A file system, or a block device.
+    #[serde(default, skip_serializing_if = "VolumeMode::is_filesystem")]
+    pub mode: VolumeMode,
+    /// What it was made from, as CSI asked. Never changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    /// Whose contents its disk was copied from; set with the copy. A guest makes them its own before it reports the
+    /// volume for the first time; from then on ([`Volume::initialized`]) this is history.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+    /// Made for one pod, and destroyed with its publication (CSI ephemeral volumes).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ephemeral: bool,
     /// Counts the changes of this record. Zero until it is stored.
     pub revision: u64,
 }
 
+impl Record for Volume {
+    type Id = VolumeId;
+    const KIND: &'static str = "volume";
+
+    fn id(&self) -> VolumeId {
+        self.id
+    }
+
+    fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    fn with_revision(self, revision: u64) -> Self {
+        Self { revision, ..self }
+    }
+}
+
+/// What a volume is made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Source {
+    /// A snapshot.
+    Snapshot(SnapshotId),
+    /// Another volume, as it is.
+    Volume(VolumeId),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Snapshot(id) => write!(f, "snapshot {id}"),
+            Self::Volume(id) => write!(f, "volume {id}"),
+        }
+    }
+}
+
 impl Volume {
+    /// A volume that is wanted, of which there is nothing yet.
+    pub fn wanted(name: &str, capacity: Bytes, parameters: VolumeParameters, node: &str) -> Self {
+        Self {
+            id: VolumeId::from_name(name),
+            name: name.to_owned(),
+            capacity,
+            initial_capacity: capacity,
+            parameters,
+            node: node.to_owned(),
+            phase: Phase::Creating,
+            initialized: false,
+            written: false,
+            table_capacity: Bytes(0),
+            publication: None,
+            condition: None,
+            labels: BTreeMap::new(),
+            attributes: VolumeAttributes::default(),
+            mode: VolumeMode::Filesystem,
+            source: None,
+            origin: None,
+            ephemeral: false,
+            revision: 0,
+        }
+    }
+
+    /// Whose contents a copy of its disk has, made while a guest ran and took `mark`, or while none did. `None` while a
+    /// guest may be at making the contents of another volume its own: such a disk can't be copied.
+    pub fn origin_of_copy(&self, mark: Option<Mark>) -> Option<Origin> {
+        match &self.origin {
+            Some(origin) if !self.initialized => self.publication.is_none().then(|| origin.clone()),
+            _ => Some(Origin { volume: self.id, mark, initialized: self.initialized }),
+        }
+    }
+
     /// The layout of its disk now. The disk is as large as it was made, or as a growth beyond the headroom asked for.
     pub fn layout(&self) -> DiskLayout {
         let made = DiskLayout::new(self.initial_capacity, self.parameters.headroom);
@@ -127,51 +237,142 @@ pub struct Condition {
     pub message: String,
 }
 
-/// A page of records.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Page {
-    /// In the order of their ids.
-    pub volumes: Vec<Volume>,
-    /// Where the next page begins; `None` at the end.
-    pub next: Option<VolumeId>,
+/// What is recorded of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Snapshot {
+    /// Its id.
+    pub id: SnapshotId,
+    /// The name CSI gave.
+    pub name: String,
+    /// The volume it is of. That volume may be gone.
+    pub volume: VolumeId,
+    /// The node that has it: that of the volume.
+    pub node: String,
+    /// The group it was taken with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<GroupMember>,
+    /// How far it has come.
+    pub phase: SnapshotPhase,
+    /// Whether it may be a full copy where blocks can't be shared.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_copy: bool,
+    /// What is in it; set before the copy is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contents: Option<Contents>,
+    /// Counts the changes of this record. Zero until it is stored.
+    pub revision: u64,
 }
 
-/// Where volumes are recorded.
-#[async_trait]
-pub trait Catalog: Send + Sync + fmt::Debug {
-    /// Records a new volume. Where the id exists already, gives what is recorded, unchanged.
-    async fn create(&self, volume: Volume) -> Result<Created, CatalogError>;
+impl Record for Snapshot {
+    type Id = SnapshotId;
+    const KIND: &'static str = "snapshot";
 
-    /// The record of a volume.
-    async fn get(&self, id: VolumeId) -> Result<Option<Volume>, CatalogError>;
+    fn id(&self) -> SnapshotId {
+        self.id
+    }
+
+    fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    fn with_revision(self, revision: u64) -> Self {
+        Self { revision, ..self }
+    }
+}
+
+/// The group that a snapshot was taken with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GroupMember {
+    /// The group.
+    pub id: GroupId,
+    /// The name CSI gave it.
+    pub name: String,
+    /// How many snapshots it has.
+    pub size: usize,
+}
+
+/// How far a snapshot has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotPhase {
+    /// Recorded, and nothing more. Taking it begins, or begins again, at the beginning: the instant is not fixed yet.
+    Wanted,
+    /// The guests of a group have marked the instant; no copy is made before all of them have.
+    Marked,
+    /// The copy is being made.
+    Copying,
+    /// There to be restored.
+    Ready,
+    /// To be removed; its copy may be gone already.
+    Deleting,
+}
+
+/// What a snapshot shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Contents {
+    /// When it was taken, in seconds since 1970 by the node's clock.
+    pub taken: u64,
+    /// What its volume held at that time: the least that a restored one has.
+    pub capacity: Bytes,
+    /// The partition at that time.
+    pub partition: Bytes,
+    /// Whose contents they are.
+    pub origin: Origin,
+    /// How they are encrypted: a restored volume has to be the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Encryption>,
+    /// A file system or a block device: a restored volume has to be the same.
+    #[serde(default, skip_serializing_if = "VolumeMode::is_filesystem")]
+    pub mode: VolumeMode,
+}
+
+/// A page of records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page<R: Record = Volume> {
+    /// In the order of their ids.
+    pub records: Vec<R>,
+    /// Where the next page begins; `None` at the end.
+    pub next: Option<R::Id>,
+}
+
+/// Where records of one kind are kept.
+#[async_trait]
+pub trait Catalog<R: Record = Volume>: Send + Sync + fmt::Debug {
+    /// Records something new. Where the id exists already, gives what is recorded, unchanged.
+    async fn create(&self, record: R) -> Result<Created<R>, CatalogError>;
+
+    /// A record.
+    async fn get(&self, id: R::Id) -> Result<Option<R>, CatalogError>;
 
     /// Replaces the record whose revision this one has; gives it with its new revision, durable.
     ///
     /// # Errors
     /// [`CatalogError::Conflict`] when it has changed since it was read, [`CatalogError::NotFound`] when it is gone.
-    async fn update(&self, volume: Volume) -> Result<Volume, CatalogError>;
+    async fn update(&self, record: R) -> Result<R, CatalogError>;
 
     /// Removes a record. Unknown ids are no error.
-    async fn remove(&self, id: VolumeId) -> Result<(), CatalogError>;
+    async fn remove(&self, id: R::Id) -> Result<(), CatalogError>;
 
     /// Up to `limit` records whose id is `from` or behind it. Cost follows the page, not the catalog.
-    async fn list(&self, from: Option<VolumeId>, limit: usize) -> Result<Page, CatalogError>;
+    async fn list(&self, from: Option<R::Id>, limit: usize) -> Result<Page<R>, CatalogError>;
 }
 
 /// What [`Catalog::create`] found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Created {
+pub enum Created<R: Record = Volume> {
     /// It is recorded now.
-    Created(Volume),
+    Created(R),
     /// It was recorded before; this is how.
-    Existed(Volume),
+    Existed(R),
 }
 
-impl Created {
+impl<R: Record> Created<R> {
     /// The record.
-    pub fn into_volume(self) -> Volume {
+    pub fn into_record(self) -> R {
         match self {
-            Self::Created(volume) | Self::Existed(volume) => volume,
+            Self::Created(record) | Self::Existed(record) => record,
         }
     }
 }
@@ -180,13 +381,13 @@ impl Created {
 #[derive(Debug, thiserror::Error)]
 pub enum CatalogError {
     /// The record has changed since it was read.
-    #[error("volume {0}: its record was changed by somebody else at the same time; try again")]
-    Conflict(VolumeId),
+    #[error("{0}: its record was changed by somebody else at the same time; try again")]
+    Conflict(String),
     /// There is no such record.
-    #[error("volume {0} is not recorded")]
-    NotFound(VolumeId),
+    #[error("{0} is not recorded")]
+    NotFound(String),
     /// A record that can't be read. Nothing is done with its volume until a person has looked.
-    #[error("the record {path} can't be read: {reason}; nothing is done with this volume until it is mended")]
+    #[error("the record {path} can't be read: {reason}; nothing is done with it until it is mended")]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -204,7 +405,7 @@ pub enum CatalogError {
         source: std::io::Error,
     },
     /// A record in the cluster that is none of ours, or damaged. Nothing is done with its volume.
-    #[error("{what} can't be read: {reason}; nothing is done with this volume until it is mended")]
+    #[error("{what} can't be read: {reason}; nothing is done with it until it is mended")]
     Unreadable {
         /// The object.
         what: String,
@@ -236,4 +437,16 @@ pub enum CatalogError {
     /// Another process has the catalog.
     #[error("the catalog {0} is in use by another zpod process; only one may run on it")]
     Locked(PathBuf),
+}
+
+impl CatalogError {
+    /// That a record has changed since it was read.
+    pub fn conflict<R: Record>(id: R::Id) -> Self {
+        Self::Conflict(format!("{} {id}", R::KIND))
+    }
+
+    /// That there is no such record.
+    pub fn not_found<R: Record>(id: R::Id) -> Self {
+        Self::NotFound(format!("{} {id}", R::KIND))
+    }
 }

@@ -109,7 +109,7 @@ impl AsFd for Directory {
 
 /// The name a file has while it is being made. No other program makes names like this: what is found under one was left
 /// by a crash, and nothing was ever promised about it.
-pub(crate) fn temporary_name(id: VolumeId) -> String {
+pub(crate) fn temporary_name(id: impl std::fmt::Display) -> String {
     format!(".{id}.tmp")
 }
 

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use zpod_proto::guest::guest_server::{Guest, GuestServer};
 use zpod_proto::guest::*;
 
@@ -136,6 +136,7 @@ impl Service {
 
 #[tonic::async_trait]
 impl Guest for Service {
+    type SendStream = ReceiverStream<Result<SendResponse, Status>>;
     type WatchStream = ReceiverStream<Result<StatusResponse, Status>>;
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
@@ -181,6 +182,34 @@ impl Guest for Service {
     }
 
     async fn scrub(&self, _: Request<ScrubRequest>) -> Result<Response<ScrubResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn mark(&self, _: Request<MarkRequest>) -> Result<Response<MarkResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn unmark(&self, _: Request<UnmarkRequest>) -> Result<Response<UnmarkResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn provide_key(&self, _: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn properties(&self, _: Request<PropertiesRequest>) -> Result<Response<PropertiesResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn send_points(&self, _: Request<SendPointsRequest>) -> Result<Response<SendPointsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn send(&self, _: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn receive(&self, _: Request<Streaming<ReceiveRequest>>) -> Result<Response<ReceiveResponse>, Status> {
         Err(Status::unimplemented(""))
     }
 }

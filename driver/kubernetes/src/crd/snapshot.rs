@@ -60,9 +60,46 @@ pub struct ZfsSnapshotSpec {
     #[schemars(length(min = 1, max = 253))]
     #[x_kube(validation = Rule::new("self == oldSelf").message("nodeName can't be changed"))]
     pub node_name: String,
+    /// The group it is taken with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("group can't be changed"))]
+    pub group: Option<GroupRef>,
+    /// Of a group: every guest has marked the instant, the copies may be made. Set by the controller.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub copy: bool,
+    /// It may be a full copy where blocks can't be shared.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_copy: bool,
     /// Set by DeleteSnapshot before it deletes this object, and by nobody else.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub destroy: bool,
+}
+
+/// The group that a snapshot is taken with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GroupRef {
+    /// The group's id.
+    pub id: String,
+    /// The name CSI gave it.
+    pub name: String,
+    /// How many snapshots it has.
+    pub size: i64,
+}
+
+/// How far a snapshot has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SnapshotPhase {
+    /// The guest has marked the instant; the other members of the group are waited for.
+    Marked,
+    /// The copy is being made.
+    Copying,
+    /// There to be restored.
+    Ready,
+    /// It can't be taken; nothing was made. The condition `Ready` says why.
+    Refused,
+    /// On its way out.
+    Deleting,
 }
 
 /// What is there of a snapshot, as its node says.
@@ -72,6 +109,31 @@ pub struct ZfsSnapshotStatus {
     /// Whether it can be restored.
     #[serde(default)]
     pub ready_to_use: bool,
+    /// How far it has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<SnapshotPhase>,
+    /// How far a full copy is, in percent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<i64>,
+    /// The volume's partition at that time, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partition: Option<Quantity>,
+    /// Whose contents it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<super::OriginStatus>,
+    /// How they are encrypted.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub encryption: String,
+    /// A file system (the default) or a block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<super::Mode>,
+    /// Counts the changes of the node's record.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub revision: i64,
+    /// The generation of the spec that this speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
     /// When it was taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub creation_time: Option<Time>,

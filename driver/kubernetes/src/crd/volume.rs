@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -91,6 +92,9 @@ use crate::Quantity;
 #[kube(validation = Rule::new("!has(self.status) || !has(self.status.capacity) || quantity(self.spec.capacity).compareTo(quantity(self.status.capacity)) >= 0").message("spec.capacity is less than status.capacity: volumes never shrink"))]
 #[x_kube(validation = Rule::new("!has(oldSelf.destroy) || !oldSelf.destroy || (has(self.destroy) && self.destroy)").message("destroy can't be taken back"))]
 #[x_kube(validation = Rule::new("has(oldSelf.claim) == has(self.claim) && (!has(self.claim) || self.claim == oldSelf.claim)").message("claim can't be changed"))]
+#[x_kube(validation = Rule::new("has(oldSelf.source) == has(self.source) && (!has(self.source) || self.source == oldSelf.source)").message("source can't be changed"))]
+#[x_kube(validation = Rule::new("has(oldSelf.mode) == has(self.mode) && (!has(self.mode) || self.mode == oldSelf.mode)").message("mode can't be changed"))]
+#[x_kube(validation = Rule::new("has(oldSelf.ephemeral) == has(self.ephemeral)").message("ephemeral can't be changed"))]
 #[serde(rename_all = "camelCase")]
 pub struct ZfsVolumeSpec {
     /// The name CSI gave. One name, one volume.
@@ -110,10 +114,61 @@ pub struct ZfsVolumeSpec {
     /// The PersistentVolumeClaim it was made for, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub claim: Option<ClaimRef>,
+    /// What it is made from: a snapshot or another volume of the same node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourceRef>,
+    /// A file system (the default) or a block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+    /// What a VolumeAttributesClass, or `kubectl zpod props set`, has changed: keys and values of docs/parameters.md.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub attributes: BTreeMap<String, String>,
+    /// A scrub is wanted that begins after this time: `kubectl zpod scrub` sets it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub_requested_at: Option<Time>,
+    /// Made for one pod by its node, and destroyed with the pod.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ephemeral: bool,
     /// Set by DeleteVolume before it deletes this object, and by nobody else: only then does the node destroy the
     /// device and all data on it. An object deleted without it stays, and so does its data.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub destroy: bool,
+}
+
+/// What a volume is made from: one of the two.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SourceRef {
+    /// A ZfsSnapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// A ZfsVolume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<String>,
+}
+
+/// What a container gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Mode {
+    /// A directory.
+    Filesystem,
+    /// A block device.
+    Block,
+}
+
+/// Whose contents a disk was copied from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OriginStatus {
+    /// The volume whose pool is on the disk until a guest has made it this volume's own.
+    pub volume: String,
+    /// The ZFS snapshot to roll back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<String>,
+    /// Whether a guest had reported the pool when the copy was made.
+    #[serde(default)]
+    pub initialized: bool,
 }
 
 /// A PersistentVolumeClaim.
@@ -157,6 +212,12 @@ pub struct ZfsVolumeStatus {
     /// Where it is published.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publication: Option<PublicationStatus>,
+    /// Whose contents the disk was copied from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<OriginStatus>,
+    /// The attributes that the node has taken over: set in the running guest, or to be set at its next start.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub attributes: BTreeMap<String, String>,
     /// The generation of the spec that this speaks of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
@@ -289,6 +350,9 @@ fn parameters(_: &mut SchemaGenerator) -> Schema {
             "provisioning": {"type": "string", "description": "thin or thick"},
             "headroom": {"type": "string", "description": "how far it can grow while its pod runs, such as 8x"},
             "quota": {"type": "string", "description": "refquota, quota or none"},
+            "allowCopy": {"type": "boolean", "description": "snapshots may be full copies where blocks can't be shared"},
+            "encryption": {"type": "string", "description": "aes-256-gcm, or absent"},
+            "scrubInterval": {"type": "integer", "format": "int64", "description": "seconds between scrubs"},
             "arcMax": {"type": "integer", "format": "int64", "description": "upper bound of the guest's ARC in bytes"},
             "properties": {
                 "type": "object", "maxProperties": 64, "description": "ZFS properties that differ from the defaults",

@@ -6,11 +6,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId};
+use zpod_volume::{Bytes, DiskLayout, Provisioning, SnapshotId, VolumeId};
 
 use super::ledger::Ledger;
 use super::overhead::Overhead;
-use super::{Backing, BackingError, Capacity, DeviceSpec, Exclusive, Outcome};
+use super::{Backing, BackingError, Capacity, CopySource, Copying, DeviceSpec, Exclusive, Outcome};
 
 /// Devices that exist in memory only. Clones share them: one can stand for a restart of the driver.
 #[derive(Debug, Clone)]
@@ -288,6 +288,30 @@ impl Backing for SimBacking {
 
     fn location(&self) -> &Path {
         &self.location
+    }
+
+    fn shares_blocks(&self) -> bool {
+        false
+    }
+
+    fn snapshot(&self, _: SnapshotId, _: &DeviceSpec, _: &Copying<'_>) -> Result<Outcome, BackingError> {
+        Err(BackingError::CannotShare { location: self.location().display().to_string() })
+    }
+
+    fn destroy_snapshot(&self, _: SnapshotId) -> Result<Outcome, BackingError> {
+        Ok(Outcome::Unchanged)
+    }
+
+    fn snapshot_allocated(&self, id: SnapshotId) -> Result<Bytes, BackingError> {
+        Err(BackingError::SnapshotMissing { id, file: self.location().join(id.to_string()) })
+    }
+
+    fn create_from(&self, _: &DeviceSpec, _: CopySource, _: Bytes, _: &Copying<'_>) -> Result<Outcome, BackingError> {
+        Err(BackingError::CannotShare { location: self.location().display().to_string() })
+    }
+
+    fn write_note(&self, _: VolumeId, _: &[u8], _: &dyn Exclusive) -> Result<(), BackingError> {
+        Ok(())
     }
 }
 

@@ -1,4 +1,5 @@
-//! The catalog in a local directory: one JSON file for each volume, `<dir>/volumes/<id>.json`.
+//! The catalogs in a local directory: one JSON file for each record, `<dir>/volumes/<id>.json` and
+//! `<dir>/snapshots/<id>.json`.
 //!
 //! # Design
 //! A record is written whole to a temporary file, made durable, and renamed over the old one: after a crash it is the
@@ -13,58 +14,65 @@
 mod index;
 mod records;
 
+use std::hash::{Hash as _, Hasher as _};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use rustix::fs::OFlags;
-use zpod_volume::VolumeId;
 
 use self::index::{Index, Known};
 use self::records::Records;
-use super::{Catalog, CatalogError, Created, Page, Volume};
+use super::{Catalog, CatalogError, Created, Page, Record, Snapshot, Volume};
 use crate::directory::{self, Directory};
 
 /// Calls for one volume wait for each other; those for different ones seldom do.
 const LOCKS: usize = 64;
 
-/// Records in a local directory.
+/// Records of one kind in a local directory.
 #[derive(Debug)]
-pub struct DirCatalog {
-    store: Arc<Store>,
+pub struct DirCatalog<R: Record = Volume> {
+    store: Arc<Store<R>>,
 }
 
 #[derive(Debug)]
-struct Store {
-    records: Records,
-    index: Mutex<Index>,
+struct Store<R: Record> {
+    records: Records<R>,
+    index: Mutex<Index<R::Id>>,
     /// Taken for a whole call; which one follows from the id.
     locks: [Mutex<()>; LOCKS],
     /// Locked as long as this lives.
-    _lock: std::fs::File,
+    _lock: Arc<std::fs::File>,
 }
 
-impl DirCatalog {
-    /// Opens the catalog in `dir`, for this process alone, and makes it where there is none. Reads every record once: a
-    /// damaged one is logged and refused later, and does not stop the start. Blocks.
-    ///
-    /// # Errors
-    /// [`CatalogError::Locked`] when another process has it.
-    pub fn open(dir: impl AsRef<Path>) -> Result<Self, CatalogError> {
-        let dir = dir.as_ref();
-        let volumes = dir.join("volumes");
+/// Opens the catalogs in `dir`, for this process alone, and makes them where there are none. Reads every record once: a
+/// damaged one is logged and refused later, and does not stop the start. Blocks.
+///
+/// # Errors
+/// [`CatalogError::Locked`] when another process has them.
+pub fn open(dir: impl AsRef<Path>) -> Result<(DirCatalog<Volume>, DirCatalog<Snapshot>), CatalogError> {
+    let dir = dir.as_ref();
+    let fail = |what| move |source| CatalogError::Io { what, path: dir.to_owned(), source };
+    std::fs::create_dir_all(dir).map_err(fail("make the catalog"))?;
+    let parent = Directory::open(dir).map_err(fail("open the catalog"))?;
+    let lock = parent.open_file("lock", OFlags::RDWR | OFlags::CREATE).map_err(fail("open the lock of the catalog"))?;
+    if !directory::lock(&lock).map_err(fail("lock the catalog"))? {
+        return Err(CatalogError::Locked(dir.to_owned()));
+    }
+    let lock = Arc::new(lock);
+    let catalogs =
+        (DirCatalog::open(&dir.join("volumes"), Arc::clone(&lock))?, DirCatalog::open(&dir.join("snapshots"), lock)?);
+    parent.sync().map_err(fail("sync the catalog"))?;
+    Ok(catalogs)
+}
+
+impl<R: Record> DirCatalog<R> {
+    fn open(dir: &Path, lock: Arc<std::fs::File>) -> Result<Self, CatalogError> {
         let fail = |what| move |source| CatalogError::Io { what, path: dir.to_owned(), source };
-        std::fs::create_dir_all(&volumes).map_err(fail("make the catalog"))?;
-        let parent = Directory::open(dir).map_err(fail("open the catalog"))?;
-        let lock =
-            parent.open_file("lock", OFlags::RDWR | OFlags::CREATE).map_err(fail("open the lock of the catalog"))?;
-        if !directory::lock(&lock).map_err(fail("lock the catalog"))? {
-            return Err(CatalogError::Locked(dir.to_owned()));
-        }
-        parent.sync().map_err(fail("sync the catalog"))?;
-        let records = Records::new(Directory::open(&volumes).map_err(fail("open the catalog"))?);
+        std::fs::create_dir_all(dir).map_err(fail("make the catalog"))?;
+        let records = Records::new(Directory::open(dir).map_err(fail("open the catalog"))?);
         let index = records.load()?;
-        tracing::info!(directory = %dir.display(), volumes = index.len(), "catalog opened");
+        tracing::info!(directory = %dir.display(), records = index.len(), "catalog opened");
         let locks = [const { Mutex::new(()) }; LOCKS];
         Ok(Self { store: Arc::new(Store { records, index: Mutex::new(index), locks, _lock: lock }) })
     }
@@ -72,7 +80,7 @@ impl DirCatalog {
     /// Runs a call on a blocking thread, to its end whatever becomes of the caller.
     async fn run<T: Send + 'static>(
         &self,
-        call: impl FnOnce(&Store) -> Result<T, CatalogError> + Send + 'static,
+        call: impl FnOnce(&Store<R>) -> Result<T, CatalogError> + Send + 'static,
     ) -> Result<T, CatalogError> {
         let store = Arc::clone(&self.store);
         match tokio::task::spawn_blocking(move || call(&store)).await {
@@ -85,19 +93,20 @@ impl DirCatalog {
     }
 }
 
-impl Store {
-    fn lock(&self, id: VolumeId) -> MutexGuard<'_, ()> {
-        // Ids are the output of a hash: any byte of them spreads.
-        let at = usize::from(id.uuid().as_bytes()[0]) % LOCKS;
+impl<R: Record> Store<R> {
+    fn lock(&self, id: R::Id) -> MutexGuard<'_, ()> {
+        let mut hasher = std::hash::DefaultHasher::new();
+        id.hash(&mut hasher);
+        let at = hasher.finish() as usize % LOCKS;
         self.locks[at].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn index(&self) -> MutexGuard<'_, Index> {
+    fn index(&self) -> MutexGuard<'_, Index<R::Id>> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads a record. The caller has its lock.
-    fn read(&self, id: VolumeId) -> Result<Option<Volume>, CatalogError> {
+    fn read(&self, id: R::Id) -> Result<Option<R>, CatalogError> {
         let known = self.index().get(id);
         if known.is_none() {
             return Ok(None);
@@ -105,10 +114,10 @@ impl Store {
         let result = self.records.read(id);
         let now = match &result {
             // Mended, or replaced by hand: what the file says is what counts.
-            Ok(volume) => Known::Revision(volume.revision),
+            Ok(record) => Known::Revision(record.revision()),
             Err(error @ CatalogError::Damaged { .. }) => {
                 if known != Some(Known::Damaged) {
-                    tracing::error!(volume = %id, %error, "a record was damaged since the start");
+                    tracing::error!(kind = R::KIND, %id, %error, "a record was damaged since the start");
                 }
                 Known::Damaged
             }
@@ -121,40 +130,41 @@ impl Store {
     }
 
     /// Writes a record with its next revision. The caller has its lock.
-    fn write(&self, mut volume: Volume) -> Result<Volume, CatalogError> {
-        volume.revision += 1;
-        self.records.put(&volume)?;
+    fn write(&self, record: R) -> Result<R, CatalogError> {
+        let revision = record.revision() + 1;
+        let record = record.with_revision(revision);
+        self.records.put(&record)?;
         // From here on it is the record, durable or not yet.
-        self.index().set(volume.id, Known::Revision(volume.revision));
+        self.index().set(record.id(), Known::Revision(revision));
         self.records.sync()?;
-        Ok(volume)
+        Ok(record)
     }
 
-    fn create(&self, volume: Volume) -> Result<Created, CatalogError> {
-        let _lock = self.lock(volume.id);
-        match self.read(volume.id)? {
+    fn create(&self, record: R) -> Result<Created<R>, CatalogError> {
+        let _lock = self.lock(record.id());
+        match self.read(record.id())? {
             Some(existing) => {
                 // Whoever wrote it may have been killed before its name was durable.
                 self.records.sync()?;
                 Ok(Created::Existed(existing))
             }
-            None => self.write(Volume { revision: 0, ..volume }).map(Created::Created),
+            None => self.write(record.with_revision(0)).map(Created::Created),
         }
     }
 
-    fn update(&self, volume: Volume) -> Result<Volume, CatalogError> {
-        let id = volume.id;
+    fn update(&self, record: R) -> Result<R, CatalogError> {
+        let id = record.id();
         let _lock = self.lock(id);
         let known = self.index().get(id);
         match known {
-            None => Err(CatalogError::NotFound(id)),
-            Some(Known::Damaged) => self.read(id).and(Err(CatalogError::Conflict(id))),
-            Some(Known::Revision(revision)) if revision != volume.revision => Err(CatalogError::Conflict(id)),
-            Some(Known::Revision(_)) => self.write(volume),
+            None => Err(CatalogError::not_found::<R>(id)),
+            Some(Known::Damaged) => self.read(id).and(Err(CatalogError::conflict::<R>(id))),
+            Some(Known::Revision(revision)) if revision != record.revision() => Err(CatalogError::conflict::<R>(id)),
+            Some(Known::Revision(_)) => self.write(record),
         }
     }
 
-    fn remove(&self, id: VolumeId) -> Result<(), CatalogError> {
+    fn remove(&self, id: R::Id) -> Result<(), CatalogError> {
         let _lock = self.lock(id);
         let known = self.index().get(id);
         if known == Some(Known::Damaged) {
@@ -169,28 +179,30 @@ impl Store {
         self.records.sync()
     }
 
-    fn list(&self, from: Option<VolumeId>, limit: usize) -> Result<Page, CatalogError> {
+    fn list(&self, from: Option<R::Id>, limit: usize) -> Result<Page<R>, CatalogError> {
         let (ids, next) = self.index().page(from, limit);
-        let mut volumes = Vec::with_capacity(ids.len());
+        let mut records = Vec::with_capacity(ids.len());
         for id in ids {
             let _lock = self.lock(id);
             match self.read(id) {
-                Ok(volume) => volumes.extend(volume),
-                Err(CatalogError::Damaged { .. }) => tracing::debug!(volume = %id, "a damaged record is not listed"),
+                Ok(record) => records.extend(record),
+                Err(CatalogError::Damaged { .. }) => {
+                    tracing::debug!(kind = R::KIND, %id, "a damaged record is not listed")
+                }
                 Err(error) => return Err(error),
             }
         }
-        Ok(Page { volumes, next })
+        Ok(Page { records, next })
     }
 }
 
 #[async_trait]
-impl Catalog for DirCatalog {
-    async fn create(&self, volume: Volume) -> Result<Created, CatalogError> {
-        self.run(|store| store.create(volume)).await
+impl<R: Record> Catalog<R> for DirCatalog<R> {
+    async fn create(&self, record: R) -> Result<Created<R>, CatalogError> {
+        self.run(|store| store.create(record)).await
     }
 
-    async fn get(&self, id: VolumeId) -> Result<Option<Volume>, CatalogError> {
+    async fn get(&self, id: R::Id) -> Result<Option<R>, CatalogError> {
         self.run(move |store| {
             let _lock = store.lock(id);
             store.read(id)
@@ -198,15 +210,15 @@ impl Catalog for DirCatalog {
         .await
     }
 
-    async fn update(&self, volume: Volume) -> Result<Volume, CatalogError> {
-        self.run(|store| store.update(volume)).await
+    async fn update(&self, record: R) -> Result<R, CatalogError> {
+        self.run(|store| store.update(record)).await
     }
 
-    async fn remove(&self, id: VolumeId) -> Result<(), CatalogError> {
+    async fn remove(&self, id: R::Id) -> Result<(), CatalogError> {
         self.run(move |store| store.remove(id)).await
     }
 
-    async fn list(&self, from: Option<VolumeId>, limit: usize) -> Result<Page, CatalogError> {
+    async fn list(&self, from: Option<R::Id>, limit: usize) -> Result<Page<R>, CatalogError> {
         self.run(move |store| store.list(from, limit)).await
     }
 }

@@ -141,7 +141,7 @@ impl World {
         Self {
             dir: dir.to_owned(),
             backing: FileBacking::open(dir.join("backing"), 1.0).unwrap(),
-            catalog: DirCatalog::open(dir.join("state")).unwrap(),
+            catalog: zpod_storage::catalog::dir::open(dir.join("state")).unwrap().0,
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
         }
     }
@@ -197,7 +197,7 @@ impl World {
         }
         let capacity = self.backing.capacity().unwrap();
         assert_eq!(capacity.total.0 - capacity.available.0, promised, "what was promised; {done:?} {cut_short:?}");
-        let volumes = self.runtime.block_on(self.catalog.list(None, 10)).unwrap().volumes;
+        let volumes = self.runtime.block_on(self.catalog.list(None, 10)).unwrap().records;
         let found: BTreeMap<u8, u64> =
             volumes.iter().map(|volume| (volume.name.parse().unwrap(), volume.capacity.0)).collect();
         assert!(found == before.capacities || found == after.capacities, "{found:?}; {before:?} {after:?}");
@@ -252,18 +252,9 @@ fn spec(name: u8, mib: u64, disk_mib: u64, thick: bool) -> DeviceSpec {
 fn record(name: u8) -> Volume {
     Volume {
         id: id(name),
-        name: name.to_string(),
-        capacity: Bytes(0),
-        initial_capacity: Bytes(0),
-        parameters: VolumeParameters::default(),
-        node: "node-1".to_owned(),
         phase: Phase::Ready,
         initialized: true,
         written: true,
-        table_capacity: Bytes(0),
-        publication: None,
-        condition: None,
-        labels: BTreeMap::new(),
-        revision: 0,
+        ..Volume::wanted(&name.to_string(), Bytes(0), VolumeParameters::default(), "node-1")
     }
 }

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use rustix::fs::{FileType, OFlags};
-use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId};
+use zpod_volume::{Bytes, DiskLayout, Provisioning, SnapshotId, VolumeId};
 
 use super::proof::{Held, Proof, TakeError};
 use super::{FIGURE_AGE, FileBacking, Image, STAT_BLOCK, image, name_of};
-use crate::backing::{Backing, BackingError, Capacity, DeviceSpec, Exclusive, Outcome};
+use crate::backing::{Backing, BackingError, Capacity, CopySource, Copying, DeviceSpec, Exclusive, Outcome};
 use crate::crash;
 use crate::directory;
 
@@ -264,5 +264,29 @@ impl Backing for FileBacking {
 
     fn location(&self) -> &Path {
         self.directory.path()
+    }
+
+    fn shares_blocks(&self) -> bool {
+        false
+    }
+
+    fn snapshot(&self, _: SnapshotId, _: &DeviceSpec, _: &Copying<'_>) -> Result<Outcome, BackingError> {
+        Err(BackingError::CannotShare { location: self.location().display().to_string() })
+    }
+
+    fn destroy_snapshot(&self, _: SnapshotId) -> Result<Outcome, BackingError> {
+        Ok(Outcome::Unchanged)
+    }
+
+    fn snapshot_allocated(&self, id: SnapshotId) -> Result<Bytes, BackingError> {
+        Err(BackingError::SnapshotMissing { id, file: self.location().join(id.to_string()) })
+    }
+
+    fn create_from(&self, _: &DeviceSpec, _: CopySource, _: Bytes, _: &Copying<'_>) -> Result<Outcome, BackingError> {
+        Err(BackingError::CannotShare { location: self.location().display().to_string() })
+    }
+
+    fn write_note(&self, _: VolumeId, _: &[u8], _: &dyn Exclusive) -> Result<(), BackingError> {
+        Ok(())
     }
 }

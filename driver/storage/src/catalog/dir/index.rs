@@ -1,8 +1,7 @@
 //! Which records there are, in the order of their ids.
 
 use std::collections::BTreeMap;
-
-use zpod_volume::VolumeId;
+use std::ops::Bound;
 
 /// What is known of a record without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,19 +13,25 @@ pub(super) enum Known {
 }
 
 /// Ids and revisions of all records.
-#[derive(Debug, Default)]
-pub(super) struct Index(BTreeMap<VolumeId, Known>);
+#[derive(Debug)]
+pub(super) struct Index<Id>(BTreeMap<Id, Known>);
 
-impl Index {
-    pub(super) fn get(&self, id: VolumeId) -> Option<Known> {
+impl<Id> Default for Index<Id> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<Id: Ord + Copy> Index<Id> {
+    pub(super) fn get(&self, id: Id) -> Option<Known> {
         self.0.get(&id).copied()
     }
 
-    pub(super) fn set(&mut self, id: VolumeId, known: Known) {
+    pub(super) fn set(&mut self, id: Id, known: Known) {
         self.0.insert(id, known);
     }
 
-    pub(super) fn remove(&mut self, id: VolumeId) {
+    pub(super) fn remove(&mut self, id: Id) {
         self.0.remove(&id);
     }
 
@@ -35,9 +40,9 @@ impl Index {
     }
 
     /// Up to `limit` ids from `from` on, and the one behind them.
-    pub(super) fn page(&self, from: Option<VolumeId>, limit: usize) -> (Vec<VolumeId>, Option<VolumeId>) {
-        let from = from.unwrap_or(VolumeId::from_uuid(uuid::Uuid::nil()));
-        let mut behind = self.0.range(from..).map(|(id, _)| *id);
+    pub(super) fn page(&self, from: Option<Id>, limit: usize) -> (Vec<Id>, Option<Id>) {
+        let from = from.map_or(Bound::Unbounded, Bound::Included);
+        let mut behind = self.0.range((from, Bound::Unbounded)).map(|(id, _)| *id);
         let ids = behind.by_ref().take(limit).collect();
         (ids, behind.next())
     }
@@ -46,6 +51,7 @@ impl Index {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use zpod_volume::VolumeId;
 
     #[test]
     fn pages_join_without_gap_or_overlap() {

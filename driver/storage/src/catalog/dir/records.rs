@@ -1,13 +1,14 @@
 //! The files of the records.
 
+use std::fmt::Display;
 use std::io::{self, Read, Write};
+use std::marker::PhantomData;
 use std::path::Path;
 
 use rustix::fs::OFlags;
-use zpod_volume::VolumeId;
 
 use super::index::{Index, Known};
-use crate::catalog::{CatalogError, Volume};
+use crate::catalog::{CatalogError, Record};
 use crate::crash;
 use crate::directory::{self, Directory};
 
@@ -16,13 +17,14 @@ const MAX_BYTES: u64 = 1 << 20;
 
 /// The directory with the records.
 #[derive(Debug)]
-pub(super) struct Records {
+pub(super) struct Records<R> {
     directory: Directory,
+    kind: PhantomData<fn() -> R>,
 }
 
-impl Records {
+impl<R: Record> Records<R> {
     pub(super) fn new(directory: Directory) -> Self {
-        Self { directory }
+        Self { directory, kind: PhantomData }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -30,7 +32,7 @@ impl Records {
     }
 
     /// Reads all records once and removes what crashes left.
-    pub(super) fn load(&self) -> Result<Index, CatalogError> {
+    pub(super) fn load(&self) -> Result<Index<R::Id>, CatalogError> {
         let (mut ids, mut leftovers) = (Vec::new(), Vec::new());
         let names = self.directory.each_name(|name| {
             if directory::is_temporary(name) {
@@ -47,9 +49,9 @@ impl Records {
         let mut index = Index::default();
         for id in ids {
             let known = match self.read(id) {
-                Ok(volume) => Known::Revision(volume.revision),
+                Ok(record) => Known::Revision(record.revision()),
                 Err(error) => {
-                    tracing::error!(volume = %id, %error, "a record can't be used");
+                    tracing::error!(kind = R::KIND, %id, %error, "a record can't be used");
                     Known::Damaged
                 }
             };
@@ -58,8 +60,8 @@ impl Records {
         Ok(index)
     }
 
-    /// Reads the record of a volume that has one.
-    pub(super) fn read(&self, id: VolumeId) -> Result<Volume, CatalogError> {
+    /// Reads a record that is there.
+    pub(super) fn read(&self, id: R::Id) -> Result<R, CatalogError> {
         let name = name_of(id);
         let damaged = |reason: String| CatalogError::Damaged { path: self.directory.join(&name), reason };
         let fail = |source: io::Error| match source.kind() {
@@ -72,21 +74,21 @@ impl Records {
         if json.len() as u64 > MAX_BYTES {
             return Err(damaged(format!("it is longer than {MAX_BYTES} bytes")));
         }
-        let volume: Volume = serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?;
-        if volume.id != id {
-            return Err(damaged(format!("it is that of volume {}", volume.id)));
+        let record: R = serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?;
+        if record.id() != id {
+            return Err(damaged(format!("it is that of {} {}", R::KIND, record.id())));
         }
-        if volume.revision == 0 {
+        if record.revision() == 0 {
             return Err(damaged("its revision is 0, which no stored record has".to_owned()));
         }
-        Ok(volume)
+        Ok(record)
     }
 
     /// Puts a record in the place of the one there is, if any. Durable after [`Records::sync`].
-    pub(super) fn put(&self, volume: &Volume) -> Result<(), CatalogError> {
-        let (name, temporary) = (name_of(volume.id), directory::temporary_name(volume.id));
+    pub(super) fn put(&self, record: &R) -> Result<(), CatalogError> {
+        let (name, temporary) = (name_of(record.id()), directory::temporary_name(record.id()));
         let put = || -> io::Result<()> {
-            let json = serde_json::to_vec_pretty(volume)?;
+            let json = serde_json::to_vec_pretty(record)?;
             let mut file = self.directory.fresh_file(&temporary)?;
             crash::point("record: temporary file made");
             file.write_all(&json)?;
@@ -97,7 +99,7 @@ impl Records {
         };
         put().map_err(|source| {
             if let Err(error) = self.directory.remove(&temporary) {
-                tracing::warn!(volume = %volume.id, %error, "a temporary file stays until the next start");
+                tracing::warn!(kind = R::KIND, id = %record.id(), %error, "a temporary file stays until the next start");
             }
             CatalogError::Io { what: "write the record", path: self.directory.join(&name), source }
         })?;
@@ -106,7 +108,7 @@ impl Records {
     }
 
     /// Removes a record. Durable after [`Records::sync`].
-    pub(super) fn remove(&self, id: VolumeId) -> Result<(), CatalogError> {
+    pub(super) fn remove(&self, id: R::Id) -> Result<(), CatalogError> {
         crash::point("record: to be removed");
         let name = name_of(id);
         self.directory.remove(&name).map_err(|source| CatalogError::Io {
@@ -130,6 +132,6 @@ impl Records {
     }
 }
 
-fn name_of(id: VolumeId) -> String {
+fn name_of(id: impl Display) -> String {
     format!("{id}.json")
 }

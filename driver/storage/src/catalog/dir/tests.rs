@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use tempfile::TempDir;
-use zpod_volume::{Bytes, VolumeParameters};
+use zpod_volume::{Bytes, VolumeId, VolumeParameters};
 
 use super::super::Phase;
 use super::*;
@@ -14,12 +14,12 @@ struct Fixture {
 impl Fixture {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        Self { catalog: DirCatalog::open(dir.path()).unwrap(), dir }
+        Self { catalog: open(dir.path()).unwrap().0, dir }
     }
 
     fn restart(self) -> Self {
         drop(self.catalog);
-        Self { catalog: DirCatalog::open(self.dir.path()).unwrap(), dir: self.dir }
+        Self { catalog: open(self.dir.path()).unwrap().0, dir: self.dir }
     }
 
     fn path(&self, id: VolumeId) -> PathBuf {
@@ -36,20 +36,11 @@ impl Fixture {
 
 fn volume(name: &str) -> Volume {
     Volume {
-        id: VolumeId::from_name(name),
-        name: name.to_owned(),
-        capacity: Bytes::gib(1),
-        initial_capacity: Bytes::gib(1),
-        parameters: VolumeParameters::default(),
-        node: "node-1".to_owned(),
-        phase: Phase::Creating,
-        initialized: false,
-        written: false,
+        phase: Phase::Ready,
+        initialized: true,
         table_capacity: Bytes::gib(1),
-        publication: None,
-        condition: None,
         labels: [("pvc".to_owned(), name.to_owned())].into(),
-        revision: 0,
+        ..Volume::wanted(name, Bytes::gib(1), VolumeParameters::default(), "node-1")
     }
 }
 
@@ -101,7 +92,7 @@ async fn of_writers_that_read_the_same_record_one_wins() {
 #[tokio::test]
 async fn one_process_has_the_catalog() {
     let fixture = Fixture::new();
-    assert!(matches!(DirCatalog::open(fixture.dir.path()), Err(CatalogError::Locked(_))));
+    assert!(matches!(open(fixture.dir.path()), Err(CatalogError::Locked(_))));
     fixture.restart();
 }
 
@@ -130,7 +121,7 @@ async fn a_damaged_record_is_refused_by_name_and_hides_no_other() {
                 assert!(matches!(error, CatalogError::Damaged { .. }), "{error}");
                 assert!(error.to_string().contains(&bad.id.to_string()), "{error}");
             }
-            assert_eq!(catalog.list(None, 10).await.unwrap().volumes, std::slice::from_ref(&good));
+            assert_eq!(catalog.list(None, 10).await.unwrap().records, std::slice::from_ref(&good));
             assert_eq!(std::fs::read_to_string(fixture.path(bad.id)).unwrap(), text, "nothing is done to it");
         }
     }
@@ -150,7 +141,7 @@ async fn leftovers_go_at_the_start_and_nothing_else_does() {
     let fixture = fixture.restart();
     assert!(!ours.exists());
     assert!(strangers.iter().all(|path| path.exists()));
-    assert_eq!(fixture.catalog.list(None, 10).await.unwrap(), Page::default());
+    assert_eq!(fixture.catalog.list(None, 10).await.unwrap(), Page { records: vec![], next: None });
 }
 
 #[tokio::test]
@@ -164,7 +155,7 @@ async fn pages_give_every_record_once_in_the_order_of_ids() {
     let (mut from, mut seen) = (None, Vec::new());
     loop {
         let page = fixture.catalog.list(from, 5).await.unwrap();
-        seen.extend(page.volumes);
+        seen.extend(page.records);
         from = page.next;
         if from.is_none() {
             break;
