@@ -4,7 +4,8 @@
 //! * [`VolumeParameters`]: what a StorageClass may say, parsed at the edge.
 //! * [`VolumeAttributes`]: what a VolumeAttributesClass may change later.
 //! * [`DiskLayout`] and [`gpt`]: what the virtual disk looks like.
-//! * [`VolumeSpec`]: what the node tells the guest about one volume, in the `zpod=` mount option.
+//! * [`VolumeSpec`]: what the node tells the guest about one volume, in the `zpod=` mount option, or in a [`note`] on the
+//!   disk of a block device.
 
 mod attributes;
 mod bytes;
@@ -15,6 +16,7 @@ mod property;
 mod spec;
 
 pub mod gpt;
+pub mod note;
 
 pub use attributes::VolumeAttributes;
 pub use bytes::{Bytes, ParseBytesError};

@@ -214,9 +214,12 @@ impl VolumeSpec {
 
     /// The mount option that carries this spec.
     pub fn to_option(&self) -> String {
+        format!("{OPTION_PREFIX}{}", URL_SAFE_NO_PAD.encode(self.to_json()))
+    }
+
+    pub(crate) fn to_json(&self) -> Vec<u8> {
         // A struct of strings, numbers and maps with string keys always has a JSON form.
-        let json = serde_json::to_vec(self).unwrap_or_default();
-        format!("{OPTION_PREFIX}{}", URL_SAFE_NO_PAD.encode(json))
+        serde_json::to_vec(self).unwrap_or_default()
     }
 
     /// Reads the option's value: what stands behind `zpod=`.
@@ -227,7 +230,11 @@ impl VolumeSpec {
         if value.len() > MAX_ENCODED {
             return Err(DecodeSpecError::TooLong(value.len()));
         }
-        let spec: Self = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(value)?)?;
+        Self::from_json(&URL_SAFE_NO_PAD.decode(value)?)
+    }
+
+    pub(crate) fn from_json(json: &[u8]) -> Result<Self, DecodeSpecError> {
+        let spec: Self = serde_json::from_slice(json)?;
         spec.check()?;
         Ok(spec)
     }
