@@ -28,6 +28,7 @@ mod activate;
 mod grow;
 mod progress;
 mod release;
+mod resume;
 pub mod status;
 #[cfg(test)]
 mod tests;
@@ -96,6 +97,8 @@ struct State {
     uses: BTreeSet<Use>,
     run: Option<Run>,
     details: Option<status::Cached>,
+    /// Its pool is suspended, and since when.
+    suspended: Option<resume::Suspension>,
     /// Why the last container that asked for it did not get it. Stays while another try runs: that may take as long.
     refusal: Option<status::Refusal>,
 }

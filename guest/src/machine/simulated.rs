@@ -25,6 +25,10 @@ pub(crate) struct SimDisk {
     blocks: BTreeMap<u64, Vec<u8>>,
     pub(crate) plugged: bool,
     sequence: u64,
+    /// Writes to it fail.
+    broken: bool,
+    /// Pools on it are suspended: a write failed, and nobody resumed them since.
+    suspended: bool,
     labels: bool,
     pub(crate) pool: Option<SimPool>,
 }
@@ -140,6 +144,13 @@ impl SimMachine {
         let disk = &mut self.disks.lock().unwrap()[index];
         disk.plugged = plugged;
         disk.sequence += 10;
+    }
+
+    /// Lets the writes of containers fail, or works again. That alone resumes nothing.
+    pub(crate) fn break_disk(&self, index: usize, broken: bool) {
+        let disk = &mut self.disks.lock().unwrap()[index];
+        disk.broken = broken;
+        disk.suspended |= broken;
     }
 
     /// What a container does.
@@ -259,7 +270,7 @@ impl Machine for SimMachine {
         self.look(|kernel, disks| {
             Ok(kernel.imported.get(pool.as_str()).map(|(index, sequence)| {
                 let there = disks[*index].plugged && disks[*index].sequence == *sequence;
-                if there { Health::Online } else { Health::Suspended }
+                if there && !disks[*index].suspended { Health::Online } else { Health::Suspended }
             }))
         })
     }
@@ -358,7 +369,12 @@ impl Machine for SimMachine {
     async fn resume(&self, pool: &PoolName, _suspended: bool) -> Result<(), Fault> {
         self.step("resume", |kernel, disks| {
             let (index, _) = kernel.imported[pool.as_str()];
-            let sequence = disks[index].sequence;
+            let disk = &mut disks[index];
+            if disk.broken {
+                return Err(Fault::new("cannot clear errors: I/O error"));
+            }
+            disk.suspended = false;
+            let sequence = disk.sequence;
             kernel.imported.insert(pool.to_string(), (index, sequence));
             Ok(())
         })

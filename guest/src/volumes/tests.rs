@@ -16,7 +16,7 @@ fn spec(name: &str, create: Create) -> VolumeSpec {
     }
 }
 
-fn wanted(name: &str, create: Create, mount_point: &str) -> Wanted {
+pub(super) fn wanted(name: &str, create: Create, mount_point: &str) -> Wanted {
     Wanted {
         spec: spec(name, create),
         fs_group: Some(2000),
@@ -25,7 +25,7 @@ fn wanted(name: &str, create: Create, mount_point: &str) -> Wanted {
     }
 }
 
-fn disks(names: &[&str]) -> Disks {
+pub(super) fn disks(names: &[&str]) -> Disks {
     let layout = DiskLayout::new(Bytes::gib(1), Headroom::default());
     let all = names.iter().zip('a'..).map(|(name, letter)| {
         simulated::disk(&format!("vd{letter}"), VolumeId::from_name(name), layout.partition, layout.disk)
@@ -33,15 +33,19 @@ fn disks(names: &[&str]) -> Disks {
     Disks::new(all.collect::<Vec<_>>().into())
 }
 
-fn guest(disks: &Disks) -> Arc<Volumes<SimMachine>> {
+pub(super) fn guest(disks: &Disks) -> Arc<Volumes<SimMachine>> {
     Volumes::new(SimMachine::new(disks, Kill::Never), "/zpod/volumes")
 }
 
-async fn prepare(volumes: &Arc<Volumes<SimMachine>>, container: &str, wanted: Wanted) -> Result<Added, VolumeError> {
+pub(super) async fn prepare(
+    volumes: &Arc<Volumes<SimMachine>>,
+    container: &str,
+    wanted: Wanted,
+) -> Result<Added, VolumeError> {
     volumes.prepare(container, &[wanted], Instant::now() + WAIT).await
 }
 
-fn count(volumes: &Volumes<SimMachine>, step: &str) -> usize {
+pub(super) fn count(volumes: &Volumes<SimMachine>, step: &str) -> usize {
     volumes.machine().steps().iter().filter(|name| name.starts_with(step)).count()
 }
 
