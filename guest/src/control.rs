@@ -17,7 +17,7 @@ use zpod_proto::guest::{
     StatusRequest, StatusResponse, SyncRequest, SyncResponse, UnmarkRequest, UnmarkResponse, VolumeStatus,
     WatchRequest,
 };
-use zpod_volume::{Bytes, VolumeId};
+use zpod_volume::{Bytes, Mark, VolumeId};
 
 use crate::machine::{self, Machine, Scrub};
 use crate::volumes::Volumes;
@@ -88,9 +88,9 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
         scrub: details.report.scrub.map(last_scrub),
         refusal: snapshot.refusal.unwrap_or_default(),
         awaits_key: false,
-        encrypted: false,
-        block: false,
-        snapshot_bytes: 0,
+        encrypted: snapshot.encrypted,
+        block: snapshot.block,
+        snapshot_bytes: details.snapshot_bytes,
     }
 }
 
@@ -106,6 +106,10 @@ fn last_scrub(scrub: machine::LastScrub) -> LastScrub {
 
 fn id(text: &str) -> Result<VolumeId, Status> {
     text.parse().map_err(|error: zpod_volume::ParseNameError| Status::invalid_argument(format!("volume_id: {error}")))
+}
+
+fn mark(text: &str) -> Result<Mark, Status> {
+    text.parse().map_err(|error: zpod_volume::ParseNameError| Status::invalid_argument(format!("mark: {error}")))
 }
 
 #[tonic::async_trait]
@@ -172,20 +176,26 @@ impl<M: Machine> Guest for Control<M> {
         Ok(Response::new(ScrubResponse {}))
     }
 
-    async fn mark(&self, _: Request<MarkRequest>) -> Result<Response<MarkResponse>, Status> {
-        Err(Status::unimplemented("Mark"))
+    async fn mark(&self, request: Request<MarkRequest>) -> Result<Response<MarkResponse>, Status> {
+        let request = request.into_inner();
+        self.volumes.mark(id(&request.volume_id)?, &mark(&request.mark)?).await?;
+        Ok(Response::new(MarkResponse {}))
     }
 
-    async fn unmark(&self, _: Request<UnmarkRequest>) -> Result<Response<UnmarkResponse>, Status> {
-        Err(Status::unimplemented("Unmark"))
+    async fn unmark(&self, request: Request<UnmarkRequest>) -> Result<Response<UnmarkResponse>, Status> {
+        let request = request.into_inner();
+        self.volumes.unmark(id(&request.volume_id)?, &mark(&request.mark)?).await?;
+        Ok(Response::new(UnmarkResponse {}))
     }
 
     async fn provide_key(&self, _: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {
         Err(Status::unimplemented("ProvideKey"))
     }
 
-    async fn properties(&self, _: Request<PropertiesRequest>) -> Result<Response<PropertiesResponse>, Status> {
-        Err(Status::unimplemented("Properties"))
+    async fn properties(&self, request: Request<PropertiesRequest>) -> Result<Response<PropertiesResponse>, Status> {
+        let (dataset, pool) = self.volumes.properties(id(&request.into_inner().volume_id)?).await?;
+        let (dataset, pool) = (dataset.into_iter().collect(), pool.into_iter().collect());
+        Ok(Response::new(PropertiesResponse { dataset, pool }))
     }
 
     async fn send_points(&self, _: Request<SendPointsRequest>) -> Result<Response<SendPointsResponse>, Status> {

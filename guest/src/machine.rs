@@ -250,6 +250,21 @@ pub trait Machine: Send + Sync + 'static {
     /// Sets a property of a pool.
     async fn set_pool(&self, pool: &PoolName, key: &str, value: &str) -> Result<(), Fault>;
 
+    /// Every property of a dataset and of its pool that can be told, for people.
+    async fn properties(&self, pool: &PoolName, dataset: &str) -> Result<(Properties, Properties), Fault>;
+
+    /// The snapshots of a dataset: what stands behind the `@`, sorted by name.
+    async fn snapshots(&self, dataset: &str) -> Result<Vec<String>, Fault>;
+
+    /// Takes a snapshot of a dataset; it is on the disk when this returns.
+    async fn snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault>;
+
+    /// Makes a dataset what it was at a snapshot. Snapshots that were taken later are destroyed.
+    async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault>;
+
+    /// Destroys a snapshot.
+    async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault>;
+
     /// Lets a pool use all of its device.
     async fn expand(&self, pool: &PoolName, device: &Path) -> Result<(), Fault>;
 

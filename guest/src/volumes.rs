@@ -26,6 +26,7 @@ use crate::machine::{Disk, Machine, MountFlags, Usage};
 
 mod activate;
 mod grow;
+mod marks;
 mod progress;
 mod release;
 mod resume;

@@ -138,7 +138,7 @@ impl Tools {
 
     /// Properties of a dataset right below its pool; `None` when there is none.
     pub async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {
-        let more = ["quota", "refquota", "used", "referenced", "compressratio"];
+        let more = ["quota", "refquota", "used", "referenced", "compressratio", "usedbysnapshots"];
         let keys: Vec<_> = more.into_iter().chain(keys(PropertyKind::Dataset)).collect();
         let pool = dataset.split('/').next().unwrap_or_default();
         // Of the pool and what is in it: that a dataset is missing is no error then.
@@ -158,6 +158,37 @@ impl Tools {
     /// Sets a property of a pool.
     pub async fn set_pool(&self, pool: &PoolName, key: &str, value: &str) -> Result<(), Fault> {
         self.zpool(&["set", &format!("{key}={value}"), pool.as_str()]).await.map(drop)
+    }
+
+    /// Every property of a pool's dataset and of the pool.
+    pub async fn properties(&self, pool: &PoolName, dataset: &str) -> Result<(Properties, Properties), Fault> {
+        let dataset_output = self.run("zfs", &["get", "-j", "-p", "all", dataset], DEADLINE).await?;
+        let found = json::dataset(&dataset_output, dataset)?;
+        let found = found.ok_or_else(|| Fault::new(format!("there is no dataset {dataset}")))?;
+        let pool = json::pool(&self.zpool(&["get", "-j", "-p", "all", pool.as_str()]).await?, pool)?;
+        Ok((found, pool.properties))
+    }
+
+    /// The snapshots of a dataset: what stands behind the `@`, sorted by name.
+    pub async fn snapshots(&self, dataset: &str) -> Result<Vec<String>, Fault> {
+        let arguments = ["list", "-j", "-p", "-t", "snapshot", "-d", "1", "-o", "name", dataset];
+        json::snapshots(&self.run("zfs", &arguments, DEADLINE).await?, dataset)
+    }
+
+    /// Takes a snapshot of a dataset; it is on the disk when this returns.
+    pub async fn snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        self.run("zfs", &["snapshot", &format!("{dataset}@{name}")], DEADLINE).await.map(drop)
+    }
+
+    /// Makes a dataset what it was at a snapshot. `-r`: later snapshots go.
+    pub async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        self.run("zfs", &["rollback", "-r", &format!("{dataset}@{name}")], IMPORT_DEADLINE).await.map(drop)
+    }
+
+    /// Destroys a snapshot. What it alone held is given back later, by ZFS itself.
+    pub async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        // Without the @ it would be the dataset: nobody gets here without one.
+        self.run("zfs", &["destroy", &format!("{dataset}@{name}")], DEADLINE).await.map(drop)
     }
 
     /// Lets a pool use all of its device.

@@ -243,6 +243,26 @@ impl Machine for LinuxMachine {
         self.tools.set_pool(pool, key, value).await
     }
 
+    async fn properties(&self, pool: &PoolName, dataset: &str) -> Result<(Properties, Properties), Fault> {
+        self.tools.properties(pool, dataset).await
+    }
+
+    async fn snapshots(&self, dataset: &str) -> Result<Vec<String>, Fault> {
+        self.tools.snapshots(dataset).await
+    }
+
+    async fn snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        self.tools.snapshot(dataset, name).await
+    }
+
+    async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        self.tools.rollback(dataset, name).await
+    }
+
+    async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        self.tools.destroy_snapshot(dataset, name).await
+    }
+
     async fn expand(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
         self.tools.expand(pool, device).await
     }

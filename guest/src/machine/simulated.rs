@@ -42,6 +42,8 @@ pub(crate) struct SimPool {
     /// What containers have written.
     pub(crate) data: String,
     group: Option<u32>,
+    /// Name and what containers had written.
+    pub(crate) snapshots: Vec<(String, String)>,
 }
 
 /// What outlives a machine.
@@ -356,6 +358,46 @@ impl Machine for SimMachine {
         self.pool_step(format!("set pool {key}"), pool.as_str(), |pool, _| {
             pool.properties.insert(key.into(), value.into());
             Ok(())
+        })
+    }
+
+    async fn properties(&self, pool: &PoolName, dataset: &str) -> Result<(Properties, Properties), Fault> {
+        let found = self.dataset(dataset).await?.ok_or_else(|| Fault::new("no such dataset"))?;
+        Ok((found, self.pool(pool).await?.properties))
+    }
+
+    async fn snapshots(&self, dataset: &str) -> Result<Vec<String>, Fault> {
+        self.look(|kernel, disks| {
+            let (index, _) = *kernel.imported.get(pool_of(dataset)).ok_or_else(|| Fault::new("no such pool"))?;
+            Ok(disks[index].pool.as_ref().unwrap().snapshots.iter().map(|(name, _)| name.clone()).collect())
+        })
+    }
+
+    async fn snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        self.pool_step("snapshot".into(), pool_of(dataset), |pool, _| {
+            if pool.snapshots.iter().any(|(there, _)| there == name) {
+                return Err(Fault::new("dataset already exists"));
+            }
+            pool.snapshots.push((name.to_owned(), pool.data.clone()));
+            Ok(())
+        })
+    }
+
+    async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        self.pool_step("rollback".into(), pool_of(dataset), |pool, _| {
+            let place = pool.snapshots.iter().position(|(there, _)| there == name);
+            let place = place.ok_or_else(|| Fault::new("could not find any snapshots"))?;
+            pool.snapshots.truncate(place + 1);
+            pool.data = pool.snapshots[place].1.clone();
+            Ok(())
+        })
+    }
+
+    async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        self.pool_step("destroy snapshot".into(), pool_of(dataset), |pool, _| {
+            let before = pool.snapshots.len();
+            pool.snapshots.retain(|(there, _)| there != name);
+            if pool.snapshots.len() < before { Ok(()) } else { Err(Fault::new("could not find any snapshots")) }
         })
     }
 

@@ -42,6 +42,10 @@ pub struct Snapshot {
     pub quota: u64,
     /// Containers that use it.
     pub containers: BTreeSet<String>,
+    /// Its contents are encrypted.
+    pub encrypted: bool,
+    /// It is a block device.
+    pub block: bool,
     /// What takes the ZFS tools to find out.
     pub details: Details,
     /// Why the last container that asked for it did not get it.
@@ -53,13 +57,16 @@ pub struct Snapshot {
 pub(super) struct Refusal {
     token: Uuid,
     pool: PoolName,
+    encrypted: bool,
+    block: bool,
     message: String,
 }
 
 impl Refusal {
     pub(super) fn new(spec: &VolumeSpec, error: &VolumeError) -> Self {
         let message = error.to_string().chars().take(REFUSAL_TEXT).collect();
-        Self { token: spec.token, pool: spec.pool.clone(), message }
+        let (encrypted, block) = (spec.encryption.is_some(), !spec.mode.is_filesystem());
+        Self { token: spec.token, pool: spec.pool.clone(), encrypted, block, message }
     }
 
     fn snapshot(self, id: VolumeId) -> Snapshot {
@@ -73,6 +80,8 @@ impl Refusal {
             disk: Bytes(0),
             quota: 0,
             containers: BTreeSet::new(),
+            encrypted: self.encrypted,
+            block: self.block,
             details: Details { compress_ratio: 1.0, ..Details::default() },
             refusal: Some(self.message),
         }
@@ -86,6 +95,8 @@ pub struct Details {
     pub report: PoolReport,
     /// Logical size over stored size.
     pub compress_ratio: f64,
+    /// Space that ZFS snapshots alone hold, in bytes.
+    pub snapshot_bytes: u64,
 }
 
 /// Details, and when and in which health they were read.
@@ -144,6 +155,8 @@ impl<M: Machine> Volumes<M> {
             partition: active.partition,
             disk: active.disk.size,
             quota: active.quota,
+            encrypted: spec.encryption.is_some(),
+            block: !spec.mode.is_filesystem(),
             containers: volume.state().uses.iter().map(|usage| usage.container.clone()).collect(),
             details,
             refusal: None,
@@ -158,7 +171,8 @@ impl<M: Machine> Volumes<M> {
         });
         let dataset = self.machine.dataset(&spec.dataset()).await.ok().flatten().unwrap_or_default();
         let ratio = dataset.get("compressratio").and_then(|ratio| ratio.trim_end_matches('x').parse().ok());
-        Details { report, compress_ratio: ratio.unwrap_or(1.0) }
+        let snapshot_bytes = dataset.get("usedbysnapshots").and_then(|bytes| bytes.parse().ok()).unwrap_or(0);
+        Details { report, compress_ratio: ratio.unwrap_or(1.0), snapshot_bytes }
     }
 }
 

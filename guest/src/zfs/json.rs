@@ -124,6 +124,12 @@ pub(super) fn dataset(output: &[u8], dataset: &str) -> Result<Option<Properties>
     Ok(datasets.datasets.remove(dataset).map(properties))
 }
 
+pub(super) fn snapshots(output: &[u8], dataset: &str) -> Result<Vec<String>, Fault> {
+    let datasets: Datasets = parse(output)?;
+    let name = |full: &String| full.strip_prefix(dataset)?.strip_prefix('@').map(str::to_owned);
+    Ok(datasets.datasets.keys().filter_map(name).collect())
+}
+
 pub(super) fn report(output: &[u8], pool: &PoolName) -> Result<PoolReport, Fault> {
     let status: Status = pool_named(output, pool)?;
     let mut report = PoolReport {
@@ -189,6 +195,15 @@ mod tests {
     }
 
     #[test]
+    fn snapshots_are_those_of_the_dataset_itself() {
+        let list = r#"{"output_version":{"command":"zfs list","vers_major":0,"vers_minor":1},"datasets":
+            {"p/data@b":{"name":"p/data@b","type":"SNAPSHOT","properties":{}},"p/data2@a":{"properties":{}},
+            "p/data@a":{"properties":{}}}}"#;
+        assert_eq!(snapshots(list.as_bytes(), "p/data").unwrap(), ["a", "b"]);
+        assert_eq!(snapshots(br#"{"datasets":{}}"#, "p/data").unwrap(), [""; 0]);
+    }
+
+    #[test]
     fn a_pool_that_is_not_there_is_an_error_that_names_it() {
         let error = report(br#"{"pools":{}}"#, &name()).unwrap_err().to_string();
         assert!(error.contains("zpod-7b32fb880c15 is not imported"), "{error}");
@@ -219,7 +234,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_output_makes_the_parsers_panic(output in any::<Vec<u8>>()) {
-            let _ = (report(&output, &name()), pool(&output, &name()), dataset(&output, "x"));
+            let _ = (report(&output, &name()), pool(&output, &name()), dataset(&output, "x"), snapshots(&output, "x"));
         }
     }
 }

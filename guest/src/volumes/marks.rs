@@ -1,0 +1,107 @@
+//! Marks: ZFS snapshots of a volume's dataset, each an instant that a copy of its disk can be rolled back to.
+//!
+//! # Design
+//! The node takes a mark, copies the disk while containers go on writing, and removes the mark. A copy shows the disk as
+//! after a power failure, which is what ZFS is made for; the mark in it is older than the copy began, and so whole. A mark
+//! that a crash of the node or of the guest left behind goes at the next activation: by then no copy is being made of
+//! what this guest holds.
+
+use zpod_volume::{Mark, VolumeId};
+
+use super::Volumes;
+use crate::error::VolumeError;
+use crate::machine::{Fault, Machine, Properties, Step};
+
+impl<M: Machine> Volumes<M> {
+    /// Takes a mark of a volume, and writes out all that its pool holds in memory.
+    ///
+    /// # Errors
+    /// When the volume is not here, or ZFS refuses.
+    pub async fn mark(&self, id: VolumeId, mark: &Mark) -> Result<Step, VolumeError> {
+        let (volume, _) = self.known(id)?;
+        let _gate = volume.gate.lock().await;
+        let (_, active) = self.known(id)?;
+        let (spec, failed) = (&active.request.spec, |fault| VolumeError::failed(id, "marking the instant", fault));
+        let dataset = spec.dataset();
+        let there = self.machine.snapshots(&dataset).await.map_err(failed)?;
+        let step = if there.iter().any(|name| name == mark.as_str()) { Step::Unchanged } else { Step::Changed };
+        if step == Step::Changed {
+            self.machine.snapshot(&dataset, mark.as_str()).await.map_err(failed)?;
+        }
+        // The snapshot is on the disk; what the tools and the labels say of it is too when this returns.
+        self.machine.sync(&spec.pool).await.map_err(failed)?;
+        tracing::info!(volume = %id, "marked as {mark}");
+        Ok(step)
+    }
+
+    /// Removes a mark of a volume.
+    ///
+    /// # Errors
+    /// When the volume is not here, or ZFS refuses. One that is not there is no error.
+    pub async fn unmark(&self, id: VolumeId, mark: &Mark) -> Result<Step, VolumeError> {
+        let (volume, _) = self.known(id)?;
+        let _gate = volume.gate.lock().await;
+        let (_, active) = self.known(id)?;
+        let dataset = active.request.spec.dataset();
+        let removed = remove_marks(&self.machine, &dataset, |name| name == mark.as_str()).await;
+        let removed = removed.map_err(|fault| VolumeError::failed(id, "removing a mark", fault))?;
+        Ok(if removed == 0 { Step::Unchanged } else { Step::Changed })
+    }
+
+    /// Every property of a running volume, of its dataset and of its pool.
+    ///
+    /// # Errors
+    /// When it is not here, or can't be asked.
+    pub async fn properties(&self, id: VolumeId) -> Result<(Properties, Properties), VolumeError> {
+        let (_, active) = self.known(id)?;
+        let spec = &active.request.spec;
+        let found = self.machine.properties(&spec.pool, &spec.dataset()).await;
+        found.map_err(|fault| VolumeError::failed(id, "reading its properties", fault))
+    }
+}
+
+/// Removes the marks of a dataset that are wanted no more, and no other snapshot; gives their number.
+pub(super) async fn remove_marks<M: Machine>(
+    machine: &M,
+    dataset: &str,
+    unwanted: impl Fn(&str) -> bool + Send,
+) -> Result<usize, Fault> {
+    let mut removed = 0;
+    for name in machine.snapshots(dataset).await? {
+        if name.parse::<Mark>().is_ok() && unwanted(&name) {
+            machine.destroy_snapshot(dataset, &name).await?;
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{count, disks, guest, prepare, wanted};
+    use super::*;
+    use std::time::Duration;
+    use zpod_volume::{Create, SnapshotId};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_mark_is_taken_once_and_removed_once_and_nothing_else_with_it() {
+        let disks = disks(&["a"]);
+        let volumes = guest(&disks);
+        let volume = wanted("a", Create::Fresh, "/m1");
+        let (id, dataset) = (volume.spec.id, volume.spec.dataset());
+        let mark = Mark::for_snapshot(SnapshotId::from_name("s"));
+        assert_eq!(volumes.mark(id, &mark).await.unwrap_err().code(), tonic::Code::NotFound);
+        let _ = prepare(&volumes, "c1", volume).await.unwrap();
+        volumes.machine().snapshot(&dataset, "zpod-send-x").await.unwrap();
+        assert_eq!(volumes.mark(id, &mark).await, Ok(Step::Changed));
+        assert_eq!(volumes.machine().steps().last().unwrap(), "sync");
+        assert_eq!(volumes.mark(id, &mark).await, Ok(Step::Unchanged));
+        assert_eq!(volumes.machine().snapshots(&dataset).await.unwrap(), ["zpod-send-x", mark.as_str()]);
+        assert_eq!(volumes.unmark(id, &mark).await, Ok(Step::Changed));
+        assert_eq!(volumes.unmark(id, &mark).await, Ok(Step::Unchanged));
+        assert_eq!(volumes.machine().snapshots(&dataset).await.unwrap(), ["zpod-send-x"]);
+        assert_eq!((count(&volumes, "snapshot"), count(&volumes, "destroy snapshot")), (2, 1));
+        assert_eq!(volumes.properties(id).await.unwrap().0["refquota"], "1073741824");
+        assert!(volumes.status(Duration::ZERO).await.iter().all(|volume| !volume.encrypted && !volume.block));
+    }
+}
