@@ -53,7 +53,7 @@ impl Orphans {
 
     async fn look(&self, client: &Client) -> Result<usize, Box<dyn std::error::Error + Send + Sync>> {
         let known = persistent_volumes(client).await?;
-        let (catalog, mut token, mut count) = (KubeCatalog::of_cluster(client.clone()), None::<String>, 0);
+        let (catalog, mut token, mut count) = (KubeCatalog::<ZfsVolume>::of_cluster(client.clone()), None::<String>, 0);
         loop {
             let (objects, next) = catalog.page(token.as_deref(), PAGE).await?;
             for object in objects.iter().filter(|object| is_orphan(object, &known, Timestamp::now())) {
@@ -95,6 +95,7 @@ async fn persistent_volumes(client: &Client) -> Result<HashSet<VolumeId>, kube::
 fn is_orphan(object: &ZfsVolume, known: &HashSet<VolumeId>, now: Timestamp) -> bool {
     let old = |created: Timestamp| now.as_second() - created.as_second() > GRACE_SECONDS;
     object.metadata.deletion_timestamp.is_none()
+        && !object.spec.ephemeral
         && object.creation_timestamp().is_some_and(|created| old(created.0))
         && !known.contains(&VolumeId::from_name(&object.spec.volume_name))
 }

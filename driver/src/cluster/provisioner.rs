@@ -9,7 +9,7 @@ use kube::runtime::wait::{Condition as Wait, await_condition};
 use kube::{Api, Client};
 use tokio::time::Instant;
 use zpod_kubernetes::crd::{Phase, ZfsVolume};
-use zpod_kubernetes::{CLAIM_UID, DESTROYED, EXPANDED, KubeCatalog, READY, volume_of};
+use zpod_kubernetes::{CLAIM_UID, DESTROYED, EXPANDED, Kept as _, KubeCatalog, READY};
 use zpod_storage::backing::Outcome;
 use zpod_storage::catalog::{Catalog as _, CatalogError, Created, Phase as RecordPhase, Volume};
 use zpod_storage::crash;
@@ -24,7 +24,7 @@ use crate::volumes::{
 #[derive(Clone)]
 pub struct ClusterProvisioner {
     client: Client,
-    catalog: KubeCatalog,
+    catalog: KubeCatalog<ZfsVolume>,
     nodes: Arc<Nodes>,
     /// How long a node is waited for. Less than the sidecars' deadline, so that they hear why.
     patience: Duration,
@@ -139,7 +139,7 @@ impl Provision for ClusterProvisioner {
 
     async fn expand(&self, id: VolumeId, range: CapacityRange) -> Result<Volume, VolumeError> {
         let mut object = self.find(id).await?;
-        let volume = volume_of(&object)?;
+        let volume = object.record()?;
         if volume.phase != RecordPhase::Ready {
             return Err(VolumeError::NotReady {
                 id,
@@ -168,18 +168,18 @@ impl Provision for ClusterProvisioner {
                 return Err(refusal(&object, EXPANDED, &volume.node));
             }
         }
-        Ok(volume_of(&object)?)
+        Ok(object.record()?)
     }
 
     async fn get(&self, id: VolumeId) -> Result<Volume, VolumeError> {
-        Ok(volume_of(&self.find(id).await?)?)
+        Ok(self.find(id).await?.record()?)
     }
 
     async fn list(&self, from: Option<String>, limit: usize) -> Result<VolumePage, VolumeError> {
         let (objects, next) = self.catalog.page(from.as_deref(), u32::try_from(limit).unwrap_or(u32::MAX)).await?;
         let mut volumes = Vec::with_capacity(objects.len());
         for object in &objects {
-            match volume_of(object) {
+            match object.record() {
                 Ok(volume) if volume.phase != RecordPhase::Creating => volumes.push(volume),
                 Ok(_) => {}
                 Err(error) => tracing::warn!("left out of a list: {error}"),
@@ -216,7 +216,7 @@ fn condition<'a>(object: &'a ZfsVolume, kind: &str) -> Option<&'a Condition> {
 
 /// The record of a volume that is there or is being made.
 fn usable(object: &ZfsVolume) -> Result<Volume, VolumeError> {
-    let volume = volume_of(object)?;
+    let volume = object.record()?;
     if object.metadata.deletion_timestamp.is_none() {
         return Ok(volume);
     }

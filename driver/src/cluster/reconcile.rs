@@ -31,7 +31,7 @@ const RETRY_BLOCKED: Duration = Duration::from_secs(300);
 struct Work {
     node: String,
     provisioner: Provisioner,
-    catalog: KubeCatalog,
+    catalog: KubeCatalog<ZfsVolume>,
     changed: Arc<Notify>,
 }
 

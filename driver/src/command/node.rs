@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use tokio::sync::Notify;
 use zpod_kubernetes::KubeCatalog;
+use zpod_kubernetes::crd::ZfsVolume;
 use zpod_storage::backing::file::FileBacking;
 use zpod_storage::catalog::CatalogError;
 
@@ -56,7 +57,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let client = zpod_kubernetes::connect().await?;
     let backing = Arc::new(FileBacking::open(&node.backing_dir, node.overprovision)?);
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
-    let catalog = KubeCatalog::of_node(client.clone(), &node.node_name);
+    let catalog = KubeCatalog::<ZfsVolume>::of_node(client.clone(), &node.node_name);
     let boot_id = Context::boot_id()?;
     let context = Context::new(node.node_name, boot_id.clone(), Arc::new(catalog), backing.clone());
     let mut registry = metrics::registry();
@@ -68,6 +69,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let _metrics = options.metrics.serve(registry).await?;
     let pods = ClusterPods::new(client.clone(), options.runtime_handler.clone());
     let volumes = load(&context, direct).await?.observed_by(Arc::new(observers)).checking_pods(Arc::new(pods));
+    tokio::spawn(volumes.clone().keep_scrubbing());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
     let endpoint = options.endpoint.endpoint;
     let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;

@@ -19,6 +19,7 @@ use crate::Quantity;
     derive = "PartialEq",
     doc = "A snapshot of a ZfsVolume, on the node of that volume. Its name is the snapshot handle.",
     selectable = ".spec.nodeName",
+    selectable = ".spec.volume",
     printcolumn(
         name = "Volume",
         type_ = "string",
@@ -46,6 +47,7 @@ use crate::Quantity;
     )
 )]
 #[x_kube(validation = Rule::new("!has(oldSelf.destroy) || !oldSelf.destroy || (has(self.destroy) && self.destroy)").message("destroy can't be taken back"))]
+#[x_kube(validation = Rule::new("has(oldSelf.group) == has(self.group) && (!has(self.group) || self.group == oldSelf.group)").message("group can't be changed"))]
 #[serde(rename_all = "camelCase")]
 pub struct ZfsSnapshotSpec {
     /// The name CSI gave. One name, one snapshot.
@@ -62,7 +64,6 @@ pub struct ZfsSnapshotSpec {
     pub node_name: String,
     /// The group it is taken with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("group can't be changed"))]
     pub group: Option<GroupRef>,
     /// Of a group: every guest has marked the instant, the copies may be made. Set by the controller.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

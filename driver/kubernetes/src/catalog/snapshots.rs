@@ -1,0 +1,59 @@
+use kube::api::ListParams;
+use zpod_storage::catalog::CatalogError;
+use zpod_volume::{GroupId, SnapshotId, VolumeId};
+
+use super::{KubeCatalog, PAGE};
+use crate::crd::{ZfsSnapshot, ZfsSnapshotSpec};
+use crate::record::GROUP_LABEL;
+
+impl KubeCatalog<ZfsSnapshot> {
+    /// Allows the copy to be made: all guests of the group have marked the instant.
+    ///
+    /// # Errors
+    /// When the API server can't be asked or refuses.
+    pub async fn want_copy(&self, object: &ZfsSnapshot) -> Result<ZfsSnapshot, CatalogError> {
+        if object.spec.copy {
+            return Ok(object.clone());
+        }
+        self.apply_spec(object, ZfsSnapshotSpec { copy: true, ..object.spec.clone() }).await
+    }
+
+    /// A page of the snapshots of one volume, as [`KubeCatalog::page`].
+    ///
+    /// # Errors
+    /// As [`KubeCatalog::page`].
+    pub async fn page_of_volume(
+        &self,
+        id: VolumeId,
+        token: Option<&str>,
+        limit: u32,
+    ) -> Result<(Vec<ZfsSnapshot>, Option<String>), CatalogError> {
+        self.page_of(ListParams::default().limit(limit).fields(&format!("spec.volume={id}")), token).await
+    }
+
+    /// The snapshots of a group, or of all groups.
+    ///
+    /// # Errors
+    /// When the API server can't be asked.
+    pub async fn in_group(&self, group: Option<GroupId>) -> Result<Vec<ZfsSnapshot>, CatalogError> {
+        let label = group.map_or_else(|| GROUP_LABEL.to_owned(), |group| format!("{GROUP_LABEL}={group}"));
+        let (mut members, mut token) = (Vec::new(), None::<String>);
+        loop {
+            let params = ListParams::default().limit(PAGE).labels(&label);
+            let (objects, next) = self.page_of(params, token.as_deref()).await?;
+            members.extend(objects);
+            token = next;
+            if token.is_none() {
+                return Ok(members);
+            }
+        }
+    }
+
+    /// Says how far a full copy is, in percent.
+    ///
+    /// # Errors
+    /// When the API server can't be asked or refuses.
+    pub async fn progress(&self, id: SnapshotId, percent: u8) -> Result<(), CatalogError> {
+        self.say(id, |_, status| status.progress = Some(i64::from(percent))).await
+    }
+}

@@ -1,0 +1,32 @@
+use zpod_storage::catalog::CatalogError;
+use zpod_volume::{Bytes, VolumeAttributes};
+
+use super::KubeCatalog;
+use crate::Quantity;
+use crate::crd::{ZfsVolume, ZfsVolumeSpec};
+
+impl KubeCatalog<ZfsVolume> {
+    /// Asks for another capacity. The node then finds the room, or says in the condition `Expanded` why it can't.
+    ///
+    /// # Errors
+    /// When the API server can't be asked or refuses.
+    pub async fn want_capacity(&self, object: &ZfsVolume, capacity: Bytes) -> Result<ZfsVolume, CatalogError> {
+        let spec = ZfsVolumeSpec { capacity: Quantity(capacity), ..object.spec.clone() };
+        self.apply_spec(object, spec).await
+    }
+
+    /// Asks for other attributes, on top of those that were asked for before. The node then takes them over, or says in
+    /// the condition `Modified` why it can't.
+    ///
+    /// # Errors
+    /// When the API server can't be asked or refuses.
+    pub async fn want_attributes(
+        &self,
+        object: &ZfsVolume,
+        changes: &VolumeAttributes,
+    ) -> Result<ZfsVolume, CatalogError> {
+        let mut spec = object.spec.clone();
+        spec.attributes.extend(changes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())));
+        if spec == object.spec { Ok(object.clone()) } else { self.apply_spec(object, spec).await }
+    }
+}

@@ -1,0 +1,308 @@
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition as KubeCondition;
+use zpod_storage::catalog::{CatalogError, Condition, Phase as RecordPhase, PodRef, Publication, Source, Volume};
+use zpod_volume::{ParameterError, VolumeAttributes, VolumeId};
+
+use super::{EXPANDED, HEALTHY, READY, mode_of, mode_status, origin_of, origin_status};
+use crate::Quantity;
+use crate::catalog::{Head, Kept, Requests};
+use crate::crd::{
+    ClaimRef, FINALIZER, Phase, Pod, PublicationStatus, SourceRef, ZfsVolume, ZfsVolumeSpec, ZfsVolumeStatus,
+};
+use crate::remark::{Remark, set};
+
+/// Labels of a record that name the PersistentVolumeClaim. The first three are external-provisioner's
+/// (`--extra-create-metadata`), the last is ours.
+const CLAIM_NAME: &str = "csi.storage.k8s.io/pvc/name";
+const CLAIM_NAMESPACE: &str = "csi.storage.k8s.io/pvc/namespace";
+const PERSISTENT_VOLUME: &str = "csi.storage.k8s.io/pv/name";
+/// The claim's UID.
+pub const CLAIM_UID: &str = "zpod.storage/pvc-uid";
+
+/// What is asked for with a new record.
+fn spec_of(volume: &Volume) -> ZfsVolumeSpec {
+    ZfsVolumeSpec {
+        volume_name: volume.name.clone(),
+        node_name: volume.node.clone(),
+        capacity: Quantity(volume.capacity),
+        parameters: volume.parameters.clone(),
+        claim: claim_of(&volume.labels),
+        source: volume.source.map(source_ref),
+        mode: mode_status(volume.mode),
+        attributes: volume.attributes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+        scrub_requested_at: None,
+        ephemeral: volume.ephemeral,
+        destroy: false,
+    }
+}
+
+fn source_ref(source: Source) -> SourceRef {
+    match source {
+        Source::Snapshot(id) => SourceRef { snapshot: Some(id.to_string()), volume: None },
+        Source::Volume(id) => SourceRef { snapshot: None, volume: Some(id.to_string()) },
+    }
+}
+
+fn source_of(reference: &SourceRef) -> Option<Source> {
+    match (&reference.snapshot, &reference.volume) {
+        (Some(id), None) => id.parse().ok().map(Source::Snapshot),
+        (None, Some(id)) => id.parse().ok().map(Source::Volume),
+        _ => None,
+    }
+}
+
+fn attributes_of(map: &BTreeMap<String, String>) -> Result<VolumeAttributes, ParameterError> {
+    VolumeAttributes::parse(map.iter().map(|(key, value)| (key.as_str(), value.as_str())))
+}
+
+fn claim_of(labels: &BTreeMap<String, String>) -> Option<ClaimRef> {
+    let label = |key: &str| labels.get(key).cloned().unwrap_or_default();
+    let claim = ClaimRef {
+        namespace: label(CLAIM_NAMESPACE),
+        name: label(CLAIM_NAME),
+        uid: label(CLAIM_UID),
+        persistent_volume: label(PERSISTENT_VOLUME),
+    };
+    (!claim.name.is_empty()).then_some(claim)
+}
+
+fn labels_of(claim: Option<&ClaimRef>) -> BTreeMap<String, String> {
+    let Some(claim) = claim else { return BTreeMap::new() };
+    let pairs = [
+        (CLAIM_NAME, &claim.name),
+        (CLAIM_NAMESPACE, &claim.namespace),
+        (CLAIM_UID, &claim.uid),
+        (PERSISTENT_VOLUME, &claim.persistent_volume),
+    ];
+    pairs.into_iter().filter(|(_, value)| !value.is_empty()).map(|(key, value)| (key.into(), value.clone())).collect()
+}
+
+impl Kept for ZfsVolume {
+    type Record = Volume;
+    type Phase = Phase;
+    const REQUESTS: Requests = Requests {
+        get: "get ZfsVolume",
+        list: "list ZfsVolumes",
+        create: "create ZfsVolume",
+        change: "change ZfsVolume",
+        status: "write the status of ZfsVolume",
+        release: "let ZfsVolume go",
+        delete: "delete ZfsVolume",
+    };
+
+    fn asking_for(volume: &Volume) -> Self {
+        let mut object = Self::new(&volume.id.to_string(), spec_of(volume));
+        object.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
+        object
+    }
+
+    fn record(&self) -> Result<Volume, CatalogError> {
+        volume_of(self)
+    }
+
+    fn status_for(&self, volume: &Volume) -> ZfsVolumeStatus {
+        node_status(self, volume)
+    }
+
+    fn own_status(&self) -> ZfsVolumeStatus {
+        let mut status = self.status.clone().unwrap_or_default();
+        status.pool = None;
+        status.conditions = conditions_of_node(&status.conditions);
+        status
+    }
+
+    fn head(status: &mut ZfsVolumeStatus) -> Head<'_, Phase> {
+        Head {
+            phase: &mut status.phase,
+            observed_generation: &mut status.observed_generation,
+            conditions: &mut status.conditions,
+        }
+    }
+
+    fn destroy(spec: &mut ZfsVolumeSpec) -> &mut bool {
+        &mut spec.destroy
+    }
+
+    /// What guests say has another owner (`Manager::State`), and the labels were asked for.
+    fn taking_over(volume: Volume, found: &Volume) -> Volume {
+        Volume { condition: found.condition.clone(), labels: found.labels.clone(), ..volume }
+    }
+}
+
+fn volume_of(object: &ZfsVolume) -> Result<Volume, CatalogError> {
+    let name = object.metadata.name.as_deref().unwrap_or_default();
+    let unreadable =
+        |reason: &str| CatalogError::Unreadable { what: format!("ZfsVolume {name}"), reason: reason.into() };
+    let id: VolumeId = name.parse().map_err(|_| unreadable("its name is not a volume's id"))?;
+    let none = ZfsVolumeStatus::default();
+    let (spec, status) = (&object.spec, object.status.as_ref().unwrap_or(&none));
+    let capacity = status.capacity.unwrap_or(spec.capacity).0;
+    // What the node has taken over; before it has the device, what was asked for.
+    let attributes = if status.phase.is_some() { &status.attributes } else { &spec.attributes };
+    let attributes = attributes_of(attributes).map_err(|error| unreadable(&error.to_string()))?;
+    let source = spec.source.as_ref().map(|source| source_of(source).ok_or_else(|| unreadable("its source is none")));
+    let origin = status.origin.as_ref().map(|origin| origin_of(origin).ok_or_else(|| unreadable("its origin is none")));
+    let healthy = status.conditions.iter().find(|condition| condition.type_ == HEALTHY);
+    Ok(Volume {
+        id,
+        name: spec.volume_name.clone(),
+        capacity,
+        initial_capacity: status.initial_capacity.map_or(capacity, |initial| initial.0),
+        parameters: spec.parameters.clone(),
+        node: spec.node_name.clone(),
+        phase: match status.phase {
+            None | Some(Phase::Refused) => RecordPhase::Creating,
+            Some(Phase::Ready) => RecordPhase::Ready,
+            Some(Phase::Deleting) => RecordPhase::Deleting,
+        },
+        initialized: status.initialized,
+        written: status.written,
+        table_capacity: status.table_capacity.unwrap_or_default().0,
+        publication: status.publication.as_ref().map(publication_of),
+        condition: healthy
+            .map(|condition| Condition { abnormal: condition.status == "False", message: condition.message.clone() }),
+        labels: labels_of(spec.claim.as_ref()),
+        attributes,
+        mode: mode_of(spec.mode),
+        source: source.transpose()?,
+        origin: origin.transpose()?,
+        ephemeral: spec.ephemeral,
+        revision: u64::try_from(status.revision).map_err(|_| unreadable("status.revision is negative"))?,
+    })
+}
+
+fn publication_of(status: &PublicationStatus) -> Publication {
+    Publication {
+        target_path: status.target_path.clone(),
+        token: status.token,
+        read_only: status.read_only,
+        fs_group: status.fs_group,
+        mount_flags: status.mount_flags.clone(),
+        pod: status.pod.clone().map(|pod| PodRef { namespace: pod.namespace, name: pod.name, uid: pod.uid }),
+        boot_id: status.boot_id.clone(),
+    }
+}
+
+fn publication_status(publication: &Publication) -> PublicationStatus {
+    PublicationStatus {
+        target_path: publication.target_path.clone(),
+        token: publication.token,
+        read_only: publication.read_only,
+        fs_group: publication.fs_group,
+        mount_flags: publication.mount_flags.clone(),
+        pod: publication.pod.clone().map(|pod| Pod { namespace: pod.namespace, name: pod.name, uid: pod.uid }),
+        boot_id: publication.boot_id.clone(),
+    }
+}
+
+/// The node's part of the status for a record that is to replace the one in `object`.
+fn node_status(object: &ZfsVolume, volume: &Volume) -> ZfsVolumeStatus {
+    let generation = object.metadata.generation;
+    let mut conditions = conditions_of_node(object.status.as_ref().map_or(&[], |status| &status.conditions));
+    let phase = match volume.phase {
+        RecordPhase::Creating => None,
+        RecordPhase::Ready => Some(Phase::Ready),
+        RecordPhase::Deleting => Some(Phase::Deleting),
+    };
+    if phase == Some(Phase::Ready) {
+        let message = format!("the device is on node {}", volume.node);
+        set(&mut conditions, &Remark { kind: READY, holds: true, reason: "DeviceMade", message }, generation);
+        if volume.capacity >= object.spec.capacity.0 && conditions.iter().any(|condition| condition.type_ == EXPANDED) {
+            let message = format!("there is room for {}", volume.capacity);
+            set(&mut conditions, &Remark { kind: EXPANDED, holds: true, reason: "RoomPromised", message }, generation);
+        }
+    }
+    ZfsVolumeStatus {
+        phase,
+        capacity: Some(Quantity(volume.capacity)),
+        initial_capacity: Some(Quantity(volume.initial_capacity)),
+        table_capacity: Some(Quantity(volume.table_capacity)),
+        initialized: volume.initialized,
+        written: volume.written,
+        publication: volume.publication.as_ref().map(publication_status),
+        origin: volume.origin.as_ref().map(origin_status),
+        attributes: volume.attributes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+        observed_generation: generation,
+        revision: i64::try_from(volume.revision).unwrap_or(i64::MAX - 1) + 1,
+        pool: None,
+        conditions,
+    }
+}
+
+/// The conditions that the node itself owns.
+fn conditions_of_node(conditions: &[KubeCondition]) -> Vec<KubeCondition> {
+    conditions.iter().filter(|condition| condition.type_ != HEALTHY).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+    use uuid::Uuid;
+    use zpod_volume::{Bytes, Mark, Origin, VolumeMode, VolumeParameters};
+
+    fn volume() -> Volume {
+        Volume {
+            id: VolumeId::from_name("pvc-1"),
+            name: "pvc-1".into(),
+            capacity: Bytes::gib(2),
+            initial_capacity: Bytes::gib(1),
+            parameters: VolumeParameters::parse([("compression", "zstd"), ("headroom", "4x")]).unwrap(),
+            node: "node-a".into(),
+            phase: RecordPhase::Ready,
+            initialized: true,
+            written: true,
+            table_capacity: Bytes::gib(1),
+            publication: Some(Publication {
+                target_path: PathBuf::from("/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/pvc-1/mount"),
+                token: Uuid::from_u128(7),
+                read_only: true,
+                fs_group: Some(1000),
+                mount_flags: vec!["noexec".into()],
+                pod: Some(PodRef { namespace: "ns".into(), name: "db-0".into(), uid: "u".into() }),
+                boot_id: "boot".into(),
+            }),
+            condition: None,
+            labels: labels_of(Some(&ClaimRef {
+                namespace: "ns".into(),
+                name: "data-db-0".into(),
+                uid: "c".into(),
+                persistent_volume: "pvc-1".into(),
+            })),
+            attributes: VolumeAttributes::parse([("atime", "on")]).unwrap(),
+            mode: VolumeMode::Block,
+            source: Some(Source::Volume(VolumeId::from_name("pvc-0"))),
+            origin: Some(Origin {
+                volume: VolumeId::from_name("pvc-0"),
+                mark: Some(Mark::for_clone(VolumeId::from_name("pvc-1"))),
+                initialized: true,
+            }),
+            ephemeral: false,
+            revision: 4,
+        }
+    }
+
+    fn object(volume: &Volume) -> ZfsVolume {
+        let mut object = ZfsVolume::new(&volume.id.to_string(), spec_of(volume));
+        object.status = Some(node_status(&object, volume));
+        object
+    }
+
+    #[test]
+    fn a_record_survives_the_way_there_and_back_and_counts_its_change() {
+        let volume = volume();
+        let text = serde_json::to_string(&object(&volume)).unwrap();
+        let read: ZfsVolume = serde_json::from_str(&text).unwrap();
+        assert_eq!(volume_of(&read).unwrap(), Volume { revision: 5, ..volume });
+    }
+
+    #[test]
+    fn what_a_node_has_not_spoken_of_yet_is_being_created_with_the_size_that_was_asked_for() {
+        let mut object = object(&volume());
+        object.status = None;
+        let read = volume_of(&object).unwrap();
+        assert_eq!((read.phase, read.capacity, read.revision), (RecordPhase::Creating, Bytes::gib(2), 0));
+        assert!(!read.initialized && read.publication.is_none());
+    }
+}
