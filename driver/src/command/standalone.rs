@@ -46,6 +46,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     let context = Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(backing));
     let volumes = NodeVolumes::load(context.clone(), direct).await?;
+    tokio::spawn(volumes.clone().keep_scrubbing());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
     let endpoint = options.endpoint.endpoint;
     let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;

@@ -3,7 +3,8 @@ use std::time::Duration;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use zpod_proto::guest::guest_client::GuestClient as Stub;
-use zpod_proto::guest::{GrowRequest, StatusRequest, StatusResponse, WatchRequest};
+use zpod_proto::guest::scrub_request::Action;
+use zpod_proto::guest::{GrowRequest, ScrubRequest, StatusRequest, StatusResponse, WatchRequest};
 use zpod_volume::{Bytes, VolumeId};
 
 use super::{Report, clean, connect};
@@ -113,6 +114,16 @@ impl GuestClient {
         self.call("Grow", GROW_DEADLINE, stub.grow(request)).await.map(|_| ())
     }
 
+    /// Starts a scrub of a volume. One that runs goes on.
+    ///
+    /// # Errors
+    /// When the guest does not answer in time, or refuses.
+    pub async fn scrub(&self, id: VolumeId) -> Result<(), GuestError> {
+        let mut stub = self.stub.clone();
+        let request = ScrubRequest { volume_id: id.to_string(), action: Action::Start.into() };
+        self.call("Scrub", GROW_DEADLINE, stub.scrub(request)).await.map(|_| ())
+    }
+
     async fn call<T>(
         &self,
         call: &'static str,
@@ -133,6 +144,15 @@ impl GuestClient {
             Code::OutOfRange if call == "Grow" => GuestError::DiskTooSmall { sandbox, message },
             code => GuestError::Refused { sandbox, call, message: format!("{code:?}: {message}") },
         }
+    }
+}
+
+#[cfg(test)]
+impl GuestClient {
+    /// One that reaches nobody.
+    pub(crate) fn unconnected(sandbox: &str) -> Self {
+        let channel = tonic::transport::Endpoint::from_static("http://nobody").connect_lazy();
+        Self { sandbox: sandbox.to_owned(), stub: Stub::new(channel) }
     }
 }
 

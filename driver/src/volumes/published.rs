@@ -8,6 +8,7 @@ use zpod_storage::catalog::{Condition, Publication, Volume};
 use zpod_volume::{Bytes, DiskLayout, VolumeId};
 
 use super::observer::Observed;
+use super::scrubs::{Candidate, Scrubs};
 use super::stats::condition_of;
 use crate::guest::{GuestClient, VolumeReport};
 
@@ -33,6 +34,7 @@ struct Entry {
     heard: Option<Heard>,
     recorded: Option<Instant>,
     grown: Option<Instant>,
+    scrubs: Scrubs,
 }
 
 /// What a guest said of a volume, and the guest.
@@ -83,6 +85,7 @@ impl Published {
             heard: None,
             recorded: None,
             grown: None,
+            scrubs: Scrubs::default(),
         });
         Ok(())
     }
@@ -99,6 +102,7 @@ impl Published {
             heard: None,
             recorded: None,
             grown: None,
+            scrubs: Scrubs::of(volume),
         };
         self.entries().insert(volume.id, entry);
     }
@@ -134,6 +138,13 @@ impl Published {
     /// What was heard of a volume.
     pub(super) fn heard(&self, id: VolumeId) -> Option<Heard> {
         self.entries().get(&id)?.heard.clone()
+    }
+
+    /// Looks at the volumes whose guests are heard and at what is known of their scrubs, in one instant.
+    pub(super) fn scrubs<T>(&self, look: impl FnOnce(&mut [Candidate<'_>]) -> T) -> T {
+        let mut entries = self.entries();
+        let heard = entries.iter_mut().filter_map(|(id, entry)| Some((*id, entry.heard.as_ref()?, &mut entry.scrubs)));
+        look(&mut heard.collect::<Vec<_>>())
     }
 
     /// Notes what a guest said of a volume.

@@ -35,6 +35,8 @@ pub(crate) enum Behaviour {
 pub(crate) struct State {
     pub(crate) volumes: Mutex<Vec<VolumeStatus>>,
     pub(crate) grown: Mutex<Vec<GrowRequest>>,
+    /// Volumes that were told to be scrubbed, in that order.
+    pub(crate) scrubbed: Mutex<Vec<String>>,
 }
 
 /// A sandbox; gone when dropped.
@@ -181,8 +183,13 @@ impl Guest for Service {
         Err(Status::unimplemented(""))
     }
 
-    async fn scrub(&self, _: Request<ScrubRequest>) -> Result<Response<ScrubResponse>, Status> {
-        Err(Status::unimplemented(""))
+    async fn scrub(&self, request: Request<ScrubRequest>) -> Result<Response<ScrubResponse>, Status> {
+        let id = request.into_inner().volume_id;
+        let running = LastScrub { state: last_scrub::State::Running.into(), ..LastScrub::default() };
+        let mut volumes = self.state.volumes.lock().unwrap();
+        volumes.iter_mut().filter(|volume| volume.volume_id == id).for_each(|volume| volume.scrub = Some(running));
+        self.state.scrubbed.lock().unwrap().push(id);
+        Ok(Response::new(ScrubResponse {}))
     }
 
     async fn mark(&self, _: Request<MarkRequest>) -> Result<Response<MarkResponse>, Status> {

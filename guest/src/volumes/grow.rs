@@ -103,14 +103,17 @@ impl<M: Machine> Volumes<M> {
     /// # Errors
     /// When it is not here or ZFS refuses.
     pub async fn scrub(&self, id: VolumeId, action: Scrub) -> Result<(), VolumeError> {
-        let (_, active) = self.known(id)?;
+        let (volume, active) = self.known(id)?;
         let pool = &active.request.spec.pool;
         let failed = |fault| VolumeError::failed(id, "scrubbing its pool", fault);
         let running = self.machine.report(pool).await.map_err(failed)?.scrubbing();
         if running == (action == Scrub::Start) {
             return Ok(());
         }
-        self.machine.scrub(pool, action).await.map_err(failed)
+        self.machine.scrub(pool, action).await.map_err(failed)?;
+        // The node waits for this to be told.
+        volume.state().details = None;
+        Ok(())
     }
 }
 
