@@ -1,0 +1,102 @@
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// One thing that was looked at on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Check {
+    /// What was looked at: words with hyphens, always the same.
+    pub name: String,
+    /// How it is.
+    pub level: Level,
+    /// What was found.
+    pub message: String,
+    /// What to do; empty where nothing is to be done.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub remedy: String,
+}
+
+/// How something is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// It works, and could be better.
+    Warn,
+    /// It does not work.
+    Fail,
+}
+
+impl Check {
+    /// All is well.
+    pub fn ok(name: &str, message: impl Into<String>) -> Self {
+        Self { name: name.into(), level: Level::Ok, message: message.into(), remedy: String::new() }
+    }
+
+    /// It could be better.
+    pub fn warn(name: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { name: name.into(), level: Level::Warn, message: message.into(), remedy: remedy.into() }
+    }
+
+    /// It does not work.
+    pub fn fail(name: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { name: name.into(), level: Level::Fail, message: message.into(), remedy: remedy.into() }
+    }
+}
+
+/// Properties of a running volume, as its guest says.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Properties {
+    /// Of the dataset.
+    pub dataset: BTreeMap<String, String>,
+    /// Of the pool.
+    pub pool: BTreeMap<String, String>,
+}
+
+/// What sends and receives left in a volume.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SendPoints {
+    /// The snapshots, oldest first.
+    pub points: Vec<SendPoint>,
+    /// Where a receive broke off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume_token: Option<String>,
+}
+
+/// A snapshot that was sent or received.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SendPoint {
+    /// Its name.
+    pub name: String,
+    /// ZFS's id of it, the same wherever it is received; decimal. A string, for it has 64 bits.
+    pub guid: String,
+    /// When it was taken, in seconds since 1970 by the guest's clock.
+    pub created: u64,
+    /// Bytes it refers to.
+    pub referenced_bytes: u64,
+    /// Bytes it alone holds.
+    pub used_bytes: u64,
+}
+
+/// What was received.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Received {
+    /// The snapshot that is there now.
+    pub snapshot: String,
+    /// Bytes that were read.
+    pub bytes: u64,
+}
+
+/// Why something was not done: the body of every answer that is not 200.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Failed {
+    /// For a person: what, why, and what to do.
+    pub error: String,
+}

@@ -1,0 +1,27 @@
+//! What the admin endpoint of zpod-node and kubectl-zpod say to each other: paths, headers and bodies. HTTP/1.1, JSON,
+//! and raw ZFS streams for what is sent and received.
+//!
+//! # Design
+//! In a cluster the endpoint is reached through the API server's proxy to pods, which takes the caller's `Authorization`
+//! for itself; who asks is said by [`TOKEN_HEADER`]. On one machine it is a unix socket, and its mode says who may.
+
+mod answer;
+mod name;
+mod route;
+
+pub use answer::{Check, Failed, Level, Properties, Received, SendPoint, SendPoints};
+pub use name::{ParseTokenError, ResumeToken, SendName};
+pub use route::{Route, SendQuery};
+
+/// The port of zpod-node.
+pub const PORT: u16 = 9812;
+/// The header with a ServiceAccount token for [`AUDIENCE`].
+pub const TOKEN_HEADER: &str = "x-zpod-token";
+/// The audience of that token. It opens nothing else, the API server least.
+pub const AUDIENCE: &str = "zpod.storage";
+/// The ServiceAccount, in zpod's namespace, whose tokens are taken.
+pub const SERVICE_ACCOUNT: &str = "zpod-admin";
+/// The header with ZFS's estimate of what is about to be sent, in bytes.
+pub const ESTIMATE_HEADER: &str = "x-zpod-estimated-bytes";
+/// The media type of a ZFS stream.
+pub const STREAM_TYPE: &str = "application/octet-stream";

@@ -1,0 +1,155 @@
+use std::fmt;
+
+use zpod_volume::VolumeId;
+
+use crate::{ParseTokenError, ResumeToken, SendName};
+
+/// What can be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// `GET /v1/doctor`: what is right and wrong on the node, a list of [`crate::Check`].
+    Doctor,
+    /// `GET /v1/volumes/<id>/properties`: [`crate::Properties`].
+    Properties(VolumeId),
+    /// `GET /v1/volumes/<id>/send-points`: [`crate::SendPoints`].
+    SendPoints(VolumeId),
+    /// `GET /v1/volumes/<id>/send?...`: a ZFS stream ([`SendQuery`]).
+    Send(VolumeId),
+    /// `POST /v1/volumes/<id>/receive`: reads one, and answers [`crate::Received`].
+    Receive(VolumeId),
+}
+
+impl Route {
+    /// Reads a path. Ids are taken in one form only, so that no two paths mean the same.
+    pub fn parse(path: &str) -> Option<Self> {
+        let rest = path.strip_prefix("/v1/")?;
+        if rest == "doctor" {
+            return Some(Self::Doctor);
+        }
+        let (id, what) = rest.strip_prefix("volumes/")?.split_once('/')?;
+        let id = id.parse().ok()?;
+        match what {
+            "properties" => Some(Self::Properties(id)),
+            "send-points" => Some(Self::SendPoints(id)),
+            "send" => Some(Self::Send(id)),
+            "receive" => Some(Self::Receive(id)),
+            _ => None,
+        }
+    }
+
+    /// The method it is asked with.
+    pub fn method(self) -> &'static str {
+        if matches!(self, Self::Receive(_)) { "POST" } else { "GET" }
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Doctor => f.write_str("/v1/doctor"),
+            Self::Properties(id) => write!(f, "/v1/volumes/{id}/properties"),
+            Self::SendPoints(id) => write!(f, "/v1/volumes/{id}/send-points"),
+            Self::Send(id) => write!(f, "/v1/volumes/{id}/send"),
+            Self::Receive(id) => write!(f, "/v1/volumes/{id}/receive"),
+        }
+    }
+}
+
+/// What is to be sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SendQuery {
+    /// A snapshot, taken now where it is not there.
+    Snapshot {
+        /// Its name.
+        snapshot: SendName,
+        /// What the receiver has already; everything is sent without.
+        from: Option<SendName>,
+    },
+    /// The rest of what broke off.
+    Resume(ResumeToken),
+}
+
+impl SendQuery {
+    /// Reads the part of an address behind the `?`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(query: &str) -> Result<Self, String> {
+        let (mut snapshot, mut from, mut resume) = (None, None, None);
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let place = match key {
+                "snapshot" => &mut snapshot,
+                "from" => &mut from,
+                "resume" => &mut resume,
+                _ => return Err("only snapshot, from and resume are known here".into()),
+            };
+            // Empty is as good as left out.
+            if !value.is_empty() && place.replace(value).is_some() {
+                return Err(format!("{key} is given twice"));
+            }
+        }
+        let wrong = |error: ParseTokenError| error.to_string();
+        match (snapshot, from, resume) {
+            (None, None, Some(token)) => Ok(Self::Resume(token.parse().map_err(wrong)?)),
+            (Some(snapshot), from, None) => Ok(Self::Snapshot {
+                snapshot: snapshot.parse().map_err(wrong)?,
+                from: from.map(str::parse).transpose().map_err(wrong)?,
+            }),
+            (_, _, Some(_)) => Err("resume says all there is to say: leave snapshot and from out".into()),
+            (None, _, None) => Err("snapshot is missing: the name of what is to be sent".into()),
+        }
+    }
+}
+
+impl fmt::Display for SendQuery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Snapshot { snapshot, from: None } => write!(f, "snapshot={snapshot}"),
+            Self::Snapshot { snapshot, from: Some(from) } => write!(f, "snapshot={snapshot}&from={from}"),
+            Self::Resume(token) => write!(f, "resume={token}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_read_as_they_are_written_and_no_others_are_read() {
+        let id = VolumeId::from_name("a");
+        for route in [Route::Doctor, Route::Properties(id), Route::SendPoints(id), Route::Send(id), Route::Receive(id)]
+        {
+            assert_eq!(Route::parse(&route.to_string()), Some(route));
+        }
+        let upper = format!("/v1/volumes/{}/send", id.to_string().to_uppercase());
+        let simple = format!("/v1/volumes/{}/send", id.to_string().replace('-', ""));
+        for path in ["", "/", "/v1/", "/v1/doctor/", "/v1/volumes/../doctor", "/v1/volumes//send", "/v2/doctor"] {
+            assert_eq!(Route::parse(path), None, "{path}");
+        }
+        for path in [upper, simple, format!("/v1/volumes/{id}/send/"), format!("/v1/volumes/{id}"), format!("/{id}")] {
+            assert_eq!(Route::parse(&path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn queries_are_read_as_they_are_written_and_mistakes_are_named() {
+        for query in ["snapshot=zpod-send-b", "snapshot=zpod-send-b&from=zpod-send-a", "resume=1-ab-cd"] {
+            assert_eq!(SendQuery::parse(query).unwrap().to_string(), query);
+        }
+        assert!(SendQuery::parse("snapshot=b&from=&resume=").is_ok());
+        for (query, why) in [
+            ("", "snapshot is missing"),
+            ("from=a", "snapshot is missing"),
+            ("snapshot=a&snapshot=b", "twice"),
+            ("snapshot=a&resume=1-ab", "leave snapshot"),
+            ("snapshot=a%20b", "a-z"),
+            ("resume=zz", "token"),
+            ("raw=1", "only snapshot"),
+        ] {
+            let error = SendQuery::parse(query).unwrap_err();
+            assert!(error.contains(why), "{query}: {error}");
+        }
+    }
+}

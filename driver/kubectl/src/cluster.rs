@@ -1,0 +1,137 @@
+use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use kube::api::ListParams;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+use zpod_kubernetes::crd::{ZfsSnapshot, ZfsVolume};
+use zpod_volume::VolumeId;
+
+use crate::Failure;
+use crate::options::Global;
+
+/// Objects that are asked for at once.
+const PAGE: u32 = 500;
+const DRIVER: &str = "csi.zpod.storage";
+
+/// The cluster, and the namespace that claims are looked for in.
+#[derive(Clone)]
+pub(crate) struct Cluster {
+    pub(crate) client: Client,
+    /// There but in tests.
+    pub(crate) config: Option<Config>,
+    pub(crate) namespace: String,
+    /// Where zpod is.
+    pub(crate) zpod_namespace: String,
+}
+
+impl Cluster {
+    /// Reads the kubeconfig as kubectl does; in a pod without one, its ServiceAccount.
+    pub(crate) async fn connect(global: &Global) -> Result<Self, Failure> {
+        let chosen = KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
+        let remedy = "give --kubeconfig and --context, or set KUBECONFIG; `kubectl config get-contexts` lists them";
+        let wrong = |error: &dyn std::error::Error| {
+            Failure::usage(format!("the kubeconfig can't be used: {}", crate::failure::with_causes(error)), remedy)
+        };
+        let config = match &global.kubeconfig {
+            Some(path) => {
+                let file = Kubeconfig::read_from(path).map_err(|error| wrong(&error))?;
+                Config::from_custom_kubeconfig(file, &chosen).await.map_err(|error| wrong(&error))?
+            }
+            None if global.context.is_some() => {
+                Config::from_kubeconfig(&chosen).await.map_err(|error| wrong(&error))?
+            }
+            None => Config::infer().await.map_err(|error| wrong(&error))?,
+        };
+        let namespace = global.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+        let client = Client::try_from(config.clone()).map_err(|error| wrong(&error))?;
+        Ok(Self { client, config: Some(config), namespace, zpod_namespace: global.zpod_namespace.clone() })
+    }
+
+    pub(crate) fn volumes(&self) -> Api<ZfsVolume> {
+        Api::all(self.client.clone())
+    }
+
+    /// The volume of a claim, or of an id.
+    pub(crate) async fn volume(&self, name: &str) -> Result<ZfsVolume, Failure> {
+        let id = match name.parse::<VolumeId>() {
+            Ok(id) => id.to_string(),
+            Err(_) => self.handle(&self.claim(name).await?).await?,
+        };
+        let volume = self.volumes().get_opt(&id).await.map_err(|error| Failure::api("ZfsVolumes", &error))?;
+        volume.ok_or_else(|| {
+            Failure::not_found(
+                format!("there is no ZfsVolume {id}"),
+                "`kubectl zpod status -A` lists those there are; if the claim was made just now, try again",
+            )
+        })
+    }
+
+    /// A claim.
+    pub(crate) async fn claim(&self, name: &str) -> Result<PersistentVolumeClaim, Failure> {
+        let claims: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &self.namespace);
+        let claim = claims.get_opt(name).await.map_err(|error| Failure::api("PersistentVolumeClaims", &error))?;
+        claim.ok_or_else(|| {
+            Failure::not_found(
+                format!("there is no PersistentVolumeClaim {name} in namespace {}", self.namespace),
+                "-n chooses another namespace; `kubectl zpod status -A` lists the claims that have ZFS volumes",
+            )
+        })
+    }
+
+    /// The id of a claim's volume.
+    pub(crate) async fn handle(&self, claim: &PersistentVolumeClaim) -> Result<String, Failure> {
+        let name = claim.metadata.name.clone().unwrap_or_default();
+        let bound = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).filter(|name| !name.is_empty());
+        let bound = bound.ok_or_else(|| {
+            Failure::not_found(
+                format!("the claim {name} has no volume yet"),
+                "with WaitForFirstConsumer it gets one when its first pod starts; `kubectl describe pvc` says what it waits for",
+            )
+        })?;
+        let volumes: Api<PersistentVolume> = Api::all(self.client.clone());
+        let found = volumes.get_opt(&bound).await.map_err(|error| Failure::api("PersistentVolumes", &error))?;
+        let source = found.and_then(|volume| volume.spec).and_then(|spec| spec.csi);
+        match source {
+            Some(source) if source.driver == DRIVER => Ok(source.volume_handle),
+            Some(source) => Err(Failure::not_found(
+                format!("the claim {name} is a volume of the driver {}, not of {DRIVER}", source.driver),
+                "only volumes of zpod's StorageClasses have a pool",
+            )),
+            None => Err(Failure::not_found(
+                format!("the PersistentVolume {bound} of claim {name} is not of any CSI driver, or is gone"),
+                "only volumes of zpod's StorageClasses have a pool",
+            )),
+        }
+    }
+
+    /// All volumes: of one namespace's claims, or of all.
+    pub(crate) async fn all_volumes(&self, everywhere: bool) -> Result<Vec<ZfsVolume>, Failure> {
+        let mut all = Vec::new();
+        let mut page = ListParams::default().limit(PAGE);
+        loop {
+            let list = self.volumes().list(&page).await.map_err(|error| Failure::api("ZfsVolumes", &error))?;
+            let ours = |volume: &ZfsVolume| {
+                everywhere || volume.spec.claim.as_ref().is_some_and(|claim| claim.namespace == self.namespace)
+            };
+            all.extend(list.items.into_iter().filter(ours));
+            match list.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => page = page.continue_token(&token),
+                None => return Ok(all),
+            }
+        }
+    }
+
+    /// All snapshots.
+    pub(crate) async fn all_snapshots(&self) -> Result<Vec<ZfsSnapshot>, Failure> {
+        let snapshots: Api<ZfsSnapshot> = Api::all(self.client.clone());
+        let mut all = Vec::new();
+        let mut page = ListParams::default().limit(PAGE);
+        loop {
+            let list = snapshots.list(&page).await.map_err(|error| Failure::api("ZfsSnapshots", &error))?;
+            all.extend(list.items);
+            match list.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => page = page.continue_token(&token),
+                None => return Ok(all),
+            }
+        }
+    }
+}
