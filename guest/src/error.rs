@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tonic::Code;
-use zpod_volume::{Bytes, VolumeId};
+use zpod_volume::{Bytes, Mark, VolumeId};
 
 use crate::machine::{Fault, Health};
 
@@ -78,6 +78,47 @@ pub enum VolumeError {
         disk: String,
         /// What ZFS said.
         cause: Fault,
+    },
+    /// The disk is not what the node says it is a copy of.
+    #[error(
+        "volume {id}: disk {disk} is to be a copy of volume {origin}'s, but its journal is neither that volume's nor this \
+         one's; nothing was changed; check that the backing device is the right one"
+    )]
+    NotItsCopy {
+        /// The volume.
+        id: VolumeId,
+        /// Its disk.
+        disk: String,
+        /// What it is to be a copy of.
+        origin: VolumeId,
+    },
+    /// The instant to go back to is not there.
+    #[error(
+        "volume {id}: the copy of volume {origin} that it was made from does not have the instant it is to show ({mark}); \
+         nothing was rolled back; delete this volume, and the snapshot it was made from, and take a new one"
+    )]
+    NoMark {
+        /// The volume.
+        id: VolumeId,
+        /// What it is a copy of.
+        origin: VolumeId,
+        /// The ZFS snapshot that is missing.
+        mark: Mark,
+    },
+    /// What is on the disk is of another kind than the node says.
+    #[error(
+        "volume {id}: its dataset has {property}={found}, and the node says it has {property}={wanted}; nothing was \
+         changed; a volume keeps what it, or the one it was made from, was made with: check its StorageClass"
+    )]
+    Differs {
+        /// The volume.
+        id: VolumeId,
+        /// Which property.
+        property: &'static str,
+        /// What the node says.
+        wanted: String,
+        /// What is there.
+        found: String,
     },
     /// The pool has no dataset.
     #[error("volume {id}: the pool has no dataset {dataset}; nothing was made in its place")]
@@ -160,6 +201,11 @@ impl VolumeError {
         Self::Failed { id, step, cause }
     }
 
+    /// Whether it stays so until somebody changes something outside this guest.
+    pub(crate) const fn is_for_good(&self) -> bool {
+        matches!(self, Self::NoMark { .. } | Self::Differs { .. } | Self::NoDataset { .. })
+    }
+
     /// The code under which it is reported.
     pub fn code(&self) -> Code {
         match self {
@@ -169,6 +215,9 @@ impl VolumeError {
             | Self::Blank { .. }
             | Self::HalfMade { .. }
             | Self::Import { .. }
+            | Self::NotItsCopy { .. }
+            | Self::NoMark { .. }
+            | Self::Differs { .. }
             | Self::Stuck { .. } => Code::FailedPrecondition,
             Self::NoDataset { .. } => Code::DataLoss,
             Self::Failed { .. } => Code::Internal,

@@ -26,8 +26,19 @@ pub struct Disk {
     pub sequence: u64,
     /// Its size.
     pub size: Bytes,
+    /// Its directory in sysfs: where it is on which bus.
+    pub place: PathBuf,
     /// What its partition table says, or why it says nothing.
     pub table: Result<gpt::Header, String>,
+}
+
+/// Numbers of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceNumber {
+    /// Which driver.
+    pub major: u32,
+    /// Which of its devices.
+    pub minor: u32,
 }
 
 /// Whether a step had to be done.
@@ -226,8 +237,11 @@ pub trait Machine: Send + Sync + 'static {
     /// How a pool fares.
     async fn report(&self, pool: &PoolName) -> Result<PoolReport, Fault>;
 
-    /// Imports a pool from one device, mounting nothing.
-    async fn import(&self, pool: &PoolName, device: &Path) -> Result<(), Fault>;
+    /// Imports the pool that has the name `found` on one device, as `pool`, mounting nothing.
+    async fn import(&self, found: &PoolName, pool: &PoolName, device: &Path) -> Result<(), Fault>;
+
+    /// Gives an imported pool a new GUID, at random.
+    async fn reguid(&self, pool: &PoolName) -> Result<(), Fault>;
 
     /// Makes a pool on one device. With `force` whatever the device holds is overwritten.
     async fn create_pool(
@@ -238,8 +252,19 @@ pub trait Machine: Send + Sync + 'static {
         force: bool,
     ) -> Result<(), Fault>;
 
-    /// Makes the pool's dataset.
-    async fn create_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault>;
+    /// Makes the pool's dataset: a file system, or a sparse block device of a size.
+    async fn create_dataset(
+        &self,
+        dataset: &str,
+        size: Option<Bytes>,
+        properties: &[(String, String)],
+    ) -> Result<(), Fault>;
+
+    /// The block device of a dataset; `None` while there is none. ZFS makes it some time after the dataset or its import.
+    async fn volume_device(&self, dataset: &str) -> Result<Option<DeviceNumber>, Fault>;
+
+    /// Writes out what the kernel's cache holds of a block device; nothing where there is no such device.
+    async fn flush_volume(&self, dataset: &str) -> Result<(), Fault>;
 
     /// Properties of the pool's dataset; `None` when there is none.
     async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault>;

@@ -1,4 +1,4 @@
-//! The one module with unsafe code: a call of the kernel that no crate wraps.
+//! The one module with unsafe code: calls of the kernel that no crate wraps.
 
 #![allow(unsafe_code)]
 
@@ -6,7 +6,7 @@ use std::ffi::{c_int, c_longlong, c_void};
 use std::fs::File;
 use std::io;
 
-use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
+use rustix::ioctl::{Getter, Opcode, Setter, ioctl, opcode};
 use zpod_volume::Bytes;
 
 /// `BLKPG`, `_IO(0x12, 105)` (include/uapi/linux/blkpg.h).
@@ -65,4 +65,22 @@ pub fn change_partition(disk: &File, change: PartitionChange, number: i32, start
     // reads them for the two operations that `PartitionChange` can name.
     unsafe { ioctl(disk, Setter::<BLKPG, Argument>::new(argument)) }?;
     Ok(())
+}
+
+/// Longest name of a dataset, with its end (`ZFS_MAX_DATASET_NAME_LEN`).
+const DATASET_NAME: usize = 256;
+
+/// `BLKZNAME`, `_IOR(0x12, 125, char[ZFS_MAX_DATASET_NAME_LEN])` (sys/fs/zfs.h in OpenZFS).
+const BLKZNAME: Opcode = opcode::read::<[u8; DATASET_NAME]>(0x12, 125);
+
+/// The dataset that a block device of ZFS's (`zd`) belongs to, by its name now.
+///
+/// # Errors
+/// Those of the ioctl: ENOTTY where it is no such device.
+pub fn dataset_of(device: &File) -> io::Result<String> {
+    // SAFETY: BLKZNAME fills in a buffer of DATASET_NAME bytes, which is what `Getter` gives it; any bytes make a
+    // sound `[u8; _]`.
+    let name = unsafe { ioctl(device, Getter::<BLKZNAME, [u8; DATASET_NAME]>::new()) }?;
+    let length = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    String::from_utf8(name[..length].to_vec()).map_err(|_| io::ErrorKind::InvalidData.into())
 }

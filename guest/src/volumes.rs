@@ -25,10 +25,13 @@ use crate::error::VolumeError;
 use crate::machine::{Disk, Machine, MountFlags, Usage};
 
 mod activate;
+mod bounds;
+mod device;
 mod grow;
 mod marks;
 mod progress;
 mod release;
+mod restore;
 mod resume;
 pub mod status;
 #[cfg(test)]
@@ -49,7 +52,7 @@ pub struct Wanted {
     pub spec: VolumeSpec,
     /// The group that is to own it.
     pub fs_group: Option<u32>,
-    /// Where it goes.
+    /// Where it goes; for a block device its path in the container.
     pub mount_point: PathBuf,
     /// How it is mounted there.
     pub flags: MountFlags,
@@ -130,12 +133,14 @@ pub struct Volumes<M> {
     machine: M,
     bases: PathBuf,
     table: Mutex<BTreeMap<VolumeId, Arc<Volume>>>,
+    /// Held while a copy of another volume gets a GUID of its own.
+    copies: tokio::sync::Mutex<()>,
 }
 
 impl<M: Machine> Volumes<M> {
     /// Volumes of a machine, with our own mounts of them below `bases`.
     pub fn new(machine: M, bases: impl Into<PathBuf>) -> Arc<Self> {
-        Arc::new(Self { machine, bases: bases.into(), table: Mutex::default() })
+        Arc::new(Self { machine, bases: bases.into(), table: Mutex::default(), copies: Default::default() })
     }
 
     /// The machine.
@@ -162,7 +167,12 @@ impl<M: Machine> Volumes<M> {
 
     /// The volume that is mounted for a container there.
     pub fn at(&self, mount_point: &Path) -> Option<VolumeId> {
-        let here = |volume: &Arc<Volume>| volume.state().uses.iter().any(|usage| usage.mount_point == mount_point);
+        let here = |volume: &Arc<Volume>| {
+            let state = volume.state();
+            // Paths of block devices are those of each container.
+            let block = state.active.as_ref().is_some_and(Active::is_block);
+            !block && state.uses.iter().any(|usage| usage.mount_point == mount_point)
+        };
         self.volumes().iter().find(|volume| here(volume)).map(|volume| volume.id)
     }
 
@@ -233,6 +243,11 @@ impl<M: Machine> Volumes<M> {
         wanted: &Wanted,
     ) -> Option<Result<Option<Use>, VolumeError>> {
         let usage = Use { container: container.to_owned(), mount_point: wanted.mount_point.clone() };
+        if !wanted.spec.mode.is_filesystem() {
+            let mut state = volume.state();
+            state.active.as_ref()?;
+            return Some(Ok(state.uses.insert(usage.clone()).then_some(usage)));
+        }
         if let Some(other) = self.at(&wanted.mount_point).filter(|other| *other != volume.id) {
             let reason = format!("volume {other} is mounted at {} already", wanted.mount_point.display());
             return Some(Err(VolumeError::Invalid { id: volume.id, reason }));
@@ -313,9 +328,17 @@ impl<M: Machine> Volumes<M> {
             request: &request,
             progress: &volume.progress,
             arc_max: arc.max(request.spec.arc_max),
+            copies: &self.copies,
         };
         let known = previous.is_some();
-        let active = active.run(previous, base).await?;
+        let active = match active.run(previous, base).await {
+            Err(error) if !known && error.is_for_good() => {
+                // The next try begins anew, and may find another disk: its pool must not be in the way.
+                let _ = self.machine.export(&request.spec.pool).await;
+                return Err(error);
+            }
+            result => result?,
+        };
         volume.state().active = Some(active);
         if !known {
             tracing::info!(volume = %volume.id, "pool up: {}", volume.progress.timings());
@@ -383,6 +406,11 @@ impl<M: Machine> Volumes<M> {
     /// When it is not here, or can't be asked.
     pub async fn usage(&self, id: VolumeId) -> Result<Usage, VolumeError> {
         let (_, active) = self.known(id)?;
+        if active.is_block() {
+            let dataset = self.machine.dataset(&active.request.spec.dataset()).await;
+            let dataset = dataset.map_err(|fault| VolumeError::failed(id, "reading its usage", fault))?;
+            return Ok(device::usage(&dataset.unwrap_or_default()));
+        }
         self.machine.usage(&active.base).await.map_err(|fault| VolumeError::failed(id, "reading its usage", fault))
     }
 }

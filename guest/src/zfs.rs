@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
-use zpod_volume::{PoolName, Property, PropertyKind};
+use zpod_volume::{Bytes, PoolName, Property, PropertyKind};
 
 use crate::machine::{Fault, PoolReport, PoolState, Properties, Scrub};
 
@@ -100,12 +100,18 @@ impl Tools {
         json::report(&self.zpool(&["status", "-j", "-p", pool.as_str()]).await?, pool)
     }
 
-    /// Imports a pool from one device. `-f`: another virtual machine had it, with another hostid; that it is gone is
-    /// the node's to prove (DESIGN: one kernel at a time). `-N`: nothing is mounted.
-    pub async fn import(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
+    /// Imports the pool that has the name `found` on one device, as `pool`. `-f`: another virtual machine had it, with
+    /// another hostid; that it is gone is the node's to prove (DESIGN: one kernel at a time). `-N`: nothing is mounted.
+    pub async fn import(&self, found: &PoolName, pool: &PoolName, device: &Path) -> Result<(), Fault> {
         let mut arguments: Vec<&OsStr> = vec!["import".as_ref(), "-d".as_ref(), device.as_ref()];
-        arguments.extend(["-N", "-f"].into_iter().chain(POOL).chain([pool.as_str()]).map(OsStr::new));
+        let renamed = (found != pool).then_some(pool.as_str());
+        arguments.extend(["-N", "-f"].into_iter().chain(POOL).chain([found.as_str()]).chain(renamed).map(OsStr::new));
         self.run("zpool", &arguments, IMPORT_DEADLINE).await.map(drop)
+    }
+
+    /// Gives a pool a new GUID, at random; it is in the labels when this returns.
+    pub async fn reguid(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.zpool(&["reguid", pool.as_str()]).await.map(drop)
     }
 
     /// Makes a pool on one device, with nothing mounted.
@@ -127,10 +133,19 @@ impl Tools {
         self.run("zpool", &arguments, IMPORT_DEADLINE).await.map(drop)
     }
 
-    /// Makes a dataset that is mounted by mount(2) only.
-    pub async fn create_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
-        let settings = settings(properties);
-        let mut arguments = vec!["create", "-o", "mountpoint=legacy"];
+    /// Makes a dataset that is mounted by mount(2) only, or a sparse block device (zvol) of a size. `volmode=dev`: the
+    /// kernel doesn't look for partitions in what a container has written there.
+    pub async fn create_dataset(
+        &self,
+        dataset: &str,
+        size: Option<Bytes>,
+        properties: &[(String, String)],
+    ) -> Result<(), Fault> {
+        let (settings, size) = (settings(properties), size.map(|size| size.0.to_string()));
+        let mut arguments = match &size {
+            None => vec!["create", "-o", "mountpoint=legacy"],
+            Some(size) => vec!["create", "-s", "-V", size.as_str(), "-o", "volmode=dev"],
+        };
         arguments.extend(settings.iter().flat_map(|setting| ["-o", setting]));
         arguments.push(dataset);
         self.run("zfs", &arguments, DEADLINE).await.map(drop)
@@ -138,11 +153,23 @@ impl Tools {
 
     /// Properties of a dataset right below its pool; `None` when there is none.
     pub async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {
-        let more = ["quota", "refquota", "used", "referenced", "compressratio", "usedbysnapshots"];
+        let more = [
+            "type",
+            "quota",
+            "refquota",
+            "refreservation",
+            "volsize",
+            "used",
+            "referenced",
+            "compressratio",
+            "readonly",
+            "usedbysnapshots",
+            "snapshots_changed",
+        ];
         let keys: Vec<_> = more.into_iter().chain(keys(PropertyKind::Dataset)).collect();
         let pool = dataset.split('/').next().unwrap_or_default();
         // Of the pool and what is in it: that a dataset is missing is no error then.
-        let arguments = ["get", "-j", "-p", "-r", "-d", "1", "-t", "filesystem", &keys.join(","), pool];
+        let arguments = ["get", "-j", "-p", "-r", "-d", "1", "-t", "filesystem,volume", &keys.join(","), pool];
         json::dataset(&self.run("zfs", &arguments, DEADLINE).await?, dataset)
     }
 

@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use zpod_volume::{Bytes, PoolName, SECTOR, VolumeId, gpt};
 
-use super::{Disk, Fault, Health, Machine, MountFlags, PoolReport, PoolState, Properties, Scrub, Step, Usage};
-use crate::sys::{PartitionChange, change_partition};
+use super::{DeviceNumber, Disk, Fault, Health, Machine, MountFlags, PoolReport, PoolState, Properties, Scrub, Step, Usage};
+use crate::sys::{PartitionChange, change_partition, dataset_of};
 use crate::zfs::Tools;
 use crate::{mounts, ownership};
 
@@ -108,10 +108,34 @@ fn scan() -> io::Result<Vec<Disk>> {
             continue;
         }
         let sequence = sys_number(&directory.join("diskseq")).unwrap_or(0);
-        disks.push(Disk { table: table(&name), name, sequence, size: Bytes(size) });
+        let place = fs::canonicalize(&directory).unwrap_or_default();
+        disks.push(Disk { table: table(&name), name, sequence, size: Bytes(size), place });
     }
     disks.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(disks)
+}
+
+/// The node of a dataset's block device. ZFS names its devices by number only (`zd16`); which dataset has which, the
+/// driver tells (`BLKZNAME`). The links of udev's are not here.
+fn volume_node(dataset: &str) -> io::Result<Option<(PathBuf, DeviceNumber)>> {
+    for entry in fs::read_dir(BLOCK)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let directory = Path::new(BLOCK).join(&name);
+        if !name.starts_with("zd") || directory.join("partition").exists() {
+            continue;
+        }
+        // One that comes or goes just now is looked at the next time.
+        let (Ok(file), Ok(numbers)) = (File::open(device(&name)), fs::read_to_string(directory.join("dev"))) else {
+            continue;
+        };
+        if dataset_of(&file).is_ok_and(|owner| owner == dataset) {
+            let numbers = numbers.trim().split_once(':').and_then(|(major, minor)| {
+                Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
+            });
+            return Ok(numbers.map(|numbers| (device(&name), numbers)));
+        }
+    }
+    Ok(None)
 }
 
 fn tell_partition(disk: &str, start: u64, size: Bytes) -> io::Result<Step> {
@@ -213,8 +237,12 @@ impl Machine for LinuxMachine {
         self.tools.report(pool).await
     }
 
-    async fn import(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
-        self.tools.import(pool, device).await
+    async fn import(&self, found: &PoolName, pool: &PoolName, device: &Path) -> Result<(), Fault> {
+        self.tools.import(found, pool, device).await
+    }
+
+    async fn reguid(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.tools.reguid(pool).await
     }
 
     async fn create_pool(
@@ -227,8 +255,30 @@ impl Machine for LinuxMachine {
         self.tools.create_pool(pool, device, properties, force).await
     }
 
-    async fn create_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
-        self.tools.create_dataset(dataset, properties).await
+    async fn create_dataset(
+        &self,
+        dataset: &str,
+        size: Option<Bytes>,
+        properties: &[(String, String)],
+    ) -> Result<(), Fault> {
+        self.tools.create_dataset(dataset, size, properties).await
+    }
+
+    async fn volume_device(&self, dataset: &str) -> Result<Option<DeviceNumber>, Fault> {
+        let dataset = dataset.to_owned();
+        blocking(format!("block device of {dataset}"), DEADLINE, move || {
+            Ok(volume_node(&dataset)?.map(|(_, numbers)| numbers))
+        })
+        .await
+    }
+
+    async fn flush_volume(&self, dataset: &str) -> Result<(), Fault> {
+        let dataset = dataset.to_owned();
+        blocking(format!("writing out the block device of {dataset}"), DEADLINE, move || match volume_node(&dataset)? {
+            Some((node, _)) => File::open(node)?.sync_all(),
+            None => Ok(()),
+        })
+        .await
     }
 
     async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {

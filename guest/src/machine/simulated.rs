@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
@@ -22,20 +23,21 @@ pub(crate) struct SimDisk {
     pub(crate) name: String,
     pub(crate) size: u64,
     /// What was written where, in blocks of 512 bytes.
-    blocks: BTreeMap<u64, Vec<u8>>,
+    pub(crate) blocks: BTreeMap<u64, Vec<u8>>,
     pub(crate) plugged: bool,
-    sequence: u64,
+    pub(crate) sequence: u64,
     /// Writes to it fail.
-    broken: bool,
+    pub(crate) broken: bool,
     /// Pools on it are suspended: a write failed, and nobody resumed them since.
-    suspended: bool,
-    labels: bool,
+    pub(crate) suspended: bool,
+    pub(crate) labels: bool,
     pub(crate) pool: Option<SimPool>,
 }
 
 #[derive(Debug, Default, Clone)]
 pub(crate) struct SimPool {
     pub(crate) name: String,
+    pub(crate) guid: u64,
     pub(crate) properties: Properties,
     pub(crate) datasets: BTreeMap<String, Properties>,
     pub(crate) size: u64,
@@ -48,6 +50,20 @@ pub(crate) struct SimPool {
 
 /// What outlives a machine.
 pub(crate) type Disks = Arc<Mutex<Vec<SimDisk>>>;
+
+fn new_guid() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    LAST.fetch_add(1, Ordering::Relaxed) + 1
+}
+
+/// A disk as the node makes it of a copy of another: the table is the volume's own, the rest is the other's.
+pub(crate) fn copy(of: &SimDisk, name: &str, id: VolumeId, partition: Bytes, size: Bytes) -> SimDisk {
+    let mut copy = SimDisk { name: name.into(), size: size.0, plugged: true, sequence: 1, ..of.clone() };
+    let table = gpt::encode(id, partition, size);
+    copy.put(0, &table.primary);
+    copy.put(table.backup_offset, &table.backup);
+    copy
+}
 
 /// A disk as the node makes it.
 pub(crate) fn disk(name: &str, id: VolumeId, partition: Bytes, size: Bytes) -> SimDisk {
@@ -72,6 +88,11 @@ impl SimDisk {
             .step_by(512)
             .flat_map(|at| self.blocks.get(&(offset + at as u64)).unwrap_or(&blank).clone())
             .collect()
+    }
+
+    /// What the node leaves on the disk of a block device.
+    pub(crate) fn note(&mut self, spec: &zpod_volume::VolumeSpec) {
+        self.put(DiskLayout::SPEC_OFFSET, &zpod_volume::note::encode(spec).unwrap());
     }
 
     pub(crate) fn scribble(&mut self, offset: u64) {
@@ -215,6 +236,12 @@ fn index(disks: &[SimDisk], disk: &Disk) -> Result<usize, Fault> {
     disks.iter().position(|d| d.plugged && d.name == disk.name).ok_or_else(|| Fault::new("no such disk"))
 }
 
+/// Behind a bridge, as Kata plugs disks in: the first one is at `02/01`.
+fn place(index: usize, name: &str) -> PathBuf {
+    let slot = index + 1;
+    format!("/sys/devices/pci0000:00/0000:00:02.0/0000:01:{slot:02x}.0/virtio{slot}/block/{name}").into()
+}
+
 fn pool_of(dataset: &str) -> &str {
     dataset.split('/').next().unwrap()
 }
@@ -231,7 +258,8 @@ impl Machine for SimMachine {
 
     async fn disks(&self) -> Result<Vec<Disk>, Fault> {
         self.look(|_, disks| {
-            let seen = disks.iter().filter(|disk| disk.plugged).map(|disk| Disk {
+            let seen = disks.iter().enumerate().filter(|(_, disk)| disk.plugged).map(|(index, disk)| Disk {
+                place: place(index, &disk.name),
                 name: disk.name.clone(),
                 sequence: disk.sequence,
                 size: Bytes(disk.size),
@@ -290,18 +318,33 @@ impl Machine for SimMachine {
         Ok(PoolReport::default())
     }
 
-    async fn import(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
+    async fn import(&self, found: &PoolName, pool: &PoolName, device: &Path) -> Result<(), Fault> {
         let time = *self.import_time.lock().unwrap();
         tokio::time::sleep(time).await;
         self.step("import", |kernel, disks| {
             let index = kernel.links[device];
-            match &disks[index].pool {
-                Some(found) if found.name == pool.as_str() => {
-                    kernel.imported.insert(pool.to_string(), (index, disks[index].sequence));
-                    Ok(())
-                }
-                _ => Err(Fault::new("no pools available to import")),
+            let Some(guid) = disks[index].pool.as_ref().filter(|on| on.name == found.as_str()).map(|on| on.guid) else {
+                return Err(Fault::new("no pools available to import"));
+            };
+            let same = |other: &usize| disks[*other].pool.as_ref().is_some_and(|on| on.guid == guid);
+            if kernel.imported.values().any(|(other, _)| same(other)) {
+                return Err(Fault::new("a pool with that GUID is imported already"));
             }
+            kernel.imported.insert(pool.to_string(), (index, disks[index].sequence));
+            let on = disks[index].pool.as_mut().unwrap();
+            on.name = pool.to_string();
+            let renamed = |(name, properties): (String, Properties)| {
+                (format!("{pool}/{}", name.rsplit('/').next().unwrap_or_default()), properties)
+            };
+            on.datasets = std::mem::take(&mut on.datasets).into_iter().map(renamed).collect();
+            Ok(())
+        })
+    }
+
+    async fn reguid(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.pool_step("reguid".into(), pool.as_str(), |pool, _| {
+            pool.guid = new_guid();
+            Ok(())
         })
     }
 
@@ -327,17 +370,39 @@ impl Machine for SimMachine {
             let index = kernel.links[device];
             let (name, size) = (pool.to_string(), kernel.partitions[&disks[index].name]);
             let properties = properties.iter().cloned().collect();
-            disks[index].pool = Some(SimPool { name: name.clone(), size, properties, ..SimPool::default() });
+            let new = SimPool { name: name.clone(), guid: new_guid(), size, properties, ..SimPool::default() };
+            disks[index].pool = Some(new);
             kernel.imported.insert(name, (index, disks[index].sequence));
             Ok(())
         })
     }
 
-    async fn create_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
+    async fn create_dataset(
+        &self,
+        dataset: &str,
+        size: Option<Bytes>,
+        properties: &[(String, String)],
+    ) -> Result<(), Fault> {
         self.pool_step("create dataset".into(), pool_of(dataset), |pool, _| {
-            pool.datasets.insert(dataset.into(), properties.iter().cloned().collect());
+            let mut all: Properties = properties.iter().cloned().collect();
+            all.insert("type".into(), if size.is_some() { "volume" } else { "filesystem" }.into());
+            all.extend(size.map(|size| ("volsize".into(), size.0.to_string())));
+            pool.datasets.insert(dataset.into(), all);
             Ok(())
         })
+    }
+
+    async fn volume_device(&self, dataset: &str) -> Result<Option<DeviceNumber>, Fault> {
+        self.look(|kernel, disks| {
+            let (index, _) = kernel.imported[pool_of(dataset)];
+            let pool = disks[index].pool.as_ref().unwrap();
+            let block = pool.datasets.get(dataset).is_some_and(|properties| properties.contains_key("volsize"));
+            Ok(block.then_some(DeviceNumber { major: 230, minor: 16 * index as u32 }))
+        })
+    }
+
+    async fn flush_volume(&self, _dataset: &str) -> Result<(), Fault> {
+        self.step("flush", |_, _| Ok(()))
     }
 
     async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use zpod_volume::{Bytes, Create, DiskLayout, QuotaMode, VolumeId, VolumeSpec};
+use zpod_volume::{Bytes, Create, DiskLayout, Origin, VolumeId};
 
+use super::bounds::Bounds;
+use super::marks::remove_marks;
 use super::{Active, Request, progress::Progress};
 use crate::disk;
 use crate::error::VolumeError;
@@ -17,15 +19,19 @@ pub(super) struct Activation<'a, M> {
     pub(super) progress: &'a Progress,
     /// The largest of the pod's volumes.
     pub(super) arc_max: Option<Bytes>,
+    /// Held while a copy gets a GUID of its own.
+    pub(super) copies: &'a tokio::sync::Mutex<()>,
 }
 
 /// How a pool came to be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Opened {
+pub(super) enum Opened {
     /// It was made now, with the properties and quota of the spec.
     Made,
     /// It was there.
     Found,
+    /// It was there, and its contents are another volume's still.
+    Copied,
 }
 
 /// Flags of our own mount: nothing is run from it.
@@ -55,10 +61,19 @@ impl<M: Machine> Activation<'_, M> {
         }
         let opened = self.open(&disk, partition, &device, health.is_some()).await?;
         let quota = match opened {
-            Opened::Made => quota_property(spec).map_or(0, |_| spec.capacity.0),
-            Opened::Found => self.settle(&device).await?,
+            Opened::Made => Bounds::of(spec).bound(),
+            Opened::Found => {
+                let now = self.dataset().await?;
+                let quota = self.settle(&device, &now).await?;
+                self.remove_leftover_marks(&now).await;
+                quota
+            }
+            Opened::Copied => self.adopt(&disk, &device).await?,
         };
 
+        if !spec.mode.is_filesystem() {
+            return Ok(Active { request: self.request.clone(), disk, partition, quota, base });
+        }
         self.progress.stage("mounting it");
         self.machine.mount(&spec.dataset(), &base, BASE_FLAGS).await.map_err(self.failed("mounting it"))?;
         if let Some(group) = self.request.fs_group {
@@ -71,7 +86,7 @@ impl<M: Machine> Activation<'_, M> {
         Ok(Active { request: self.request.clone(), disk, partition, quota, base })
     }
 
-    fn failed(&self, step: &'static str) -> impl Fn(Fault) -> VolumeError + use<M> {
+    pub(super) fn failed(&self, step: &'static str) -> impl Fn(Fault) -> VolumeError + use<M> {
         let id = self.id;
         move |fault| VolumeError::failed(id, step, fault)
     }
@@ -103,7 +118,11 @@ impl<M: Machine> Activation<'_, M> {
     async fn open(&self, disk: &Disk, partition: Bytes, device: &Path, imported: bool) -> Result<Opened, VolumeError> {
         let spec = &self.request.spec;
         let block = self.machine.read(disk, DiskLayout::JOURNAL_OFFSET, journal::BYTES).await;
-        let journal = Journal::decode(&block.map_err(self.failed("reading its journal"))?, self.id);
+        let block = block.map_err(self.failed("reading its journal"))?;
+        let journal = Journal::decode(&block, self.id);
+        if let (Journal::Foreign, Some(origin)) = (journal, &spec.origin) {
+            return self.open_copy(&block, disk, device, origin, imported).await;
+        }
         let blank = !imported && disk::is_blank(self.machine, self.id, disk, partition).await?;
         match journal {
             Journal::Blank if blank && spec.create == Create::Fresh => {
@@ -145,9 +164,47 @@ impl<M: Machine> Activation<'_, M> {
         self.finish(disk).await
     }
 
+    /// The same on a disk with another's journal, which is the origin's or nobody's that is known.
+    async fn open_copy(
+        &self,
+        journal: &[u8],
+        disk: &Disk,
+        device: &Path,
+        origin: &Origin,
+        imported: bool,
+    ) -> Result<Opened, VolumeError> {
+        match Journal::decode(journal, origin.volume) {
+            Journal::Created => {
+                self.take_over(disk, device, origin, imported).await?;
+                Ok(Opened::Copied)
+            }
+            // No container has ever started on what was being made there: there is nothing to take over.
+            Journal::Creating if self.request.spec.create != Create::Never => {
+                self.write_journal(disk, Journal::Creating).await?;
+                self.make(device, true).await?;
+                self.finish(disk).await
+            }
+            Journal::Creating => {
+                let cause = Fault::new("the volume it is a copy of was never finished either");
+                Err(VolumeError::HalfMade { id: self.id, disk: disk.name.clone(), cause })
+            }
+            Journal::Blank | Journal::Foreign => {
+                Err(VolumeError::NotItsCopy { id: self.id, disk: disk.name.clone(), origin: origin.volume })
+            }
+        }
+    }
+
     async fn import(&self, device: &Path) -> Result<(), Fault> {
         self.progress.stage("importing its pool");
-        self.machine.import(&self.request.spec.pool, device).await
+        let pool = &self.request.spec.pool;
+        match self.machine.import(pool, pool, device).await {
+            // A copy of this very pool may be here, and have its GUID for as long as `copies` is held.
+            Err(_) if self.copies.try_lock().is_err() => {
+                let _alone = self.copies.lock().await;
+                self.machine.import(pool, pool, device).await
+            }
+            result => result,
+        }
     }
 
     async fn make(&self, device: &Path, force: bool) -> Result<(), VolumeError> {
@@ -166,10 +223,12 @@ impl<M: Machine> Activation<'_, M> {
         let opened = if found.is_some() { Opened::Found } else { Opened::Made };
         if opened == Opened::Made {
             let mut properties: Vec<_> = pairs(&spec.dataset_properties).collect();
-            if let Some(key) = quota_property(spec) {
-                properties.push((key.to_owned(), spec.capacity.0.to_string()));
+            properties.extend(Bounds::of(spec).at_creation());
+            let size = (!spec.mode.is_filesystem()).then_some(spec.capacity);
+            if size.is_some() {
+                properties.extend(pairs(&spec.volume_creation_properties));
             }
-            let made = self.machine.create_dataset(&dataset, &properties).await;
+            let made = self.machine.create_dataset(&dataset, size, &properties).await;
             made.map_err(self.failed("making its dataset"))?;
         }
         self.machine.sync(&spec.pool).await.map_err(self.failed("writing out its pool"))?;
@@ -177,14 +236,29 @@ impl<M: Machine> Activation<'_, M> {
         Ok(opened)
     }
 
-    async fn write_journal(&self, disk: &Disk, journal: Journal) -> Result<(), VolumeError> {
+    pub(super) async fn write_journal(&self, disk: &Disk, journal: Journal) -> Result<(), VolumeError> {
         let block = journal.encode(self.id).unwrap_or_default();
         let written = self.machine.write(disk, DiskLayout::JOURNAL_OFFSET, &block).await;
         written.map_err(self.failed("writing its journal"))
     }
 
+    /// Properties of the dataset.
+    pub(super) async fn dataset(&self) -> Result<Properties, VolumeError> {
+        let dataset = self.request.spec.dataset();
+        let now = self.machine.dataset(&dataset).await.map_err(self.failed("reading its properties"))?;
+        let now = now.ok_or(VolumeError::NoDataset { id: self.id, dataset })?;
+        let wanted = if self.request.spec.mode.is_filesystem() { "filesystem" } else { "volume" };
+        match now.get("type") {
+            Some(found) if found != wanted => {
+                let (wanted, found) = (wanted.to_owned(), found.clone());
+                Err(VolumeError::Differs { id: self.id, property: "type", wanted, found })
+            }
+            _ => Ok(now),
+        }
+    }
+
     /// Brings size, properties and quota of a pool that was there to what the spec says; gives the quota.
-    async fn settle(&self, device: &Path) -> Result<u64, VolumeError> {
+    pub(super) async fn settle(&self, device: &Path, now: &Properties) -> Result<u64, VolumeError> {
         let spec = &self.request.spec;
         self.progress.stage("setting its properties");
         let pool = self.machine.pool(&spec.pool).await.map_err(self.failed("reading its pool's properties"))?;
@@ -196,46 +270,38 @@ impl<M: Machine> Activation<'_, M> {
             set.map_err(self.failed("setting its pool's properties"))?;
         }
         let dataset = spec.dataset();
-        let now = self.machine.dataset(&dataset).await.map_err(self.failed("reading its properties"))?;
-        let now = now.ok_or(VolumeError::NoDataset { id: self.id, dataset: dataset.clone() })?;
-        let mut changes: Vec<_> = different(&now, pairs(&spec.dataset_properties)).collect();
-        let quota = quota_change(spec, &now);
-        changes.extend(quota.map(|(key, bytes)| (key.to_owned(), bytes.to_string())));
+        let bounds = Bounds::of(spec).changes(now);
+        let changes: Vec<_> = different(now, pairs(&spec.dataset_properties)).chain(bounds.first).collect();
         if !changes.is_empty() {
             let set = self.machine.set_dataset(&dataset, &changes).await;
             set.map_err(self.failed("setting its properties"))?;
         }
-        Ok(match quota {
-            Some((_, bytes)) => bytes,
-            None => quota_property(spec).map_or(0, |key| number(&now, key)),
-        })
+        // Neither is worth a pod that does not start.
+        if let Some(reason) = bounds.refused {
+            tracing::warn!(volume = %self.id, "{reason}");
+        }
+        if let Some(kept) = bounds.then
+            && let Err(fault) = self.machine.set_dataset(&dataset, &[kept]).await
+        {
+            tracing::warn!(volume = %self.id, "the space that is to be kept for it is not there: {fault}");
+        }
+        Ok(bounds.bound)
+    }
+
+    /// Removes marks that the node or a guest left behind: nobody copies the disk of a volume that is being brought up.
+    pub(super) async fn remove_leftover_marks(&self, now: &Properties) {
+        // Most volumes never had a snapshot, and are spared the look.
+        if now.get("snapshots_changed").is_some_and(|when| when == "-") {
+            return;
+        }
+        if let Err(fault) = remove_marks(self.machine, &self.request.spec.dataset(), |_| true).await {
+            tracing::warn!(volume = %self.id, "a mark stays until the next start: {fault}");
+        }
     }
 }
 
 fn pairs(map: &Properties) -> impl Iterator<Item = (String, String)> {
     map.iter().map(|(key, value)| (key.clone(), value.clone()))
-}
-
-/// The property that bounds a volume.
-pub(super) fn quota_property(spec: &VolumeSpec) -> Option<&'static str> {
-    match spec.quota {
-        QuotaMode::Refquota => Some("refquota"),
-        QuotaMode::Quota => Some("quota"),
-        QuotaMode::None => None,
-    }
-}
-
-/// The quota to set, if any. It is only ever raised: the spec may be older than what the volume was grown to while it
-/// ran. Where there was none it is not set below what the volume already holds, which ZFS would refuse.
-fn quota_change(spec: &VolumeSpec, now: &Properties) -> Option<(&'static str, u64)> {
-    let key = quota_property(spec)?;
-    let held = if key == "quota" { "used" } else { "referenced" };
-    let quota = number(now, key);
-    (quota < spec.capacity.0 && (quota != 0 || number(now, held) <= spec.capacity.0)).then_some((key, spec.capacity.0))
-}
-
-fn number(properties: &Properties, key: &str) -> u64 {
-    properties.get(key).and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
 fn different(

@@ -2,7 +2,7 @@
 
 use zpod_volume::{Bytes, DiskLayout, Property, PropertyKind, SECTOR, VolumeId};
 
-use super::{Volumes, activate::quota_property};
+use super::{Volumes, bounds::Bounds};
 use crate::disk;
 use crate::error::VolumeError;
 use crate::machine::{Fault, Machine, Properties, Scrub};
@@ -45,7 +45,7 @@ impl<M: Machine> Volumes<M> {
         let device = self.machine.link(id, &disk).await.map_err(failed("naming its disk"))?;
         // Also when the partition was large enough: an earlier call may have been cut short before this.
         self.machine.expand(&spec.pool, &device).await.map_err(failed("growing its pool"))?;
-        if let Some(key) = quota_property(spec)
+        if let Some(key) = Bounds::of(spec).key()
             && active.quota < capacity.0
         {
             let change = [(key.to_owned(), capacity.0.to_string())];
@@ -54,6 +54,7 @@ impl<M: Machine> Volumes<M> {
         }
         let capacity = Bytes(active.quota.max(capacity.0));
         volume.state().active = Some(active);
+        volume.state().details = None;
         tracing::info!(volume = %id, "grown: quota {capacity}, partition {size}");
         Ok(Grown { capacity, partition: size })
     }

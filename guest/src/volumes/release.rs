@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use zpod_volume::VolumeId;
 
-use super::{Use, Volume, Volumes};
+use super::{Active, Use, Volume, Volumes};
 use crate::machine::{Fault, Machine};
 
 /// How often a busy step is tried again, and how long is waited in between.
@@ -26,7 +26,8 @@ impl<M: Machine> Volumes<M> {
             let last = {
                 let mut state = volume.state();
                 state.uses.remove(usage);
-                !state.uses.iter().any(|other| other.mount_point == usage.mount_point)
+                let block = state.active.as_ref().is_some_and(Active::is_block);
+                !block && !state.uses.iter().any(|other| other.mount_point == usage.mount_point)
             };
             if last {
                 self.unmount(volume.id, &usage.mount_point).await;
@@ -50,7 +51,9 @@ impl<M: Machine> Volumes<M> {
         if let Err(fault) = self.machine.sync(pool).await {
             tracing::error!(volume = %volume.id, "writing out the pool failed: {fault}");
         }
-        self.unmount(volume.id, &active.base).await;
+        if !active.is_block() {
+            self.unmount(volume.id, &active.base).await;
+        }
         match patiently(|| self.machine.export(pool)).await {
             Ok(()) => {
                 volume.state().active = None;

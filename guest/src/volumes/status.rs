@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use zpod_volume::{Bytes, PoolName, VolumeId, VolumeSpec};
 
-use super::{Active, Volume, Volumes};
+use super::{Active, Volume, Volumes, device};
 use crate::error::VolumeError;
 use crate::machine::{Health, Machine, PoolReport, Usage};
 
@@ -97,6 +97,8 @@ pub struct Details {
     pub compress_ratio: f64,
     /// Space that ZFS snapshots alone hold, in bytes.
     pub snapshot_bytes: u64,
+    /// Usage of a block device; of a file system it is asked for each time.
+    pub device: Usage,
 }
 
 /// Details, and when and in which health they were read.
@@ -133,7 +135,7 @@ impl<M: Machine> Volumes<M> {
         let health = self.machine.health(&spec.pool).await.unwrap_or(None);
         // A suspended pool may not answer.
         let answers = health.is_some_and(|health| health < Health::Suspended);
-        let usage = match answers {
+        let usage = match answers && !active.is_block() {
             true => self.machine.usage(&active.base).await.unwrap_or_default(),
             false => Usage::default(),
         };
@@ -146,6 +148,7 @@ impl<M: Machine> Volumes<M> {
                 details
             }
         };
+        let usage = if active.is_block() { details.device } else { usage };
         Snapshot {
             id: volume.id,
             token: spec.token,
@@ -172,7 +175,8 @@ impl<M: Machine> Volumes<M> {
         let dataset = self.machine.dataset(&spec.dataset()).await.ok().flatten().unwrap_or_default();
         let ratio = dataset.get("compressratio").and_then(|ratio| ratio.trim_end_matches('x').parse().ok());
         let snapshot_bytes = dataset.get("usedbysnapshots").and_then(|bytes| bytes.parse().ok()).unwrap_or(0);
-        Details { report, compress_ratio: ratio.unwrap_or(1.0), snapshot_bytes }
+        let device = if active.is_block() { device::usage(&dataset) } else { Usage::default() };
+        Details { report, compress_ratio: ratio.unwrap_or(1.0), snapshot_bytes, device }
     }
 }
 

@@ -4,6 +4,8 @@ use crate::machine::simulated::{self, Disks, Kill, SimMachine};
 use uuid::Uuid;
 use zpod_volume::{Create, DiskLayout, Headroom, MountFlag};
 
+mod restore;
+
 const WAIT: Duration = Duration::from_secs(60);
 
 fn spec(name: &str, create: Create) -> VolumeSpec {

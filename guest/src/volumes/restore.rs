@@ -1,0 +1,94 @@
+//! Making a copy of another volume's disk a volume of its own.
+//!
+//! # Design
+//! A copy has everything of its origin: the journal, the name and the GUID of the pool, and contents that are perhaps
+//! those of a moment in the middle of much writing. In this order it becomes a volume of its own:
+//!
+//! 1. the pool is imported under the new name, and gets a new GUID;
+//! 2. the dataset is rolled back to the mark, where a guest ran while the copy was made;
+//! 3. size, properties and quota are set, and all of it is written out;
+//! 4. the journal says `Created`, for this volume;
+//! 5. marks are removed.
+//!
+//! Until the fourth step is done no container has seen the volume, and each step before it can be repeated: a start that
+//! is cut short anywhere is begun again. From then on the disk is like any other, and nothing is ever rolled back again.
+//!
+//! The kernel has no two pools with one GUID (`spa_guid_exists`, spa_misc.c). So copies get theirs one at a time, and where the
+//! origin itself is in use in the same guest, it is the origin's pool whose GUID is changed first: that can be done at
+//! any time, and nobody here knows a pool by its GUID.
+
+use std::path::Path;
+
+use zpod_volume::{Origin, PoolName};
+
+use super::activate::Activation;
+use crate::error::VolumeError;
+use crate::journal::Journal;
+use crate::machine::{Disk, Fault, Machine};
+
+impl<M: Machine> Activation<'_, M> {
+    /// The first step, also where it was cut short in this machine or another.
+    pub(super) async fn take_over(
+        &self,
+        disk: &Disk,
+        device: &Path,
+        origin: &Origin,
+        imported: bool,
+    ) -> Result<(), VolumeError> {
+        let pool = &self.request.spec.pool;
+        self.progress.stage("waiting for another copy to get a GUID of its own");
+        let _alone = self.copies.lock().await;
+        if !imported {
+            self.progress.stage("importing the pool it is a copy of");
+            let result = match self.import_copy(device, origin).await {
+                // The origin may have come up in between.
+                Err(_) => self.import_copy(device, origin).await,
+                done => done,
+            };
+            result.map_err(|cause| VolumeError::Import {
+                id: self.id,
+                pool: pool.to_string(),
+                disk: disk.name.clone(),
+                cause,
+            })?;
+        }
+        self.machine.reguid(pool).await.map_err(self.failed("giving its pool a GUID of its own"))
+    }
+
+    async fn import_copy(&self, device: &Path, origin: &Origin) -> Result<(), Fault> {
+        let (theirs, ours) = (PoolName::for_volume(origin.volume), &self.request.spec.pool);
+        if self.machine.health(&theirs).await?.is_some() {
+            self.machine.reguid(&theirs).await?;
+        }
+        let Err(first) = self.machine.import(&theirs, ours, device).await else { return Ok(()) };
+        // Cut short after the import: then the labels have the new name already.
+        let Err(second) = self.machine.import(ours, ours, device).await else { return Ok(()) };
+        Err(Fault::new(format!("{first}; and {second}")))
+    }
+
+    /// The steps from the second on; gives the quota.
+    pub(super) async fn adopt(&self, disk: &Disk, device: &Path) -> Result<u64, VolumeError> {
+        let spec = &self.request.spec;
+        let dataset = spec.dataset();
+        self.dataset().await?;
+        let origin = spec.origin.as_ref();
+        if let Some((origin, mark)) = origin.and_then(|origin| Some((origin, origin.mark.as_ref()?))) {
+            self.progress.stage("going back to the instant it is a copy of");
+            let marks = self.machine.snapshots(&dataset).await.map_err(self.failed("looking for its mark"))?;
+            if !marks.iter().any(|name| name == mark.as_str()) {
+                let (origin, mark) = (origin.volume, mark.clone());
+                return Err(VolumeError::NoMark { id: self.id, origin, mark });
+            }
+            let back = self.machine.rollback(&dataset, mark.as_str()).await;
+            back.map_err(self.failed("going back to the instant it is a copy of"))?;
+        }
+        // What the contents measure is another thing after the rollback.
+        let now = self.dataset().await?;
+        let quota = self.settle(device, &now).await?;
+        self.machine.sync(&spec.pool).await.map_err(self.failed("writing out its pool"))?;
+        self.write_journal(disk, Journal::Created).await?;
+        self.remove_leftover_marks(&now).await;
+        tracing::info!(volume = %self.id, "made from a copy of {:?}", origin.map(|origin| origin.volume));
+        Ok(quota)
+    }
+}
