@@ -6,10 +6,14 @@
 
 use prost::Message as _;
 use std::time::Duration;
-use zpod_proto::agent::{self, Storage};
+use zpod_proto::agent::{self, Device, Storage};
 use zpod_volume::{DecodeSpecError, OPTION_PREFIX, VolumeSpec};
 
 use crate::wire::{self, Edit, Field, Value, WireError};
+
+mod devices;
+
+pub use devices::{Node, hand_out};
 
 /// The type by which our volumes are known among a request's storages.
 const FSTYPE: &str = "zfs";
@@ -105,6 +109,9 @@ pub enum RequestError {
         /// What is wrong with it.
         source: DecodeSpecError,
     },
+    /// A device that the OCI spec does not have, or has twice, or not as a block device.
+    #[error("the device {0:?} is not once among the OCI spec's block devices")]
+    NoDevice(String),
 }
 
 /// The envelope of a request.
@@ -164,6 +171,8 @@ pub struct CreateContainer {
     pub container: String,
     /// Our volumes.
     pub volumes: Vec<VolumeStorage>,
+    /// Disks that the container is to have as devices: ours may be among them, which only the disks tell.
+    pub devices: Vec<Device>,
     /// The payload of the frame to send on, without them; `None` where nothing has to be changed.
     pub rewritten: Option<Vec<u8>>,
 }
@@ -175,7 +184,8 @@ impl CreateContainer {
     /// When it is not well-formed, or has a storage of our type that is not ours.
     pub fn decode(frame: &[u8]) -> Result<Self, RequestError> {
         Envelope::decode(frame)?;
-        let mut request = Self { container: String::new(), volumes: Vec::new(), rewritten: None };
+        let mut request =
+            Self { container: String::new(), volumes: Vec::new(), devices: Vec::new(), rewritten: None };
         let mut named = false;
         request.rewritten = wire::rewrite(frame, |field| match (field.number, field.bytes(frame)) {
             (3, Some(message)) => request.take_from(message, &mut named),
@@ -191,6 +201,10 @@ impl CreateContainer {
                 self.container = text(id)?;
                 Ok(Edit::Keep)
             }
+            (4, Some(device)) => {
+                self.add_device(device)?;
+                Ok(Edit::Keep)
+            }
             (5, Some(storage)) => match volume_storage(storage)? {
                 Some(volume) => {
                     self.volumes.push(volume);
@@ -202,6 +216,15 @@ impl CreateContainer {
             _ => Ok(Edit::Keep),
         })?;
         Ok(replaced(edited))
+    }
+
+    fn add_device(&mut self, bytes: &[u8]) -> Result<(), RequestError> {
+        let Some(device) = devices::disk(bytes)? else { return Ok(()) };
+        if self.devices.iter().any(|other| other.container_path == device.container_path) {
+            return Err(RequestError::NoDevice(device.container_path));
+        }
+        self.devices.push(device);
+        Ok(())
     }
 }
 

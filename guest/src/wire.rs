@@ -135,6 +135,19 @@ fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
+/// Adds a field with a number.
+pub fn put_number(out: &mut Vec<u8>, field: u32, value: u64) {
+    put_varint(out, u64::from(field) << 3);
+    put_varint(out, value);
+}
+
+/// Adds a field with a message.
+pub fn put_message(out: &mut Vec<u8>, field: u32, content: &[u8]) {
+    put_varint(out, u64::from(field) << 3 | 2);
+    put_varint(out, content.len() as u64);
+    out.extend_from_slice(content);
+}
+
 /// What becomes of a field.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Edit {

@@ -95,6 +95,11 @@ impl SimDisk {
         self.put(DiskLayout::SPEC_OFFSET, &zpod_volume::note::encode(spec).unwrap());
     }
 
+    /// Damages one byte of a block.
+    pub(crate) fn flip(&mut self, offset: u64, byte: usize) {
+        self.blocks.get_mut(&offset).unwrap()[byte] ^= 1;
+    }
+
     pub(crate) fn scribble(&mut self, offset: u64) {
         self.put(offset, &[7; 512]);
     }

@@ -1,5 +1,6 @@
 //! The calls that are not simply passed on.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,15 +11,17 @@ use tokio::time::Instant;
 use tonic::Code;
 use zpod_proto::agent::volume_usage::Unit;
 use zpod_proto::agent::{
-    RemoveContainerRequest, ResizeVolumeRequest, VolumeCondition, VolumeStatsRequest, VolumeStatsResponse, VolumeUsage,
+    Device, RemoveContainerRequest, ResizeVolumeRequest, VolumeCondition, VolumeStatsRequest, VolumeStatsResponse,
+    VolumeUsage,
 };
 use zpod_volume::{Bytes, DiskLayout, MountFlag, VolumeId};
 
 use super::order::Turn;
 use super::{Connection, Lost};
+use crate::block;
 use crate::error::VolumeError;
 use crate::machine::{Machine, MountFlags, Usage};
-use crate::request::{CreateContainer, Envelope, Method, VolumeStorage};
+use crate::request::{self, CreateContainer, Envelope, Method, Node, VolumeStorage};
 use crate::ttrpc::{self, Header, Outcome};
 use crate::volumes::Wanted;
 use crate::volumes::status::{DETAIL_AGE, Snapshot};
@@ -57,13 +60,14 @@ impl<M: Machine> Connection<M> {
                 };
                 let timeout = Envelope::decode(&frame).ok().and_then(|envelope| envelope.timeout);
                 let frame = request.rewritten.unwrap_or(frame);
-                if request.volumes.is_empty() {
+                if request.volumes.is_empty() && request.devices.is_empty() {
                     return self.pass_up(header, &frame).await;
                 }
                 let call = Create {
                     turn: self.proxy.order.enter(&request.container),
                     container: request.container,
                     wanted: request.volumes.into_iter().map(wanted).collect(),
+                    devices: request.devices,
                     received,
                     deadline: received + budget(timeout),
                 };
@@ -130,13 +134,31 @@ impl<M: Machine> Connection<M> {
     async fn create(self: &Arc<Self>, header: Header, frame: &[u8], mut call: Create) {
         call.turn.come().await;
         let volumes = &self.proxy.volumes;
+        let devices = match blocks(volumes.machine(), &call.devices, call.deadline).await {
+            Ok(devices) => devices,
+            Err(error) => return self.refuse(header.stream, error.code(), error.to_string()),
+        };
+        if devices.is_empty() && call.wanted.is_empty() {
+            if let Ok((header, answer)) = self.ask(header, frame).await {
+                self.reply(&header.frame(&answer)).await;
+            }
+            return;
+        }
+        call.wanted.extend(devices.iter().cloned());
         let added = match volumes.prepare(&call.container, &call.wanted, call.deadline).await {
             Ok(added) => added,
             Err(error) => return self.respond(header.stream, Err(error)).await,
         };
         let millis = call.received.elapsed().as_millis();
         tracing::info!(container = %call.container, "{} volumes ready after {millis} ms", call.wanted.len());
-        match self.ask(header, frame).await {
+        let rewritten = match self.handed_out(frame, &devices).await {
+            Ok(rewritten) => rewritten,
+            Err((code, text)) => {
+                volumes.undo(added).await;
+                return self.refuse(header.stream, code, text);
+            }
+        };
+        match self.ask(header, rewritten.as_deref().unwrap_or(frame)).await {
             Ok((header, answer)) => {
                 if ttrpc::outcome(&answer) != Outcome::Done {
                     volumes.undo(added).await;
@@ -149,6 +171,21 @@ impl<M: Machine> Connection<M> {
                 tracing::warn!(container = %call.container, "the connection ended before CreateContainer was answered");
             }
         }
+    }
+
+    /// The request with the numbers of the volumes' own block devices; `None` where there are none.
+    async fn handed_out(&self, frame: &[u8], devices: &[Wanted]) -> Result<Option<Vec<u8>>, (Code, String)> {
+        let mut nodes = BTreeMap::new();
+        for wanted in devices {
+            let device = self.proxy.volumes.block_device(wanted.spec.id).await;
+            let device = device.map_err(|error| (error.code(), error.to_string()))?;
+            let node = Node { major: device.major, minor: device.minor, read_only: wanted.flags.read_only };
+            nodes.insert(wanted.mount_point.to_string_lossy().into_owned(), node);
+        }
+        if nodes.is_empty() {
+            return Ok(None);
+        }
+        request::hand_out(frame, &nodes).map(Some).map_err(|error| (Code::InvalidArgument, error.to_string()))
     }
 
     async fn remove(self: &Arc<Self>, header: Header, frame: &[u8], container: &str, mut turn: Turn) {
@@ -183,9 +220,27 @@ impl<M: Machine> Connection<M> {
 struct Create {
     container: String,
     wanted: Vec<Wanted>,
+    /// Disks, some of which may be volumes of ours.
+    devices: Vec<Device>,
     turn: Turn,
     received: Instant,
     deadline: Instant,
+}
+
+/// Those of a container's devices that are volumes of ours.
+async fn blocks<M: Machine>(
+    machine: &M,
+    devices: &[Device],
+    deadline: Instant,
+) -> Result<Vec<Wanted>, block::BlockError> {
+    let mut ours = Vec::new();
+    for device in devices {
+        if let Some(spec) = block::identify(machine, device, deadline).await? {
+            let flags = MountFlags { read_only: spec.read_only, ..MountFlags::default() };
+            ours.push(Wanted { fs_group: None, mount_point: PathBuf::from(&device.container_path), flags, spec });
+        }
+    }
+    Ok(ours)
 }
 
 fn message<T: prost::Message + Default>(frame: &[u8]) -> Option<T> {

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use zpod_proto::agent::{self, CreateContainerRequest, RemoveContainerRequest, Storage, VolumeStatsRequest};
 use zpod_proto::agent::{VolumeStatsResponse, volume_usage::Unit};
 use zpod_proto::ttrpc::{Request, Response, Status};
-use zpod_volume::{Bytes, Create, DiskLayout, Headroom, VolumeId, VolumeSpec};
+use zpod_volume::{Bytes, Create, DiskLayout, Headroom, VolumeId, VolumeMode, VolumeSpec};
 
 struct World {
     volumes: Arc<Volumes<SimMachine>>,
@@ -25,7 +25,11 @@ struct Session {
 fn world(names: &[&str]) -> World {
     let layout = DiskLayout::new(Bytes::gib(1), Headroom::default());
     let disk = |name: &&str| simulated::disk(name, VolumeId::from_name(name), layout.partition, layout.disk);
-    let disks = Arc::new(Mutex::new(names.iter().map(disk).collect()));
+    world_of(names.iter().map(disk).collect())
+}
+
+fn world_of(disks: Vec<simulated::SimDisk>) -> World {
+    let disks = Arc::new(Mutex::new(disks));
     let volumes = Volumes::new(SimMachine::new(&disks, Kill::Never), "/base");
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("agent.sock");
@@ -137,6 +141,73 @@ async fn a_container_gets_its_volume_before_the_agent_hears_of_it() {
     session.answer(3, 0, "").await;
     assert_eq!(session.at_host().await.0, 3);
     assert_eq!(world.volumes.machine().imported().len(), 0, "exported before the answer");
+}
+
+/// A container with the disks at `02/01`, `02/02`, ... as devices.
+fn create_with_devices(container: &str, count: usize, major: i64) -> Vec<u8> {
+    let device = |at: usize| agent::Device {
+        id: format!("02/{:02x}", at + 1),
+        r#type: "blk".into(),
+        container_path: format!("/dev/x{at}"),
+        ..Default::default()
+    };
+    let node = |at: usize| agent::LinuxDevice {
+        path: format!("/dev/x{at}"),
+        r#type: "b".into(),
+        major,
+        minor: 16 * at as i64,
+        ..Default::default()
+    };
+    let linux = agent::Linux { devices: (0..count).map(node).collect(), ..Default::default() };
+    CreateContainerRequest {
+        container_id: container.into(),
+        devices: (0..count).map(device).collect(),
+        oci: Some(agent::Spec { linux: Some(linux), ..Default::default() }),
+        ..CreateContainerRequest::default()
+    }
+    .encode_to_vec()
+}
+
+#[tokio::test]
+async fn a_container_gets_the_zvol_for_a_disk_of_ours_and_a_strangers_disk_as_it_is() {
+    let layout = DiskLayout::new(Bytes::gib(1), Headroom::default());
+    let disk = |name: &str| simulated::disk(name, VolumeId::from_name(name), layout.partition, layout.disk);
+    let (mut ours, mut stranger) = (disk("a"), disk("b"));
+    let spec = VolumeSpec::new(VolumeId::from_name("a"), Uuid::from_u128(7), Create::Fresh, Bytes::gib(1));
+    ours.note(&VolumeSpec { mode: VolumeMode::Block, ..spec });
+    stranger.scribble(512);
+    let world = world_of(vec![ours, stranger]);
+    let mut session = world.session().await;
+    // An init container and the container after it overlap: the pool stays.
+    for (stream, container) in [(1, "init"), (3, "app")] {
+        session.send(stream, "CreateContainer", create_with_devices(container, 2, 7)).await;
+        let seen = CreateContainerRequest::decode(&session.at_agent().await.1.payload[..]).unwrap();
+        let left: Vec<_> = seen.devices.iter().map(|device| device.id.as_str()).collect();
+        assert_eq!(left, ["02/02"], "the agent looks for the stranger's disk only");
+        let nodes: Vec<_> = seen.oci.unwrap().linux.unwrap().devices.iter().map(|d| (d.major, d.minor)).collect();
+        assert_eq!(nodes, [(230, 0), (7, 16)]);
+        session.answer(stream, 0, "").await;
+        session.at_host().await;
+    }
+    assert_eq!(world.volumes.machine().mounts(), [], "there is nothing to mount");
+    for (stream, container, pools) in [(5, "init", 1), (7, "app", 0)] {
+        session.send(stream, "RemoveContainer", remove(container)).await;
+        session.at_agent().await;
+        session.answer(stream, 0, "").await;
+        session.at_host().await;
+        assert_eq!(world.volumes.machine().imported().len(), pools, "{container}");
+    }
+}
+
+#[tokio::test]
+async fn a_disk_of_a_pool_is_never_handed_out_as_a_device() {
+    let world = world(&["a"]);
+    let mut session = world.session().await;
+    session.send(1, "CreateContainer", create_with_devices("c1", 1, 7)).await;
+    let (stream, code, message) = session.at_host().await;
+    assert_eq!((stream, code), (1, Code::FailedPrecondition as i32));
+    assert!(message.contains("/dev/x0") && message.contains("pool"), "{message}");
+    session.nothing_at_agent().await;
 }
 
 #[tokio::test]

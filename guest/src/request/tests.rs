@@ -1,7 +1,9 @@
 use super::*;
 use proptest::prelude::*;
 use uuid::Uuid;
+use std::collections::BTreeMap;
 use zpod_proto::agent::{CreateContainerRequest, FsGroup, Mount, Spec};
+use zpod_proto::agent::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxResources};
 use zpod_proto::ttrpc::Request;
 use zpod_volume::{Bytes, Create, VolumeId};
 
@@ -140,6 +142,92 @@ fn a_timeout_is_read_where_there_is_one() {
     assert_eq!(timeout(1_500_000_000), Some(Duration::from_millis(1500)));
 }
 
+fn block_device(path: &str, id: &str) -> Device {
+    Device { id: id.into(), r#type: "blk".into(), container_path: path.into(), ..Device::default() }
+}
+
+fn oci_device(path: &str, major: i64, minor: i64) -> LinuxDevice {
+    LinuxDevice { path: path.into(), r#type: "b".into(), major, minor, file_mode: 0o660, ..LinuxDevice::default() }
+}
+
+fn rule(major: i64, minor: i64, access: &str) -> LinuxDeviceCgroup {
+    LinuxDeviceCgroup { allow: true, r#type: "b".into(), major, minor, access: access.into() }
+}
+
+fn with_devices(
+    devices: Vec<Device>,
+    oci: Vec<LinuxDevice>,
+    rules: Option<Vec<LinuxDeviceCgroup>>,
+) -> CreateContainerRequest {
+    let linux = Linux {
+        devices: oci,
+        resources: rules.map(|devices| LinuxResources { devices }),
+        cgroups_path: "/x".into(),
+        ..Linux::default()
+    };
+    CreateContainerRequest {
+        container_id: "c1".into(),
+        devices,
+        oci: Some(Spec { linux: Some(linux), ..Spec::default() }),
+        ..CreateContainerRequest::default()
+    }
+}
+
+fn nodes(path: &str, minor: u32, read_only: bool) -> BTreeMap<String, Node> {
+    [(path.to_owned(), Node { major: 230, minor, read_only })].into()
+}
+
+#[test]
+fn a_device_of_ours_becomes_what_the_agent_would_have_made_of_it() {
+    let (ours, theirs) = (block_device("/dev/xvda", "02/01"), block_device("/dev/xvdb", "02/02"));
+    let char_device = LinuxDevice { r#type: "c".into(), ..oci_device("/dev/fuse", 7, 5) };
+    let sent = with_devices(
+        vec![ours, theirs.clone()],
+        vec![oci_device("/dev/xvda", 7, 5), oci_device("/dev/xvdb", 7, 6), char_device.clone()],
+        Some(vec![rule(7, 5, "rw"), rule(7, 6, "rw")]),
+    );
+    let wanted = with_devices(
+        vec![theirs.clone()],
+        vec![oci_device("/dev/xvda", 230, 16), oci_device("/dev/xvdb", 7, 6), char_device],
+        Some(vec![rule(230, 16, "rw"), rule(7, 6, "rw"), rule(230, 16, "rwm")]),
+    );
+    let sent = frame(&sent, &unknown(b"later"));
+    let request = CreateContainer::decode(&sent).unwrap();
+    assert_eq!(request.devices.len(), 2);
+    assert!(request.rewritten.is_none());
+    let rewritten = hand_out(&sent, &nodes("/dev/xvda", 16, false)).unwrap();
+    let message = |frame: &[u8]| CreateContainerRequest::decode(Envelope::decode(frame).unwrap().payload).unwrap();
+    assert_eq!(message(&rewritten), message(&frame(&wanted, &unknown(b"later"))));
+    assert!(rewritten.ends_with(&unknown(b"later")), "unknown fields stay");
+    // A container that may only read: its rule says so.
+    let read_only = message(&hand_out(&sent, &nodes("/dev/xvda", 16, true)).unwrap());
+    let rules = read_only.oci.unwrap().linux.unwrap().resources.unwrap().devices;
+    assert_eq!(rules.last(), Some(&rule(230, 16, "rm")));
+}
+
+#[test]
+fn a_device_that_the_spec_does_not_have_once_is_refused() {
+    let device = || block_device("/dev/xvda", "02/01");
+    let refused = |message: &CreateContainerRequest| {
+        let error = hand_out(&frame(message, &[]), &nodes("/dev/xvda", 0, false)).unwrap_err();
+        assert!(error.to_string().contains("/dev/xvda"), "{error}");
+    };
+    refused(&with_devices(vec![device()], vec![oci_device("/dev/other", 7, 5)], None));
+    refused(&with_devices(vec![device()], vec![oci_device("/dev/xvda", 7, 5), oci_device("/dev/xvda", 7, 6)], None));
+    let char_device = LinuxDevice { r#type: "c".into(), ..oci_device("/dev/xvda", 7, 5) };
+    refused(&with_devices(vec![device()], vec![char_device], None));
+    refused(&CreateContainerRequest { devices: vec![device()], ..CreateContainerRequest::default() });
+    let twice = with_devices(vec![device(), device()], vec![oci_device("/dev/xvda", 7, 5)], None);
+    assert!(matches!(CreateContainer::decode(&frame(&twice, &[])), Err(RequestError::NoDevice(_))));
+}
+
+#[test]
+fn devices_that_are_no_disks_are_not_looked_at() {
+    let vfio = Device { r#type: "vfio-pci".into(), ..block_device("/dev/vfio/1", "x") };
+    let request = CreateContainer::decode(&frame(&with_devices(vec![vfio], vec![], None), &[])).unwrap();
+    assert_eq!((request.devices.len(), request.rewritten), (0, None));
+}
+
 fn storages() -> impl Strategy<Value = Vec<(bool, String)>> {
     proptest::collection::vec((any::<bool>(), "[a-z]{1,8}"), 0..6)
 }
@@ -185,12 +273,14 @@ proptest! {
         let _ = peek(&bytes);
         let _ = Envelope::decode(&bytes);
         let _ = CreateContainer::decode(&bytes);
+        let _ = hand_out(&bytes, &nodes("/dev/x", 1, false));
         let message = CreateContainerRequest { storages: vec![zfs_storage("x")], ..CreateContainerRequest::default() };
         let mut sound = frame(&message, &unknown(&[1, 2]));
         let at = cut.index(sound.len());
         sound.splice(at..(at + bytes.len()).min(sound.len()), bytes);
         let _ = peek(&sound);
         let _ = CreateContainer::decode(&sound);
+        let _ = hand_out(&sound, &nodes("/dev/x", 1, false));
     }
 
     #[test]
