@@ -1,3 +1,5 @@
+mod transfer;
+
 use std::time::Duration;
 
 use tonic::transport::Channel;
@@ -9,6 +11,8 @@ use zpod_volume::{Bytes, VolumeId};
 
 use super::{Report, clean, connect};
 use crate::kata::AgentUrl;
+
+pub use transfer::{MAX_CHUNK, Sending};
 
 /// No answer of a guest is larger.
 const MAX_MESSAGE: usize = 1 << 20;
@@ -62,6 +66,7 @@ pub enum GuestError {
 #[derive(Debug, Clone)]
 pub struct GuestClient {
     sandbox: String,
+    url: AgentUrl,
     stub: Stub<Channel>,
 }
 
@@ -75,7 +80,7 @@ impl GuestClient {
             .await
             .map_err(|reason| GuestError::Unreachable { sandbox: sandbox.to_owned(), reason })?;
         let stub = Stub::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-        Ok(Self { sandbox: sandbox.to_owned(), stub })
+        Ok(Self { sandbox: sandbox.to_owned(), url: url.clone(), stub })
     }
 
     /// The sandbox it belongs to.
