@@ -10,6 +10,6 @@ mod connect;
 mod monitor;
 mod report;
 
-pub use client::{GuestClient, GuestError, MAX_CHUNK, Sending};
+pub use client::{Changes, GuestClient, GuestError, MAX_CHUNK, Sending};
 pub use monitor::{Listener, Monitor};
 pub use report::{Errors, Health, Report, Scrub, ScrubState, Usage, VolumeReport, clean};

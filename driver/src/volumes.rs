@@ -10,10 +10,13 @@
 //! work as here: see [`crate::cluster`].
 
 mod capacity_range;
+mod clone;
 mod context;
+mod copies;
 mod error;
 mod expand;
 mod lock;
+mod modify;
 mod mount_options;
 mod observer;
 mod pods;
@@ -27,8 +30,13 @@ mod spec;
 mod stats;
 
 pub use capacity_range::{CapacityRange, DEFAULT_CAPACITY};
+#[allow(unused_imports, reason = "for the cluster's provisioner")]
+pub(crate) use clone::Bounds;
 pub use context::{Context, Probe};
+pub use copies::Progress;
 pub use error::VolumeError;
+#[allow(unused_imports, reason = "for the cluster's provisioner")]
+pub(crate) use modify::check as check_attributes;
 pub use mount_options::MountOptions;
 pub use observer::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer, PERSISTENT_VOLUME};
 pub use pods::{AnyPod, PodCheck};
@@ -36,6 +44,8 @@ pub(crate) use provision::same;
 pub use provision::{CreateRequest, Provision, Provisioner, Room, TOPOLOGY_KEY, VolumePage};
 pub use publish::{NodeVolumes, PublishRequest};
 pub use scrubs::ScrubStart;
-pub use snapshots::{GroupRequest, SnapshotPage, SnapshotRequest, Snapshots};
+pub use snapshots::{GroupRequest, SnapshotPage, SnapshotRequest, Snapshots, Snapshotter};
+#[allow(unused_imports, reason = "for the cluster's snapshots")]
+pub(crate) use snapshots::{member_name, wanted_member};
 pub use stats::Stats;
 pub(crate) use stats::condition_of;

@@ -99,10 +99,11 @@ impl World {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("kata")).unwrap();
-        let catalog = zpod_storage::catalog::dir::open(dir.path().join("state")).unwrap().0;
+        let (catalog, snapshots) = zpod_storage::catalog::dir::open(dir.path().join("state")).unwrap();
         let catalog = Arc::new(Counting(catalog, AtomicUsize::default()));
         let backing = SimBacking::new(Bytes::gib(100), 1.0);
-        let context = Context::new("node-1".into(), "boot-1".into(), catalog.clone(), Arc::new(backing));
+        let context =
+            Context::new("node-1".into(), "boot-1".into(), catalog.clone(), Arc::new(snapshots), Arc::new(backing));
         let direct = DirectVolumes::open(&dir.path().join("direct-volumes")).unwrap();
         let notes = Arc::new(Notes::default());
         let node = NodeVolumes::load(context.clone(), direct).await.unwrap();

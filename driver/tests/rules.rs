@@ -167,9 +167,15 @@ async fn the_host_never_reads_a_tenants_bytes() {
 
 /// One boot of a host, on directories and devices that outlive it.
 async fn boot(dir: &Path, backing: &SimBacking, boot_id: &str) -> (Provisioner, NodeVolumes) {
-    let catalog = Arc::new(zpod_storage::catalog::dir::open(dir.join("state")).unwrap().0);
+    let (catalog, snapshots) = zpod_storage::catalog::dir::open(dir.join("state")).unwrap();
     let direct = DirectVolumes::open(&dir.join("direct-volumes")).unwrap();
-    let context = Context::new("node-1".into(), boot_id.into(), catalog, Arc::new(backing.clone()));
+    let context = Context::new(
+        "node-1".into(),
+        boot_id.into(),
+        Arc::new(catalog),
+        Arc::new(snapshots),
+        Arc::new(backing.clone()),
+    );
     (Provisioner::new(Arc::clone(&context)), NodeVolumes::load(context, direct).await.unwrap())
 }
 

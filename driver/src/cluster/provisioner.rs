@@ -171,6 +171,11 @@ impl Provision for ClusterProvisioner {
         Ok(object.record()?)
     }
 
+    async fn modify(&self, _: VolumeId, _: zpod_volume::VolumeAttributes) -> Result<Volume, VolumeError> {
+        let reason = "attributes can't be changed through the cluster yet";
+        Err(VolumeError::invalid("mutable_parameters", reason))
+    }
+
     async fn get(&self, id: VolumeId) -> Result<Volume, VolumeError> {
         Ok(self.find(id).await?.record()?)
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use tokio::sync::Notify;
 use zpod_kubernetes::KubeCatalog;
+use zpod_kubernetes::crd::ZfsSnapshot;
 use zpod_kubernetes::crd::ZfsVolume;
 use zpod_storage::backing::file::FileBacking;
 use zpod_storage::catalog::CatalogError;
@@ -58,8 +59,10 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let backing = Arc::new(FileBacking::open(&node.backing_dir, node.overprovision)?);
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     let catalog = KubeCatalog::<ZfsVolume>::of_node(client.clone(), &node.node_name);
+    let snapshots = KubeCatalog::<ZfsSnapshot>::of_node(client.clone(), &node.node_name);
     let boot_id = Context::boot_id()?;
-    let context = Context::new(node.node_name, boot_id.clone(), Arc::new(catalog), backing.clone());
+    let context =
+        Context::new(node.node_name, boot_id.clone(), Arc::new(catalog), Arc::new(snapshots), backing.clone());
     let mut registry = metrics::registry();
     NodeMetrics::register(&mut registry, context.node(), backing);
     let states = PoolStates::new(context.node(), &boot_id);
@@ -82,7 +85,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         "serving"
     );
     let changed = Arc::new(Notify::new());
-    let provisioner = Provisioner::new(context.clone());
+    let provisioner = Provisioner::new(context.clone()).telling(volumes.clone());
     let reporter = NodeReporter { context: context.clone(), changed: changed.clone() };
     let services = Services {
         identity: IdentityService::new(context.clone()),

@@ -42,9 +42,10 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     }
     let (end, node) = (told_to_end()?, options.node);
     let backing = FileBacking::open(&node.backing_dir, node.overprovision)?;
-    let catalog = dir::open(&options.state_dir)?.0;
+    let (catalog, snapshots) = dir::open(&options.state_dir)?;
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
-    let context = Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(backing));
+    let context =
+        Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(snapshots), Arc::new(backing));
     let volumes = NodeVolumes::load(context.clone(), direct).await?;
     tokio::spawn(volumes.clone().keep_scrubbing());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
@@ -59,7 +60,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     );
     let services = Services {
         identity: IdentityService::new(context.clone()),
-        controller: Some(ControllerService::new(Arc::new(Provisioner::new(context)))),
+        controller: Some(ControllerService::new(Arc::new(Provisioner::new(context).telling(volumes.clone())))),
         node: Some(NodeService::new(volumes)),
     };
     serve(socket, services, end).await?;

@@ -17,22 +17,40 @@ fn code(error: &VolumeError) -> Code {
         VolumeError::OutOfRange { .. } => Code::OutOfRange,
         // CSI 1.12, ListVolumes: an invalid starting_token is ABORTED.
         VolumeError::Token(_) => Code::Aborted,
-        VolumeError::NotFound { .. } | VolumeError::NotPublished { .. } => Code::NotFound,
-        VolumeError::Exists { .. } | VolumeError::PublishedOtherwise { .. } => Code::AlreadyExists,
+        VolumeError::NotFound { .. }
+        | VolumeError::NotPublished { .. }
+        | VolumeError::SnapshotNotFound { .. }
+        | VolumeError::GroupNotFound { .. } => Code::NotFound,
+        VolumeError::Exists { .. }
+        | VolumeError::PublishedOtherwise { .. }
+        | VolumeError::SnapshotExists { .. }
+        | VolumeError::GroupExists { .. } => Code::AlreadyExists,
+        // As the CSI driver of the specification's authors (csi-driver-host-path) has it.
+        VolumeError::InGroup { .. } => Code::InvalidArgument,
+        VolumeError::GroupMember { source, .. } => code(source),
         // CSI 1.12, CreateVolume: "unable to provision in accessible_topology".
-        VolumeError::Topology { .. } | VolumeError::NoNode { .. } => Code::ResourceExhausted,
+        VolumeError::Topology { .. } | VolumeError::NoNode { .. } | VolumeError::SourceElsewhere { .. } => {
+            Code::ResourceExhausted
+        }
         // Of these, external-provisioner knows that the work goes on, and asks again for the same.
         VolumeError::NodeSilent { .. } => Code::DeadlineExceeded,
         VolumeError::NodeRefused { no_room: true, .. } => Code::ResourceExhausted,
         VolumeError::NodeRefused { no_room: false, .. } => Code::FailedPrecondition,
         // CSI 1.12: "operation pending for volume".
-        VolumeError::NotReady { .. } => Code::Aborted,
+        VolumeError::NotReady { .. }
+        | VolumeError::SnapshotNotReady { .. }
+        | VolumeError::MarkLost { .. }
+        | VolumeError::Copying { .. }
+        | VolumeError::BeingCopied { .. } => Code::Aborted,
         VolumeError::OtherNode { .. }
         | VolumeError::Published { .. }
         | VolumeError::TargetTaken { .. }
         | VolumeError::BeyondHeadroom { .. }
+        | VolumeError::NoCopyWhileRunning { .. }
         | VolumeError::PodRefused { .. } => Code::FailedPrecondition,
-        VolumeError::GuestSilent { .. } | VolumeError::PodUnknown { .. } => Code::Unavailable,
+        VolumeError::GuestSilent { .. } | VolumeError::JustRestored { .. } | VolumeError::PodUnknown { .. } => {
+            Code::Unavailable
+        }
         VolumeError::Guest { source, .. } => guest(source),
         VolumeError::Backing { source, .. } => backing(source),
         VolumeError::Catalog(source) => catalog(source),
@@ -45,6 +63,8 @@ fn guest(error: &GuestError) -> Code {
     match error {
         GuestError::Unreachable { .. } | GuestError::Timeout { .. } => Code::Unavailable,
         GuestError::DiskTooSmall { .. } => Code::FailedPrecondition,
+        // Such as a reservation for which the pool has no room.
+        GuestError::Refused { call: "SetProperties", .. } => Code::FailedPrecondition,
         GuestError::Refused { .. } => Code::Internal,
     }
 }
@@ -91,7 +111,7 @@ mod tests {
     use std::io;
     use std::time::Duration;
     use zpod_storage::catalog::Volume;
-    use zpod_volume::{Bytes, SnapshotId, VolumeId, VolumeParameters};
+    use zpod_volume::{Bytes, GroupId, SnapshotId, VolumeId, VolumeParameters};
 
     fn every_error() -> Vec<(VolumeError, Code)> {
         let id = VolumeId::from_name("pvc-1");
@@ -101,6 +121,8 @@ mod tests {
         let guest = |source| VolumeError::Guest { id, source };
         let no_room = BackingError::NoRoom { location: s("/srv"), wanted: Bytes::gib(2), available: Bytes::gib(1) };
         let parameter = VolumeParameters::parse([("no", "x")]).unwrap_err();
+        let (snapshot, group, progress) = (SnapshotId::from_name("x"), GroupId::from_name("x"), Default::default());
+        let silent = VolumeError::GuestSilent { id, node: s("n1") };
         let timeout = GuestError::Timeout { sandbox: s("s"), call: "Grow", deadline: Duration::from_secs(1) };
         vec![
             (VolumeError::invalid("name", "empty"), Code::InvalidArgument),
@@ -164,6 +186,22 @@ mod tests {
             (KataError::Occupied { path: "/x".into(), reason: "x" }.into(), Code::Internal),
             (KataError::Io { what: "mount", path: "/x".into(), source: io() }.into(), Code::Internal),
             (VolumeError::CutShort(s("x")), Code::Unavailable),
+            (VolumeError::SnapshotNotFound { id: s("x"), node: s("n1") }, Code::NotFound),
+            (VolumeError::SnapshotExists { name: s("x"), id: snapshot, difference: s("d") }, Code::AlreadyExists),
+            (VolumeError::SnapshotNotReady { id: snapshot, state: "", remedy: "" }, Code::Aborted),
+            (VolumeError::InGroup { id: snapshot, group }, Code::InvalidArgument),
+            (VolumeError::GroupNotFound { id: s("x") }, Code::NotFound),
+            (VolumeError::GroupExists { name: s("x"), id: group, difference: s("d") }, Code::AlreadyExists),
+            (VolumeError::GroupMember { name: s("x"), volume: id, source: Box::new(silent) }, Code::Unavailable),
+            (
+                VolumeError::SourceElsewhere { name: s("x"), source_name: s("y"), home: s("n2") },
+                Code::ResourceExhausted,
+            ),
+            (VolumeError::NoCopyWhileRunning { id, holder: s("a"), node: s("n1") }, Code::FailedPrecondition),
+            (VolumeError::JustRestored { id, node: s("n1") }, Code::Unavailable),
+            (VolumeError::MarkLost { id: snapshot, volume: id, node: s("n1") }, Code::Aborted),
+            (VolumeError::Copying { what: s("x"), from: s("y"), node: s("n1"), progress }, Code::Aborted),
+            (VolumeError::BeingCopied { what: s("x"), target: s("y"), node: s("n1"), progress }, Code::Aborted),
         ]
     }
 

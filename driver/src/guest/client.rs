@@ -1,3 +1,4 @@
+mod marks;
 mod transfer;
 
 use std::time::Duration;
@@ -12,6 +13,7 @@ use zpod_volume::{Bytes, VolumeId};
 use super::{Report, clean, connect};
 use crate::kata::AgentUrl;
 
+pub use marks::Changes;
 pub use transfer::{MAX_CHUNK, Sending};
 
 /// No answer of a guest is larger.

@@ -1,15 +1,22 @@
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use zpod_storage::backing::{Backing, BackingError, DeviceSpec};
-use zpod_storage::catalog::{Catalog, Phase, Publication, Volume};
-use zpod_volume::VolumeId;
+use uuid::Uuid;
+use zpod_storage::backing::{Backing, BackingError, CopySource, DeviceSpec};
+use zpod_storage::catalog::{Catalog, Phase, Publication, Snapshot, Volume};
+use zpod_volume::{SnapshotId, VolumeId};
 
 use super::VolumeError;
+use super::copies::Copies;
 use super::lock::{VolumeLock, VolumeLocks};
 use super::published::Published;
+
+/// In which publication's guest the instant of a snapshot was marked; none where nobody ran. In memory: after a restart
+/// nobody knows whether a mark is still there.
+type Marks = Mutex<HashMap<SnapshotId, Option<Uuid>>>;
 
 /// What all work on volumes needs.
 #[derive(Debug)]
@@ -17,16 +24,26 @@ pub struct Context {
     pub(super) node: String,
     pub(super) boot_id: String,
     pub(super) catalog: Arc<dyn Catalog>,
+    pub(super) snapshots: Arc<dyn Catalog<Snapshot>>,
     pub(super) backing: Arc<dyn Backing>,
     pub(super) published: Published,
+    pub(super) copies: Copies,
+    marks: Marks,
     locks: VolumeLocks,
 }
 
 impl Context {
     /// Puts together what there is on this node. `boot_id` names this boot of the host: [`Context::boot_id`].
-    pub fn new(node: String, boot_id: String, catalog: Arc<dyn Catalog>, backing: Arc<dyn Backing>) -> Arc<Self> {
+    pub fn new(
+        node: String,
+        boot_id: String,
+        catalog: Arc<dyn Catalog>,
+        snapshots: Arc<dyn Catalog<Snapshot>>,
+        backing: Arc<dyn Backing>,
+    ) -> Arc<Self> {
         let (published, locks) = (Published::default(), VolumeLocks::default());
-        Arc::new(Self { node, boot_id, catalog, backing, published, locks })
+        let (copies, marks) = (Copies::default(), Marks::default());
+        Arc::new(Self { node, boot_id, catalog, snapshots, backing, published, copies, marks, locks })
     }
 
     /// The id of this boot of the host.
@@ -46,16 +63,37 @@ impl Context {
         self.locks.lock(id).await
     }
 
+    /// Locks several volumes, always in the same order, so that nobody waits for anybody in a circle.
+    pub(super) async fn lock_all(&self, ids: impl IntoIterator<Item = VolumeId>) -> Vec<VolumeLock> {
+        let ids: BTreeSet<_> = ids.into_iter().collect();
+        let mut locks = Vec::with_capacity(ids.len());
+        for id in ids {
+            locks.push(self.locks.lock(id).await);
+        }
+        locks
+    }
+
     pub(super) async fn find(&self, id: VolumeId) -> Result<Volume, VolumeError> {
         self.catalog.get(id).await?.ok_or_else(|| self.not_found(&id.to_string()))
     }
 
-    /// The record of a volume that is kept here and can be used.
+    pub(super) fn marks(&self) -> MutexGuard<'_, HashMap<SnapshotId, Option<Uuid>>> {
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) async fn find_snapshot(&self, id: SnapshotId) -> Result<Snapshot, VolumeError> {
+        self.snapshots.get(id).await?.ok_or_else(|| self.snapshot_not_found(&id.to_string()))
+    }
+
+    /// The record of a volume that is kept here and can be used. Under its lock.
     pub(super) async fn ready(&self, id: VolumeId) -> Result<Volume, VolumeError> {
         let volume = self.find(id).await?;
         self.check_home(&volume)?;
         match volume.phase {
-            Phase::Ready => Ok(volume),
+            Phase::Ready => {
+                self.check_not_read(CopySource::Device(id))?;
+                Ok(volume)
+            }
             Phase::Creating => {
                 Err(VolumeError::NotReady { id, state: "not finished yet", remedy: "let CreateVolume be repeated" })
             }
@@ -68,6 +106,21 @@ impl Context {
             return Ok(());
         }
         Err(VolumeError::OtherNode { id: volume.id, home: volume.node.clone(), node: self.node.clone() })
+    }
+
+    /// That nothing is being copied in full from this: until then it must not change.
+    pub(super) fn check_not_read(&self, source: CopySource) -> Result<(), VolumeError> {
+        let Some((target, progress)) = self.copies.reading(source) else { return Ok(()) };
+        let what = match source {
+            CopySource::Device(id) => format!("volume {id}"),
+            CopySource::Snapshot(id) => format!("snapshot {id}"),
+        };
+        Err(VolumeError::BeingCopied { what, target: target.to_string(), node: self.node.clone(), progress })
+    }
+
+    /// The error for an id that no snapshot has.
+    pub fn snapshot_not_found(&self, id: &str) -> VolumeError {
+        VolumeError::SnapshotNotFound { id: crate::guest::clean(id, 128), node: self.node.clone() }
     }
 
     /// The error for an id that nothing here has.

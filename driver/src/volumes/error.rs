@@ -3,8 +3,9 @@ use std::time::Duration;
 
 use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::CatalogError;
-use zpod_volume::{Bytes, ParameterError, VolumeId};
+use zpod_volume::{Bytes, GroupId, ParameterError, SnapshotId, VolumeId};
 
+use super::copies::Progress;
 use crate::guest::GuestError;
 use crate::kata::KataError;
 
@@ -29,7 +30,7 @@ pub enum VolumeError {
         reason: String,
     },
     /// A place in a list that can't be understood.
-    #[error("starting_token {0:?} did not come from ListVolumes; begin again with an empty one")]
+    #[error("starting_token {0:?} did not come from an earlier page of this list; begin again with an empty one")]
     Token(String),
     /// No such volume.
     #[error("volume {id:?} does not exist on node {node}")]
@@ -203,6 +204,155 @@ pub enum VolumeError {
         /// Why, and what to do.
         reason: String,
     },
+    /// No such snapshot.
+    #[error("snapshot {id:?} does not exist on node {node}")]
+    SnapshotNotFound {
+        /// The id as it was given.
+        id: String,
+        /// Where it was looked for.
+        node: String,
+    },
+    /// There is another snapshot of that name.
+    #[error(
+        "a snapshot named {name:?} exists already ({id}) and differs: {difference}; use another name, or delete it first"
+    )]
+    SnapshotExists {
+        /// The name.
+        name: String,
+        /// Its id.
+        id: SnapshotId,
+        /// What differs.
+        difference: String,
+    },
+    /// The snapshot can't be used as it is.
+    #[error("snapshot {id} is {state}; {remedy}")]
+    SnapshotNotReady {
+        /// The snapshot.
+        id: SnapshotId,
+        /// What state it is in.
+        state: &'static str,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// It goes with its group.
+    #[error("snapshot_id: snapshot {id} was taken with group snapshot {group}, and is deleted with that")]
+    InGroup {
+        /// The snapshot.
+        id: SnapshotId,
+        /// Its group.
+        group: GroupId,
+    },
+    /// No such group.
+    #[error("group snapshot {id:?} does not exist")]
+    GroupNotFound {
+        /// The id as it was given.
+        id: String,
+    },
+    /// There is another group of that name.
+    #[error(
+        "a group snapshot named {name:?} exists already ({id}) and differs: {difference}; use another name, or delete it \
+         first"
+    )]
+    GroupExists {
+        /// The name.
+        name: String,
+        /// Its id.
+        id: GroupId,
+        /// What differs.
+        difference: String,
+    },
+    /// One member of a group could not be had; so there is none.
+    #[error(
+        "group snapshot {name:?}: none of its snapshots is kept, since one of volume {volume} can't be had: {source}"
+    )]
+    GroupMember {
+        /// The group's name.
+        name: String,
+        /// The volume whose snapshot failed.
+        volume: VolumeId,
+        /// Why.
+        source: Box<VolumeError>,
+    },
+    /// What a volume is to be made from is on another node.
+    #[error(
+        "volume {name:?} can't be made from {source_name}: that is kept on node {home}, and blocks are shared on one node only; \
+         let the pod run there, or move the data with `kubectl zpod send` and `receive`"
+    )]
+    SourceElsewhere {
+        /// The name of the volume that is wanted.
+        name: String,
+        /// What it was to be made from.
+        source_name: String,
+        /// Where that is.
+        home: String,
+    },
+    /// A full copy would take its time, and somebody is writing.
+    #[error(
+        "volume {id} is published to {holder} on node {node}, and the file system there can't share blocks: a full copy \
+         would mix what was written earlier with what was written later; end that pod first, or put the backing directory \
+         on XFS or btrfs"
+    )]
+    NoCopyWhileRunning {
+        /// The volume.
+        id: VolumeId,
+        /// The pod.
+        holder: String,
+        /// The node.
+        node: String,
+    },
+    /// Its guest is at making the contents of another volume its own.
+    #[error(
+        "volume {id} was just restored, and its guest on node {node} has not reported it yet; try again in a moment, and \
+         look at the pod if this goes on"
+    )]
+    JustRestored {
+        /// The volume.
+        id: VolumeId,
+        /// The node.
+        node: String,
+    },
+    /// The instant was marked, but by a guest that is gone.
+    #[error(
+        "snapshot {id} of volume {volume}: the instant was marked, but the pod or zpod-node has restarted since on node \
+         {node}; take it again"
+    )]
+    MarkLost {
+        /// The snapshot.
+        id: SnapshotId,
+        /// The volume.
+        volume: VolumeId,
+        /// The node.
+        node: String,
+    },
+    /// It is being made by a full copy.
+    #[error(
+        "{what}: a full copy of {from} is being made on node {node}, {progress} is done; asked again, it tells more"
+    )]
+    Copying {
+        /// What is made.
+        what: String,
+        /// From what.
+        from: String,
+        /// The node.
+        node: String,
+        /// How far it is.
+        progress: Progress,
+    },
+    /// A full copy is being made of it.
+    #[error(
+        "{what} is being copied in full into {target} on node {node}, and has to stay as it is until then: {progress} is \
+         done; try again when it is"
+    )]
+    BeingCopied {
+        /// What is read.
+        what: String,
+        /// What is made.
+        target: String,
+        /// The node.
+        node: String,
+        /// How far it is.
+        progress: Progress,
+    },
     /// The guest did not do what it was asked.
     #[error("volume {id}: {source}")]
     Guest {
@@ -237,6 +387,28 @@ impl VolumeError {
             self,
             Self::Backing { source: BackingError::NoRoom { .. }, .. } | Self::NodeRefused { no_room: true, .. }
         )
+    }
+
+    /// Whether asking again, as things are, can't help: nothing was made, and nothing is being made.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Invalid { .. }
+            | Self::Parameter(_)
+            | Self::OutOfRange { .. }
+            | Self::NotFound { .. }
+            | Self::SnapshotNotFound { .. }
+            | Self::SourceElsewhere { .. }
+            | Self::NoCopyWhileRunning { .. }
+            | Self::MarkLost { .. }
+            | Self::Backing { source: BackingError::CannotShare { .. }, .. } => true,
+            Self::GroupMember { source, .. } => source.is_refusal(),
+            error => error.is_no_room(),
+        }
+    }
+
+    /// Whether it is being made, so that asking again is all there is to do.
+    pub fn is_under_way(&self) -> bool {
+        matches!(self, Self::Copying { .. })
     }
 
     /// An [`VolumeError::Invalid`].

@@ -1,19 +1,27 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
-use zpod_storage::backing::{BackingError, Outcome};
+use zpod_storage::backing::{BackingError, CopySource, Outcome};
 use zpod_storage::catalog::{Condition, Created, Phase, Source, Volume};
 use zpod_storage::crash;
 use zpod_volume::{Bytes, DiskLayout, VolumeAttributes, VolumeId, VolumeMode, VolumeParameters};
 
 use super::context::{deleting, device_spec, to_the_end};
-use super::{CapacityRange, Context, VolumeError};
+use super::copies::Target;
+use super::lock::VolumeLock;
+use super::modify::{check, modify};
+use super::publish::NodeVolumes;
+use super::{CapacityRange, Context, VolumeError, clone};
 
 /// The topology key: the node whose backing store holds a volume.
 pub const TOPOLOGY_KEY: &str = "csi.zpod.storage/node";
+
+/// How long CreateVolume waits for a full copy before it says how far that is.
+const COPY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Makes, deletes, grows and lists volumes: in this process ([`Provisioner`]), or through the cluster.
 #[async_trait]
@@ -35,6 +43,13 @@ pub trait Provision: Send + Sync + fmt::Debug + 'static {
     /// # Errors
     /// When there is no room, or the size can't be had.
     async fn expand(&self, id: VolumeId, range: CapacityRange) -> Result<Volume, VolumeError>;
+
+    /// Changes what of a volume can change while it lives; what is not named stays. Takes effect in a running guest, and
+    /// in the next one.
+    ///
+    /// # Errors
+    /// When the volume does not exist or can't have them, or its guest refuses.
+    async fn modify(&self, id: VolumeId, changes: VolumeAttributes) -> Result<Volume, VolumeError>;
 
     /// A volume, and its condition.
     ///
@@ -71,6 +86,7 @@ pub struct VolumePage {
 #[derive(Debug, Clone)]
 pub struct Provisioner {
     context: Arc<Context>,
+    node: Option<NodeVolumes>,
 }
 
 /// A volume that is wanted.
@@ -106,17 +122,25 @@ pub struct Room {
 impl Provisioner {
     /// A provisioner of this node.
     pub fn new(context: Arc<Context>) -> Self {
-        Self { context }
+        Self { context, node: None }
     }
 
-    /// Makes the device of a volume that is recorded and has none yet. One that is there already is the answer too.
+    /// With the node's side, which is told what changes in volumes that are published.
+    #[must_use]
+    pub fn telling(self, node: NodeVolumes) -> Self {
+        Self { node: Some(node), ..self }
+    }
+
+    /// Makes the device of a volume that is recorded and has none yet, from its source where it has one. One that is
+    /// there already is the answer too.
     ///
     /// # Errors
-    /// When the device can't be had.
+    /// When the device can't be had; [`VolumeError::Copying`] while a full copy is being made.
     pub async fn finish(&self, id: VolumeId) -> Result<Volume, VolumeError> {
         let context = self.context.clone();
         to_the_end(async move {
-            let _lock = context.lock(id).await;
+            let source = context.find(id).await?.source;
+            let _locks = lock_both(&context, id, source).await?;
             let volume = context.find(id).await?;
             context.check_home(&volume)?;
             match volume.phase {
@@ -160,6 +184,11 @@ impl Provision for Provisioner {
         to_the_end(async move { expand(&context, id, range).await }).await
     }
 
+    async fn modify(&self, id: VolumeId, changes: VolumeAttributes) -> Result<Volume, VolumeError> {
+        let (context, node) = (self.context.clone(), self.node.clone());
+        to_the_end(async move { modify(&context, node.as_ref(), id, changes).await }).await
+    }
+
     /// What its guest said last, unless its device is missing.
     async fn get(&self, id: VolumeId) -> Result<Volume, VolumeError> {
         let mut volume = self.context.find(id).await?;
@@ -192,38 +221,101 @@ impl Provision for Provisioner {
     }
 }
 
-async fn create(context: &Context, request: CreateRequest) -> Result<Volume, VolumeError> {
-    let (id, capacity) = (VolumeId::from_name(&request.name), request.range.choose()?);
+async fn create(context: &Arc<Context>, request: CreateRequest) -> Result<Volume, VolumeError> {
+    let id = VolumeId::from_name(&request.name);
+    check(request.mode, &request.attributes)?;
+    let target = Target::Volume(id);
+    match create_now(context, &request).await {
+        Err(error) if error.is_under_way() && context.copies.wait(target, COPY_PATIENCE).await => {
+            create_now(context, &request).await
+        }
+        Err(error) if error.is_under_way() => {
+            Err(request.source.and_then(|source| clone::under_way(context, id, source)).unwrap_or(error))
+        }
+        made => made,
+    }
+}
+
+async fn create_now(context: &Arc<Context>, request: &CreateRequest) -> Result<Volume, VolumeError> {
+    let id = VolumeId::from_name(&request.name);
     if request.nodes.as_ref().is_some_and(|nodes| !nodes.contains(&context.node)) {
         return Err(VolumeError::Topology { key: TOPOLOGY_KEY, node: context.node.clone() });
     }
-    let _lock = context.lock(id).await;
-    let wanted = Volume {
-        labels: request.labels.clone(),
-        ..Volume::wanted(&request.name, capacity, request.parameters.clone(), &context.node)
-    };
-    crash::point("create: begin");
-    let volume = match context.catalog.create(wanted).await? {
-        Created::Created(volume) => volume,
-        Created::Existed(volume) => check_same(context, volume, &request)?,
-    };
+    let found = context.catalog.get(id).await?;
+    if let Some(volume) = found {
+        let volume = check_same(context, volume, request)?;
+        if volume.phase == Phase::Ready {
+            return Ok(volume);
+        }
+    }
+    let _locks = lock_both(context, id, request.source).await?;
+    let volume = record(context, request).await?;
     if volume.phase == Phase::Ready {
         return Ok(volume);
     }
     crash::point("create: recorded");
+    let source = volume.source;
     let made = make(context, volume).await;
-    if matches!(&made, Err(error) if error.is_no_room()) {
+    if let Err(error) = &made
+        && (error.is_no_room() || source.is_some() && !error.is_under_way())
+        && !clone::has_device(context, id).await?
+    {
         // Nothing was made, and nothing will be: the name is free again, here and on other nodes.
         context.catalog.remove(id).await?;
     }
     made
 }
 
-/// Makes the device of a recorded volume. Under its lock.
-async fn make(context: &Context, volume: Volume) -> Result<Volume, VolumeError> {
-    let spec = device_spec(&volume);
-    context.with_backing(move |backing| backing.create(&spec)).await?;
-    crash::point("create: device made");
+/// The record of a volume that is wanted, as it was found or as it is now made.
+async fn record(context: &Context, request: &CreateRequest) -> Result<Volume, VolumeError> {
+    if let Some(volume) = context.catalog.get(VolumeId::from_name(&request.name)).await? {
+        return check_same(context, volume, request);
+    }
+    let capacity = match request.source {
+        None => request.range.choose()?,
+        Some(source) => {
+            let bounds = clone::bounds(context, source).await?;
+            if bounds.node != context.node {
+                let (name, source_name) = (request.name.clone(), source.to_string());
+                return Err(VolumeError::SourceElsewhere { name, source_name, home: bounds.node });
+            }
+            bounds.choose(request, source)?
+        }
+    };
+    crash::point("create: begin");
+    let wanted = Volume {
+        labels: request.labels.clone(),
+        attributes: request.attributes.clone(),
+        mode: request.mode,
+        source: request.source,
+        ..Volume::wanted(&request.name, capacity, request.parameters.clone(), &context.node)
+    };
+    match context.catalog.create(wanted).await? {
+        Created::Created(volume) => Ok(volume),
+        Created::Existed(volume) => check_same(context, volume, request),
+    }
+}
+
+/// The locks of a volume and of that which keeps its source as it is.
+async fn lock_both(context: &Context, id: VolumeId, source: Option<Source>) -> Result<Vec<VolumeLock>, VolumeError> {
+    let keeper = match source {
+        Some(source) => clone::keeper(context, source).await?,
+        None => None,
+    };
+    Ok(context.lock_all([id].into_iter().chain(keeper)).await)
+}
+
+/// Makes the device of a recorded volume. Under its lock, and that of its source.
+async fn make(context: &Arc<Context>, volume: Volume) -> Result<Volume, VolumeError> {
+    let volume = match volume.source {
+        Some(source) => clone::fill(context, volume, source).await?,
+        None => {
+            let spec = device_spec(&volume);
+            context.with_backing(move |backing| backing.create(&spec)).await?;
+            crash::point("create: device made");
+            volume
+        }
+    };
     let table_capacity = volume.capacity;
     let volume = context.catalog.update(Volume { phase: Phase::Ready, table_capacity, ..volume }).await?;
     crash::point("create: done");
@@ -245,6 +337,10 @@ pub(crate) fn same(volume: Volume, request: &CreateRequest) -> Result<Volume, Vo
         format!("it holds {}", volume.capacity)
     } else if volume.parameters != request.parameters {
         "it was made with other parameters".to_owned()
+    } else if volume.mode != request.mode {
+        "it was made for another volumeMode".to_owned()
+    } else if volume.source != request.source {
+        volume.source.map_or_else(|| "it was made empty".to_owned(), |source| format!("it was made from {source}"))
     } else {
         return if volume.phase == Phase::Deleting { Err(deleting(volume.id)) } else { Ok(volume) };
     };
@@ -258,6 +354,9 @@ async fn delete(context: &Context, id: VolumeId) -> Result<Outcome, VolumeError>
     if let Some(publication) = context.publication(&volume) {
         return Err(context.published_error(id, publication));
     }
+    context.check_not_read(CopySource::Device(id))?;
+    // One that is being filled is given up.
+    context.copies.stop(Target::Volume(id)).await;
     crash::point("delete: begin");
     if volume.phase != Phase::Deleting {
         if volume.phase == Phase::Ready {
@@ -267,9 +366,12 @@ async fn delete(context: &Context, id: VolumeId) -> Result<Outcome, VolumeError>
                 proof => proof?,
             }
         }
-        context.catalog.update(Volume { phase: Phase::Deleting, publication: None, ..volume }).await?;
+        context.catalog.update(Volume { phase: Phase::Deleting, publication: None, ..volume.clone() }).await?;
     }
     crash::point("delete: recorded");
+    if let Some(source) = volume.source.filter(|_| volume.phase == Phase::Creating) {
+        clone::unmark_source(context, source, id).await;
+    }
     context.with_backing(move |backing| backing.destroy(id)).await?;
     crash::point("delete: device destroyed");
     context.catalog.remove(id).await?;

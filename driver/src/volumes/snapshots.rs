@@ -1,3 +1,7 @@
+mod groups;
+mod local;
+pub(super) mod steps;
+
 use std::fmt;
 
 use async_trait::async_trait;
@@ -6,6 +10,8 @@ use zpod_storage::catalog::Snapshot;
 use zpod_volume::{GroupId, SnapshotId, VolumeId};
 
 use super::VolumeError;
+pub(crate) use groups::{member_name, wanted_member};
+pub use local::Snapshotter;
 
 /// Takes, removes and lists snapshots: in this process, or through the cluster.
 #[async_trait]

@@ -1,26 +1,50 @@
+use std::collections::BTreeMap;
+
 use zpod_storage::catalog::{Publication, Volume};
-use zpod_volume::{Create, PropertyKind, Provisioning, VolumeSpec};
+use zpod_volume::{Create, Property, PropertyKind, Provisioning, VolumeMode, VolumeSpec};
 
 use super::mount_options;
 
 /// What the guest of a publication is told about its volume.
 pub(super) fn volume_spec(volume: &Volume, publication: &Publication) -> VolumeSpec {
+    let block = volume.mode == VolumeMode::Block;
     VolumeSpec {
-        quota: volume.parameters.quota,
+        quota: volume.attributes.quota(&volume.parameters),
         read_only: publication.read_only,
-        pool_creation_properties: volume.parameters.properties_of(PropertyKind::PoolAtCreation),
-        pool_properties: volume.parameters.properties_of(PropertyKind::Pool),
-        dataset_properties: volume.parameters.properties_of(PropertyKind::Dataset),
+        pool_creation_properties: properties(volume, PropertyKind::PoolAtCreation),
+        pool_properties: properties(volume, PropertyKind::Pool),
+        dataset_properties: properties(volume, PropertyKind::Dataset),
+        volume_creation_properties: if block {
+            properties(volume, PropertyKind::VolumeAtCreation)
+        } else {
+            BTreeMap::new()
+        },
         arc_max: volume.parameters.arc_max,
         fs_group: publication.fs_group,
         mount_flags: mount_options::flags(&publication.mount_flags),
+        mode: volume.mode,
+        reservation: volume.attributes.reservation(volume.capacity),
+        encryption: volume.parameters.encryption,
+        // Until its guest has made it its own: then the record says so, and what it was made from may be long gone.
+        origin: volume.origin.clone().filter(|_| !volume.initialized),
         ..VolumeSpec::new(volume.id, publication.token, create(volume), volume.capacity)
     }
 }
 
+/// The properties of one kind that a volume has by its class and its attributes. A class may be used for file systems and
+/// for block devices: each gets what it can have.
+pub(super) fn properties(volume: &Volume, kind: PropertyKind) -> BTreeMap<String, String> {
+    let mut properties = volume.attributes.properties_of(&volume.parameters, kind);
+    properties.retain(|key, _| {
+        volume.mode == VolumeMode::Filesystem || Property::named(key).is_some_and(|property| property.block)
+    });
+    properties
+}
+
 /// Create once (DESIGN, rules that keep data).
 fn create(volume: &Volume) -> Create {
-    match (volume.initialized, volume.written) {
+    let copied = volume.origin.as_ref().is_some_and(|origin| origin.initialized);
+    match (volume.initialized || copied, volume.written) {
         (true, _) => Create::Never,
         (false, true) => Create::Resume,
         (false, false) => Create::Fresh,

@@ -1,0 +1,68 @@
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use zpod_proto::guest::{MarkRequest, QuotaMode as WireMode, SetPropertiesRequest, UnmarkRequest};
+use zpod_volume::{Bytes, Mark, QuotaMode, VolumeId};
+
+use super::{CALL_DEADLINE, GuestClient, GuestError};
+
+/// Everything the pool holds in memory is written out: as much as its disk takes in three transaction groups.
+const MARK_DEADLINE: Duration = Duration::from_secs(30);
+/// A transaction group for each property.
+const SET_DEADLINE: Duration = Duration::from_secs(30);
+
+impl GuestClient {
+    /// Marks this instant, and has everything written out. A mark that is there stays as it is.
+    ///
+    /// # Errors
+    /// When the guest does not answer in time, or refuses.
+    pub async fn mark(&self, id: VolumeId, mark: &Mark) -> Result<(), GuestError> {
+        let mut stub = self.stub.clone();
+        let request = MarkRequest { volume_id: id.to_string(), mark: mark.to_string() };
+        self.call("Mark", MARK_DEADLINE, stub.mark(request)).await.map(drop)
+    }
+
+    /// Removes a mark. One that is not there is no error.
+    ///
+    /// # Errors
+    /// When the guest does not answer in time, or refuses.
+    pub async fn unmark(&self, id: VolumeId, mark: &Mark) -> Result<(), GuestError> {
+        let mut stub = self.stub.clone();
+        let request = UnmarkRequest { volume_id: id.to_string(), mark: mark.to_string() };
+        self.call("Unmark", CALL_DEADLINE, stub.unmark(request)).await.map(drop)
+    }
+
+    /// Changes a running volume.
+    ///
+    /// # Errors
+    /// When the guest does not answer in time, or refuses: then nothing is changed.
+    pub async fn set_properties(&self, id: VolumeId, changes: Changes) -> Result<(), GuestError> {
+        let mut stub = self.stub.clone();
+        let quota = changes.quota.map(|quota| match quota {
+            QuotaMode::Refquota => WireMode::Refquota,
+            QuotaMode::Quota => WireMode::Quota,
+            QuotaMode::None => WireMode::None,
+        });
+        let request = SetPropertiesRequest {
+            volume_id: id.to_string(),
+            dataset_properties: changes.dataset.into_iter().collect(),
+            pool_properties: changes.pool.into_iter().collect(),
+            quota: quota.map(Into::into),
+            reservation_bytes: Some(changes.reservation.0),
+        };
+        self.call("SetProperties", SET_DEADLINE, stub.set_properties(request)).await.map(drop)
+    }
+}
+
+/// How a running volume is to be from now on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Properties of the dataset.
+    pub dataset: BTreeMap<String, String>,
+    /// Properties of the pool.
+    pub pool: BTreeMap<String, String>,
+    /// What the capacity limits; not for block devices.
+    pub quota: Option<QuotaMode>,
+    /// Space that is kept for its own contents; zero for none.
+    pub reservation: Bytes,
+}

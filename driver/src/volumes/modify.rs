@@ -1,0 +1,75 @@
+use zpod_storage::catalog::Volume;
+use zpod_storage::crash;
+use zpod_volume::{Property, PropertyKind, VolumeAttributes, VolumeId, VolumeMode};
+
+use super::publish::NodeVolumes;
+use super::spec::properties;
+use super::{Context, VolumeError};
+use crate::guest::{Changes, GuestError};
+
+/// That a volume of this mode can have these attributes.
+///
+/// # Errors
+/// [`VolumeError::Invalid`] for one that block devices don't have.
+pub(crate) fn check(mode: VolumeMode, attributes: &VolumeAttributes) -> Result<(), VolumeError> {
+    let of_files = |key: &str| Property::named(key).is_some_and(|property| !property.block);
+    match attributes.iter().find(|(key, _)| mode == VolumeMode::Block && of_files(key)) {
+        None => Ok(()),
+        Some((key, _)) => {
+            let reason = format!("{key:?} is of file systems, and this volume is a block device (volumeMode: Block)");
+            Err(VolumeError::invalid("mutable_parameters", reason))
+        }
+    }
+}
+
+/// Changes the attributes of a volume: in its record, in what its next guest is told, and in the guest that runs.
+pub(super) async fn modify(
+    context: &Context,
+    node: Option<&NodeVolumes>,
+    id: VolumeId,
+    changes: VolumeAttributes,
+) -> Result<Volume, VolumeError> {
+    let _lock = context.lock(id).await;
+    let volume = context.ready(id).await?;
+    check(volume.mode, &changes)?;
+    let before = volume.attributes.clone();
+    let attributes = before.with(&changes);
+    crash::point("modify: begin");
+    let volume =
+        if attributes == before { volume } else { context.catalog.update(Volume { attributes, ..volume }).await? };
+    context.published.refresh(&volume);
+    crash::point("modify: recorded");
+    let Some(node) = node else { return Ok(volume) };
+    match node.take_over(&volume).await {
+        Ok(()) => {
+            tracing::info!(volume = %id, "attributes changed");
+            Ok(volume)
+        }
+        // It will not do so at the next start either, and must not keep a pod from starting then.
+        Err(error @ VolumeError::Guest { source: GuestError::Refused { .. }, .. }) => {
+            let volume = context.catalog.update(Volume { attributes: before, ..volume }).await?;
+            crash::point("modify: taken back");
+            node.refresh_entry(&volume).await?;
+            Err(error)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+impl NodeVolumes {
+    /// Tells the next guest of a volume, and the one that runs, how it is to be now. Under the volume's lock.
+    async fn take_over(&self, volume: &Volume) -> Result<(), VolumeError> {
+        let id = volume.id;
+        self.refresh_entry(volume).await?;
+        crash::point("modify: entry");
+        let Some(heard) = self.context.published.heard(id) else { return Ok(()) };
+        let changes = Changes {
+            dataset: properties(volume, PropertyKind::Dataset),
+            pool: properties(volume, PropertyKind::Pool),
+            // A block device has its size, and no quota.
+            quota: (volume.mode == VolumeMode::Filesystem).then(|| volume.attributes.quota(&volume.parameters)),
+            reservation: volume.attributes.reservation(volume.capacity).unwrap_or_default(),
+        };
+        heard.guest.set_properties(id, changes).await.map_err(|source| VolumeError::Guest { id, source })
+    }
+}
