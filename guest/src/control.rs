@@ -12,7 +12,7 @@ use zpod_proto::guest::last_scrub::State;
 use zpod_proto::guest::scrub_request::Action;
 use zpod_proto::guest::{
     GrowRequest, GrowResponse, Health, LastScrub, MarkRequest, MarkResponse, PropertiesRequest, PropertiesResponse,
-    ProvideKeyRequest, ProvideKeyResponse, ReceiveRequest, ReceiveResponse, ScrubRequest, ScrubResponse,
+    ProvideKeyRequest, ProvideKeyResponse, QuotaMode, ReceiveRequest, ReceiveResponse, ScrubRequest, ScrubResponse,
     SendPointsRequest, SendPointsResponse, SendRequest, SendResponse, SetPropertiesRequest, SetPropertiesResponse,
     StatusRequest, StatusResponse, SyncRequest, SyncResponse, UnmarkRequest, UnmarkResponse, VolumeStatus,
     WatchRequest,
@@ -21,6 +21,7 @@ use zpod_volume::{Bytes, Mark, VolumeId};
 
 use crate::machine::{self, Machine, Scrub};
 use crate::volumes::Volumes;
+use crate::volumes::attributes::Attributes;
 use crate::volumes::status::{DETAIL_AGE, Snapshot};
 
 /// Longest message that is taken.
@@ -108,6 +109,15 @@ fn id(text: &str) -> Result<VolumeId, Status> {
     text.parse().map_err(|error: zpod_volume::ParseNameError| Status::invalid_argument(format!("volume_id: {error}")))
 }
 
+fn quota_mode(number: i32) -> Result<zpod_volume::QuotaMode, Status> {
+    match QuotaMode::try_from(number) {
+        Ok(QuotaMode::Refquota) => Ok(zpod_volume::QuotaMode::Refquota),
+        Ok(QuotaMode::Quota) => Ok(zpod_volume::QuotaMode::Quota),
+        Ok(QuotaMode::None) => Ok(zpod_volume::QuotaMode::None),
+        Ok(QuotaMode::Unspecified) | Err(_) => Err(Status::invalid_argument(format!("quota: {number} is not known"))),
+    }
+}
+
 fn mark(text: &str) -> Result<Mark, Status> {
     text.parse().map_err(|error: zpod_volume::ParseNameError| Status::invalid_argument(format!("mark: {error}")))
 }
@@ -153,9 +163,13 @@ impl<M: Machine> Guest for Control<M> {
         request: Request<SetPropertiesRequest>,
     ) -> Result<Response<SetPropertiesResponse>, Status> {
         let request = request.into_inner();
-        let pool = request.pool_properties.into_iter().collect();
-        let dataset = request.dataset_properties.into_iter().collect();
-        self.volumes.set_properties(id(&request.volume_id)?, &pool, &dataset).await?;
+        let attributes = Attributes {
+            pool: request.pool_properties.into_iter().collect(),
+            dataset: request.dataset_properties.into_iter().collect(),
+            quota: request.quota.map(quota_mode).transpose()?,
+            reservation: request.reservation_bytes.map(Bytes),
+        };
+        self.volumes.change(id(&request.volume_id)?, &attributes).await?;
         Ok(Response::new(SetPropertiesResponse {}))
     }
 

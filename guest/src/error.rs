@@ -120,6 +120,14 @@ pub enum VolumeError {
         /// What is there.
         found: String,
     },
+    /// There is too much in it, or too little room beside it, for what is asked.
+    #[error("volume {id}: {reason}")]
+    NoRoom {
+        /// The volume.
+        id: VolumeId,
+        /// What there is, and what to do.
+        reason: String,
+    },
     /// The pool has no dataset.
     #[error("volume {id}: the pool has no dataset {dataset}; nothing was made in its place")]
     NoDataset {
@@ -216,6 +224,7 @@ impl VolumeError {
             | Self::HalfMade { .. }
             | Self::Import { .. }
             | Self::NotItsCopy { .. }
+            | Self::NoRoom { .. }
             | Self::NoMark { .. }
             | Self::Differs { .. }
             | Self::Stuck { .. } => Code::FailedPrecondition,

@@ -25,6 +25,7 @@ use crate::error::VolumeError;
 use crate::machine::{Disk, Machine, MountFlags, Usage};
 
 mod activate;
+pub mod attributes;
 mod bounds;
 mod device;
 mod grow;

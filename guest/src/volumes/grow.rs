@@ -1,11 +1,11 @@
 //! Growing a volume while it is in use, and what else is done to a running one.
 
-use zpod_volume::{Bytes, DiskLayout, Property, PropertyKind, SECTOR, VolumeId};
+use zpod_volume::{Bytes, DiskLayout, SECTOR, VolumeId};
 
 use super::{Volumes, bounds::Bounds};
 use crate::disk;
 use crate::error::VolumeError;
-use crate::machine::{Fault, Machine, Properties, Scrub};
+use crate::machine::{Fault, Machine, Scrub};
 
 /// What a volume has after it was grown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,41 +52,13 @@ impl<M: Machine> Volumes<M> {
             self.machine.set_dataset(&spec.dataset(), &change).await.map_err(failed("raising its quota"))?;
             active.quota = capacity.0;
         }
+        // Where nothing bounds it now, something may later.
+        active.request.spec.capacity = active.request.spec.capacity.max(capacity);
         let capacity = Bytes(active.quota.max(capacity.0));
         volume.state().active = Some(active);
         volume.state().details = None;
         tracing::info!(volume = %id, "grown: quota {capacity}, partition {size}");
         Ok(Grown { capacity, partition: size })
-    }
-
-    /// Sets properties of a running volume.
-    ///
-    /// # Errors
-    /// When one is unknown, of the wrong kind or not allowed that value; then none is set.
-    pub async fn set_properties(
-        &self,
-        id: VolumeId,
-        pool: &Properties,
-        dataset: &Properties,
-    ) -> Result<(), VolumeError> {
-        for (kind, properties) in [(PropertyKind::Pool, pool), (PropertyKind::Dataset, dataset)] {
-            for (key, value) in properties {
-                check(id, kind, key, value)?;
-            }
-        }
-        let (volume, _) = self.known(id)?;
-        let _gate = volume.gate.lock().await;
-        let (_, active) = self.known(id)?;
-        let spec = &active.request.spec;
-        let failed = |fault| VolumeError::failed(id, "setting its properties", fault);
-        for (key, value) in pool {
-            self.machine.set_pool(&spec.pool, key, value).await.map_err(failed)?;
-        }
-        let changes: Vec<_> = dataset.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-        if !changes.is_empty() {
-            self.machine.set_dataset(&spec.dataset(), &changes).await.map_err(failed)?;
-        }
-        Ok(())
     }
 
     /// Writes out all that a volume holds in memory.
@@ -116,15 +88,4 @@ impl<M: Machine> Volumes<M> {
         volume.state().details = None;
         Ok(())
     }
-}
-
-fn check(id: VolumeId, kind: PropertyKind, key: &str, value: &str) -> Result<(), VolumeError> {
-    let reason = match Property::named(key) {
-        None => "it is not known".to_owned(),
-        Some(known) if known.kind != kind => "it can't be set there on a running volume".to_owned(),
-        Some(known) if !known.allows(value) => format!("{value:?} is not allowed; allowed is: {}", known.allowed()),
-        Some(_) => return Ok(()),
-    };
-    let key: String = key.chars().take(64).collect();
-    Err(VolumeError::Invalid { id, reason: format!("property {key:?}: {reason}") })
 }
