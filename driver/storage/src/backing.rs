@@ -8,6 +8,7 @@
 #[cfg(test)]
 mod conformance;
 pub mod file;
+mod kept;
 mod ledger;
 mod overhead;
 pub mod sim;

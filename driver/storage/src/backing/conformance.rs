@@ -1,5 +1,7 @@
 //! What every backing must do, run against each of them.
 
+pub(super) mod copies;
+
 use std::any::Any;
 
 use super::*;
@@ -13,6 +15,12 @@ pub(super) trait Rig {
     fn guest_writes(&self, id: VolumeId, at: u64);
     /// What a virtual machine does that has the device, until it is dropped.
     fn opened_elsewhere(&self, id: VolumeId) -> Box<dyn Any>;
+    /// The same, but nothing that was there before.
+    fn guest_rewrites(&self, id: VolumeId, at: u64);
+    /// What a guest finds at an offset, as a number; zero where nothing is.
+    fn contents(&self, id: VolumeId, at: u64) -> u64;
+    /// What was left for a guest.
+    fn note(&self, id: VolumeId) -> Vec<u8>;
     /// The partition's size in the device's table. Not while a proof is held: whoever opens the device then waits.
     fn table(&self, id: VolumeId) -> Bytes;
 }
@@ -201,6 +209,18 @@ pub(super) fn growing_the_disk_of_a_volume_that_was_never_used_leaves_it_never_w
 
 /// One test for each requirement, against the rig that the expression makes.
 macro_rules! conformance {
+    (@test $rig:expr; $name:ident) => {
+        #[test]
+        fn $name() {
+            $crate::backing::conformance::$name(&$rig);
+        }
+    };
+    (@test $rig:expr; $module:ident::$name:ident) => {
+        #[test]
+        fn $name() {
+            $crate::backing::conformance::$module::$name(&$rig);
+        }
+    };
     ($rig:expr) => {
         $crate::backing::conformance::conformance!($rig;
             steps_that_find_their_work_done_say_so
@@ -215,14 +235,20 @@ macro_rules! conformance {
             create_once_a_fresh_device_was_never_written_thick_or_thin
             create_once_one_written_block_anywhere_in_the_partition_is_seen
             growing_the_disk_of_a_volume_that_was_never_used_leaves_it_never_written
+            copies::a_snapshot_keeps_what_was_there_whatever_becomes_of_its_volume
+            copies::a_copy_of_a_device_may_be_larger_and_has_a_table_of_its_own
+            copies::what_a_guest_wrote_behind_its_partition_is_not_copied
+            copies::what_is_copied_has_to_be_there_and_to_fit
+            copies::create_once_a_copy_of_what_was_never_written_was_never_written
+            copies::a_running_volume_is_copied_only_where_that_is_done_at_once
+            copies::a_full_copy_is_made_only_if_allowed_and_can_be_stopped
+            copies::a_note_is_left_with_a_proof_for_that_volume_and_is_not_copied
+            copies::a_copy_that_there_is_no_room_for_is_refused_and_leaves_nothing
         );
     };
-    ($rig:expr; $($name:ident)*) => {
+    ($rig:expr; $($name:ident $(:: $in_module:ident)?)*) => {
         $(
-            #[test]
-            fn $name() {
-                $crate::backing::conformance::$name(&$rig);
-            }
+            $crate::backing::conformance::conformance!(@test $rig; $name $(:: $in_module)?);
         )*
     };
 }

@@ -1,4 +1,4 @@
-//! Volumes as sparse raw files in a directory: `<dir>/<volume id>.img`.
+//! Volumes as sparse raw files in a directory: `<dir>/<volume id>.img`, and their snapshots: `<dir>/<snapshot id>.snap`.
 //!
 //! # Design
 //! A file comes into being under a temporary name and gets its own by a rename that replaces nothing, once it is whole
@@ -18,16 +18,22 @@
 //!   limit that stops that ([`projects`]; [`Abilities::quota`] says whether it holds). Elsewhere room is lost to the
 //!   others: it is measured, logged, and shown by [`Backing::excess`](super::Backing::excess).
 //! * btrfs: an image is made NOCOW, or its promise could not be kept (overwriting would take new space).
-//! * Blocks shared by reflink would be counted once for each file. Nothing shares blocks yet.
+//!   What shares blocks may take new space, as anywhere, and that is accounted for. But btrfs keeps an extent, of up to
+//!   128 MiB, as long as a part of it is in use: a volume that has rewritten most of what it shared can take more than
+//!   its promise once the copy is gone. That is seen as room that is lost, and promised to nobody.
 //! * NFS is no place for a backing directory: it grants no leases.
 
 mod abilities;
 mod calls;
+mod contents;
+mod copies;
+mod extents;
 mod fcntl;
 mod image;
 mod projects;
 mod proof;
 mod quotactl;
+mod sharing;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -43,7 +49,9 @@ use zpod_volume::{Bytes, DiskLayout, VolumeId};
 pub use self::abilities::{Abilities, Fencing};
 use self::projects::Projects;
 use self::proof::Held;
-use super::ledger::Ledger;
+use self::sharing::Looked;
+use super::kept::Kept;
+use super::ledger::{Ledger, Promise, Promised};
 use super::overhead::Overhead;
 use super::{BackingError, DeviceSpec};
 use crate::directory::{self, Directory};
@@ -55,6 +63,8 @@ const STAT_BLOCK: u64 = 512;
 const REFUSAL_AGE: Duration = Duration::from_secs(1);
 /// And a figure of the room there is only on one not older than this.
 const FIGURE_AGE: Duration = Duration::from_secs(5);
+/// So long may it seem that there is less room than there is, after copies and what they were made from have changed.
+const LOOK_AGE: Duration = Duration::from_secs(60);
 
 /// Image files in a directory.
 #[derive(Debug)]
@@ -68,6 +78,10 @@ pub struct FileBacking {
     ledger: Mutex<Ledger>,
     /// When the ledger was last measured. Held while measuring, so that one does it for all.
     measured: Mutex<Instant>,
+    /// When was last looked at who shares what. Held while looking.
+    looked: Mutex<Looked>,
+    /// Held by who has an image open for a look, and by who wants a lease on one: neither shall meet the other.
+    opening: Mutex<()>,
     /// Images that the callers have proofs for.
     held: Mutex<HashMap<VolumeId, Weak<Held>>>,
 }
@@ -106,6 +120,8 @@ impl FileBacking {
             overhead,
             ledger: Mutex::new(Ledger::new(overprovision, kept)),
             measured: Mutex::new(Instant::now()),
+            looked: Mutex::default(),
+            opening: Mutex::default(),
             held: Mutex::default(),
         };
         let volumes = backing.adopt_all().map_err(|error| fail("read the backing directory", error))?;
@@ -119,18 +135,23 @@ impl FileBacking {
         self.abilities
     }
 
-    /// Takes in the images there are and removes what crashes left.
+    /// Takes in what there is and removes what crashes left.
     fn adopt_all(&self) -> io::Result<usize> {
         let mut volumes = 0;
         let mut leftovers = Vec::new();
         self.directory.each_name(|name| {
             if directory::is_temporary(name) {
                 leftovers.push(name.to_owned());
-            } else if let Some(id) = id_of(name)
+            } else if let Some(kept) = Kept::of_name(name)
                 && let Some(stat) = self.directory.stat(name)?
             {
-                volumes += 1;
-                self.adopt(id, name, &stat);
+                match kept {
+                    Kept::Volume(id) => {
+                        volumes += 1;
+                        self.adopt(id, name, &stat);
+                    }
+                    Kept::Snapshot(_) => self.adopt_copy(kept, name, &stat),
+                }
             }
             Ok(())
         })?;
@@ -150,22 +171,49 @@ impl FileBacking {
             Ok(file) => self.promise(file),
             Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
         };
-        let length = stat.st_size.unsigned_abs();
         let partition = promise.unwrap_or_else(|error| {
             tracing::error!(volume = %id, %error, "taking the whole disk for promised");
-            Bytes(length)
+            Bytes(stat.st_size.unsigned_abs())
         });
-        self.ledger().adopt(id, partition, stat.st_blocks.unsigned_abs() * STAT_BLOCK);
-        if let Ok(file) = file
-            && let Err(error) = self.bound(id, &file, partition)
-        {
+        let Ok(file) = file else {
+            let promise = Promise::Partition { size: partition, shares: false };
+            return self.ledger().adopt(id, promise, stat.st_blocks.unsigned_abs() * STAT_BLOCK, 0);
+        };
+        if let Err(error) = self.adopt_image(id, &file, partition, stat.st_blocks.unsigned_abs() * STAT_BLOCK) {
             tracing::error!(volume = %id, %error, "its space is not limited");
         }
     }
 
+    /// Takes in an image that was promised a partition of that size.
+    fn adopt_image(&self, id: VolumeId, image: &File, partition: Bytes, taken: u64) -> io::Result<()> {
+        let shared = image::shared(image, self.abilities.shared).unwrap_or_else(|error| {
+            tracing::error!(volume = %id, %error, "taking all of it for shared with others");
+            Some(taken)
+        });
+        let promise = Promise::Partition { size: partition, shares: shared.is_some() };
+        self.ledger().adopt(id, promise, taken, shared.unwrap_or_default().min(taken));
+        self.bound(id, image, partition)
+    }
+
+    /// Takes in the copy of a snapshot. One that does not say what it shares may share everything.
+    fn adopt_copy(&self, kept: Kept, name: &str, stat: &Stat) {
+        let taken = stat.st_blocks.unsigned_abs() * STAT_BLOCK;
+        let file = self.directory.open_file(name, OFlags::RDONLY);
+        let shared = file.and_then(|file| image::shared(&file, self.abilities.shared)).unwrap_or_else(|error| {
+            tracing::error!(%kept, %error, "taking all of it for shared with others");
+            None
+        });
+        let shares = self.abilities.reflink;
+        let borrowed = if shares { shared.unwrap_or(taken).min(taken) } else { 0 };
+        self.ledger().adopt(kept, Promise::Copy { bytes: taken, shares }, taken, borrowed);
+    }
+
     /// Limits an image to what is kept for a partition of that size, where the file system can.
     fn bound(&self, id: VolumeId, image: &File, partition: Bytes) -> io::Result<()> {
-        let limit = self.ledger().promise(partition);
+        let limit = {
+            let ledger = self.ledger();
+            ledger.promise(partition, ledger.shares(id))
+        };
         match &self.projects {
             Some(projects) => projects.bound(&self.directory, id, image, limit),
             None => projects::raise_leftover(&self.directory, image, limit.saturating_add(self.overhead.of(partition))),
@@ -185,9 +233,12 @@ impl FileBacking {
         self.ledger().release(id);
     }
 
-    /// What was taken beyond what is kept and the metadata for it.
-    fn beyond(&self, reserved: u64, taken: u64) -> Bytes {
-        Bytes(taken.saturating_sub(reserved.saturating_add(self.overhead.of(Bytes(reserved)))))
+    /// What was taken beyond what is kept and the metadata for it. A block that is rewritten and was shared counts twice
+    /// until the new one is written out: as much as there is in memory of a guest's writes.
+    fn beyond(&self, reserved: u64, shares: bool, taken: u64) -> Bytes {
+        let rewriting = if shares { reserved } else { 0 };
+        let kept = reserved.saturating_add(rewriting).saturating_add(self.overhead.of(Bytes(reserved)));
+        Bytes(taken.saturating_sub(kept))
     }
 
     fn promise(&self, file: &File) -> io::Result<Bytes> {
@@ -216,14 +267,16 @@ impl FileBacking {
         }
         let promises = self.ledger().promises();
         let before = self.free()?;
-        let taken = promises.iter().map(|(id, _)| self.taken(*id)).collect::<Result<Vec<_>, _>>()?;
+        let taken = promises.iter().map(|promised| self.taken(promised.kept)).collect::<Result<Vec<_>, _>>()?;
         let after = self.free()?;
         self.ledger().measured(before.min(after), &promises, &taken);
-        for ((id, reserved), taken) in promises.iter().zip(&taken) {
-            let excess = self.beyond(*reserved, *taken);
-            if excess.0 > 0 {
+        for (Promised { kept, reserved, shares, .. }, taken) in promises.iter().zip(&taken) {
+            let excess = self.beyond(*reserved, *shares, *taken);
+            if let Kept::Volume(volume) = kept
+                && excess.0 > 0
+            {
                 let (taken, promised) = (Bytes(*taken), Bytes(*reserved));
-                tracing::warn!(volume = %id, %taken, %promised, %excess, "its guest has written past its partition, into \
+                tracing::warn!(%volume, %taken, %promised, %excess, "its guest has written past its partition, into \
                     the room of other volumes; stop its pod, and put images on XFS mounted with prjquota to prevent it");
             }
         }
@@ -231,26 +284,44 @@ impl FileBacking {
         Ok(())
     }
 
-    fn taken(&self, id: VolumeId) -> Result<u64, BackingError> {
-        let stat = self.directory.stat(&name_of(id)).map_err(|error| self.fail_on(id, "look at", error))?;
-        Ok(stat.map_or(0, |stat| stat.st_blocks.unsigned_abs() * STAT_BLOCK))
+    /// What it has taken by now, be it under its temporary name.
+    fn taken(&self, kept: impl Into<Kept>) -> Result<u64, BackingError> {
+        let kept = kept.into();
+        for name in [kept.name(), kept.temporary_name()] {
+            let stat = self.directory.stat(&name).map_err(|error| self.fail_on(kept, "look at", error))?;
+            if let Some(stat) = stat {
+                return Ok(stat.st_blocks.unsigned_abs() * STAT_BLOCK);
+            }
+        }
+        Ok(0)
     }
 
     fn reserve(&self, spec: &DeviceSpec) -> Result<(), BackingError> {
         let wanted = spec.layout.partition;
-        for fresh in [false, true] {
-            if fresh {
-                self.measure(REFUSAL_AGE)?;
+        self.reserve_by(wanted, |ledger, free| ledger.reserve(spec.id, wanted, free))
+    }
+
+    /// Promises room. Nothing is refused on old figures.
+    fn reserve_by(
+        &self,
+        wanted: Bytes,
+        mut promise: impl FnMut(&mut Ledger, u64) -> Result<(), Bytes>,
+    ) -> Result<(), BackingError> {
+        let mut available = Bytes(0);
+        for effort in 0..3 {
+            match effort {
+                0 => {}
+                1 => self.measure(REFUSAL_AGE)?,
+                _ if !self.look_who_shares(REFUSAL_AGE)? => break,
+                _ => {}
             }
             let free = self.free()?;
-            let refused = self.ledger().reserve(spec.id, wanted, free);
-            match refused {
+            match promise(&mut self.ledger(), free) {
                 Ok(()) => return Ok(()),
-                Err(available) if fresh => return Err(self.no_room(wanted, available)),
-                Err(_) => {}
+                Err(least) => available = least,
             }
         }
-        Ok(())
+        Err(self.no_room(wanted, available))
     }
 
     fn no_room(&self, wanted: Bytes, available: Bytes) -> BackingError {
@@ -261,19 +332,29 @@ impl FileBacking {
         BackingError::Io { what, path: self.directory.path().to_owned(), source }
     }
 
-    fn fail_on(&self, id: VolumeId, what: &'static str, source: io::Error) -> BackingError {
-        BackingError::Io { what, path: self.directory.join(&name_of(id)), source }
+    fn fail_on(&self, kept: impl Into<Kept>, what: &'static str, source: io::Error) -> BackingError {
+        BackingError::Io { what, path: self.directory.join(&name_of(kept)), source }
     }
 
     /// As [`Self::fail_on`], but for calls that take space.
     fn fail_taking(&self, spec: &DeviceSpec, what: &'static str, source: io::Error) -> BackingError {
+        self.fail_wanting(spec.id, spec.layout.partition, what, source)
+    }
+
+    fn fail_wanting(
+        &self,
+        kept: impl Into<Kept>,
+        wanted: Bytes,
+        what: &'static str,
+        source: io::Error,
+    ) -> BackingError {
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 let free = self.free().unwrap_or_default();
                 let available = self.ledger().capacity(free).available;
-                self.no_room(spec.layout.partition, available.min(Bytes(free)))
+                self.no_room(wanted, available.min(Bytes(free)))
             }
-            _ => self.fail_on(spec.id, what, source),
+            _ => self.fail_on(kept, what, source),
         }
     }
 
@@ -338,12 +419,8 @@ impl Deref for Image {
     }
 }
 
-fn name_of(id: VolumeId) -> String {
-    format!("{id}.img")
-}
-
-fn id_of(name: &str) -> Option<VolumeId> {
-    name.strip_suffix(".img")?.parse().ok()
+fn name_of(kept: impl Into<Kept>) -> String {
+    kept.into().name()
 }
 
 #[cfg(test)]

@@ -11,135 +11,270 @@
 //! guest's write and is measured now and then. Between two measurements the estimate errs to the safe side: a guest's
 //! writes move bytes from "free" to "taken", so their sum ([`Ledger::space`]) stays the same; the ledger takes the
 //! smaller of the sum as measured and the sum of what is free now and what had been taken then.
+//!
+//! **Shared blocks.** A file system counts a block in each file that has it; here it may count once. A copy therefore
+//! comes with what it has **borrowed**: all that it had when it was made. Whatever happens to it or to what it was made
+//! from, never more of its blocks than that are another file's too, so that what it has beyond that is room for
+//! certain. The figure can only be too large (both sides have written since, or the other is gone), and then there
+//! seems to be less room than there is. [`Ledger::refined`] takes in what is shared in truth.
+//!
+//! A volume is promised its partition in full whatever it shares: its guest may rewrite all of it. A copy that a
+//! snapshot keeps never changes; it is promised what it has, and so a snapshot of a volume takes as much from what can
+//! be promised as the volume has in it.
 
 use std::collections::HashMap;
 
 use zpod_volume::{Bytes, DiskLayout, VolumeId};
 
 use super::Capacity;
+use super::kept::Kept;
 use super::overhead::Overhead;
 
 /// Beside its partition a volume takes less than this for partition tables and the guest's journal.
 const TABLES: u64 = DiskLayout::PARTITION_START;
 
+/// What a volume that may share blocks can take for a moment beside them: a shared block stays in the file until the
+/// new one is written out. XFS counts both meanwhile, in pieces of 128 KiB (`XFS_DEFAULT_COWEXTSZ_HINT`); at its limit
+/// it writes out what it can and goes on (`xfs_file_buffered_write`).
+const REWRITING: u64 = 64 << 20;
+
+/// What something was promised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Promise {
+    /// A device: all of its partition, of blocks of its own if `shares`.
+    Partition { size: Bytes, shares: bool },
+    /// A copy that never changes: what it has.
+    Copy { bytes: u64, shares: bool },
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Entry {
-    partition: Bytes,
+    promise: Promise,
     reserved: u64,
     taken: u64,
+    borrowed: u64,
+    /// Changes when the same id stands for another file.
+    generation: u64,
+    /// It is there: it takes part in no copying that is not over.
+    whole: bool,
 }
 
 impl Entry {
-    fn kept(self) -> u64 {
-        self.taken.min(self.reserved)
+    /// Of what it has taken, that which is within its promise and surely nobody else's.
+    fn own(&self) -> u64 {
+        self.taken.min(self.reserved).saturating_sub(self.borrowed)
     }
+}
+
+/// An entry as it was when a measurement began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Promised {
+    /// Whose.
+    pub(super) kept: Kept,
+    /// What is kept for it.
+    pub(super) reserved: u64,
+    /// Whether it may share blocks.
+    pub(super) shares: bool,
+    /// Whether it was complete.
+    pub(super) whole: bool,
+    borrowed: u64,
+    generation: u64,
 }
 
 /// Promises of one place, and what was taken of them.
 #[derive(Debug)]
 pub(super) struct Ledger {
-    entries: HashMap<VolumeId, Entry>,
+    entries: HashMap<Kept, Entry>,
     /// Sum of all promises.
     reserved: u64,
-    /// Sum of what was taken within the promises.
-    kept: u64,
+    /// Sum of what was taken within the promises, each block once.
+    own: u64,
+    /// Sum of what was borrowed.
+    borrowed: u64,
     /// Free and taken together, as last measured.
     space: u64,
     /// How many times the space may be promised.
     ratio: f64,
     /// What is kept for metadata: with it, a promise holds however a guest writes.
     overhead: Overhead,
+    generations: u64,
 }
 
 impl Ledger {
     pub(super) fn new(ratio: f64, overhead: Overhead) -> Self {
-        Self { entries: HashMap::new(), reserved: 0, kept: 0, space: 0, ratio, overhead }
+        let (entries, generations) = (HashMap::new(), 0);
+        Self { entries, reserved: 0, own: 0, borrowed: 0, space: 0, ratio, overhead, generations }
     }
 
-    /// What is kept for a partition of that size.
-    pub(super) fn promise(&self, partition: Bytes) -> u64 {
-        partition.0.saturating_add(TABLES).saturating_add(self.overhead.of(partition))
+    /// What is kept for a volume with a partition of that size.
+    pub(super) fn promise(&self, partition: Bytes, shares: bool) -> u64 {
+        let rewriting = if shares { REWRITING.min(partition.0) } else { 0 };
+        partition.0.saturating_add(TABLES).saturating_add(self.overhead.of(partition)).saturating_add(rewriting)
+    }
+
+    fn kept_for(&self, promise: Promise) -> u64 {
+        match promise {
+            Promise::Partition { size, shares } => self.promise(size, shares),
+            Promise::Copy { bytes, .. } => bytes,
+        }
     }
 
     /// The partition that a volume was promised.
     pub(super) fn partition(&self, id: VolumeId) -> Option<Bytes> {
-        self.entries.get(&id).map(|entry| entry.partition)
+        match self.entries.get(&id.into())?.promise {
+            Promise::Partition { size, .. } => Some(size),
+            Promise::Copy { .. } => None,
+        }
     }
 
-    /// What is kept for a volume.
-    pub(super) fn reserved(&self, id: VolumeId) -> Option<u64> {
-        self.entries.get(&id).map(|entry| entry.reserved)
+    /// Whether it may share blocks with others.
+    pub(super) fn shares(&self, kept: impl Into<Kept>) -> bool {
+        self.entries.get(&kept.into()).is_some_and(|entry| entry.promise.shares())
+    }
+
+    /// What is kept for it.
+    pub(super) fn reserved(&self, kept: impl Into<Kept>) -> Option<u64> {
+        self.entries.get(&kept.into()).map(|entry| entry.reserved)
+    }
+
+    /// Whether anything may be counted twice.
+    pub(super) fn borrows(&self) -> bool {
+        self.borrowed > 0
     }
 
     /// Promises a partition of that size if there is room, `free` bytes being free; else says what there is.
     pub(super) fn reserve(&mut self, id: VolumeId, partition: Bytes, free: u64) -> Result<(), Bytes> {
-        let before = self.entries.get(&id).map_or(0, |entry| entry.reserved);
-        let more = self.promise(partition).saturating_sub(before);
-        let available = self.total(free).saturating_sub(self.reserved);
-        if more > available {
-            return Err(Bytes(available));
-        }
+        let shares = self.shares(id);
+        let before = self.reserved(id).unwrap_or_default();
+        let more = self.promise(partition, shares).saturating_sub(before);
+        self.afford(more, free)?;
         if more > 0 {
-            self.set(id, partition, None);
+            self.set(id.into(), Promise::Partition { size: partition, shares }, |_| {});
         }
         Ok(())
     }
 
-    /// Records a promise that was made before, whether or not there is room.
-    pub(super) fn adopt(&mut self, id: VolumeId, partition: Bytes, taken: u64) {
-        self.set(id, partition, Some(taken));
+    /// Promises what a new copy is to have if there is room, and what its source needs when it may have to rewrite all
+    /// that the two share (`borrowed`, if they do).
+    pub(super) fn reserve_copy(
+        &mut self,
+        kept: Kept,
+        promise: Promise,
+        source: Kept,
+        borrowed: u64,
+        free: u64,
+    ) -> Result<(), Bytes> {
+        let lender = self.entries.get(&source).map(|entry| entry.promise.lending(promise.shares()));
+        let before = self.reserved(kept).unwrap_or_default();
+        let more = self.kept_for(promise).saturating_sub(before);
+        let lent = lender.map_or(0, |lender| self.kept_for(lender));
+        let lent = lent.saturating_sub(self.reserved(source).unwrap_or_default());
+        self.afford(more.saturating_add(lent), free)?;
+        self.set(kept, promise, |entry| entry.borrowed = borrowed);
+        if let Some(lender) = lender {
+            self.set(source, lender, |_| {});
+        }
+        Ok(())
     }
 
-    /// Records what a volume has taken.
-    pub(super) fn took(&mut self, id: VolumeId, taken: u64) {
-        if let Some(partition) = self.partition(id) {
-            self.set(id, partition, Some(taken));
+    fn afford(&self, more: u64, free: u64) -> Result<(), Bytes> {
+        let available = self.total(free).saturating_sub(self.reserved);
+        if more > available { Err(Bytes(available)) } else { Ok(()) }
+    }
+
+    /// Records a promise that was made before, whether or not there is room.
+    pub(super) fn adopt(&mut self, kept: impl Into<Kept>, promise: Promise, taken: u64, borrowed: u64) {
+        self.set(kept.into(), promise, |entry| (entry.taken, entry.borrowed, entry.whole) = (taken, borrowed, true));
+    }
+
+    /// Records what something that is complete has taken.
+    pub(super) fn took(&mut self, kept: impl Into<Kept>, taken: u64) {
+        let kept = kept.into();
+        if let Some(entry) = self.entries.get(&kept) {
+            self.set(kept, entry.promise, |entry| (entry.taken, entry.whole) = (taken, true));
         }
     }
 
     /// Takes a promise back.
-    pub(super) fn release(&mut self, id: VolumeId) {
-        if let Some(entry) = self.entries.remove(&id) {
-            self.reserved -= entry.reserved;
-            self.kept -= entry.kept();
+    pub(super) fn release(&mut self, kept: impl Into<Kept>) {
+        if let Some(entry) = self.entries.remove(&kept.into()) {
+            self.uncount(&entry);
         }
     }
 
     /// Goes back to a smaller promise, or to none.
     pub(super) fn restore(&mut self, id: VolumeId, partition: Option<Bytes>) {
         match partition {
-            Some(partition) => self.set(id, partition, None),
+            Some(size) => {
+                let shares = self.shares(id);
+                self.set(id.into(), Promise::Partition { size, shares }, |_| {});
+            }
             None => self.release(id),
         }
     }
 
-    fn set(&mut self, id: VolumeId, partition: Bytes, taken: Option<u64>) {
-        let none = Entry { partition: Bytes(0), reserved: 0, taken: 0 };
-        let before = self.entries.get(&id).copied().unwrap_or(none);
-        let after = Entry { partition, reserved: self.promise(partition), taken: taken.unwrap_or(before.taken) };
-        self.reserved = self.reserved - before.reserved + after.reserved;
-        self.kept = self.kept - before.kept() + after.kept();
-        self.entries.insert(id, after);
+    fn set(&mut self, kept: Kept, promise: Promise, change: impl FnOnce(&mut Entry)) {
+        let reserved = self.kept_for(promise);
+        let mut entry = match self.entries.remove(&kept) {
+            Some(before) => {
+                self.uncount(&before);
+                before
+            }
+            None => {
+                self.generations += 1;
+                let generation = self.generations;
+                Entry { promise, reserved, taken: 0, borrowed: 0, generation, whole: false }
+            }
+        };
+        (entry.promise, entry.reserved) = (promise, reserved);
+        change(&mut entry);
+        self.reserved += entry.reserved;
+        self.own += entry.own();
+        self.borrowed += entry.borrowed;
+        self.entries.insert(kept, entry);
     }
 
-    /// The volumes there are and what they were promised: what a measurement begins with.
-    pub(super) fn promises(&self) -> Vec<(VolumeId, u64)> {
-        self.entries.iter().map(|(id, entry)| (*id, entry.reserved)).collect()
+    fn uncount(&mut self, entry: &Entry) {
+        self.reserved -= entry.reserved;
+        self.own -= entry.own();
+        self.borrowed -= entry.borrowed;
+    }
+
+    /// What there is and what was promised to it: what a measurement begins with.
+    pub(super) fn promises(&self) -> Vec<Promised> {
+        let promised = |(kept, entry): (&Kept, &Entry)| {
+            let Entry { promise, reserved, borrowed, generation, whole, .. } = *entry;
+            Promised { kept: *kept, reserved, borrowed, generation, whole, shares: promise.shares() }
+        };
+        self.entries.iter().map(promised).collect()
     }
 
     /// Takes in a measurement: `free` is the least that was free while it went on; `taken` has what each of the
     /// [`Ledger::promises`] from its beginning had taken.
-    pub(super) fn measured(&mut self, free: u64, promises: &[(VolumeId, u64)], taken: &[u64]) {
-        let kept: u64 = promises.iter().zip(taken).map(|((_, reserved), taken)| *reserved.min(taken)).sum();
-        for ((id, _), taken) in promises.iter().zip(taken) {
-            self.took(*id, *taken);
+    pub(super) fn measured(&mut self, free: u64, promises: &[Promised], taken: &[u64]) {
+        let mut own = 0;
+        for (promised, taken) in promises.iter().zip(taken) {
+            own += promised.reserved.min(*taken).saturating_sub(promised.borrowed);
+            if let Some(entry) = self.entries.get(&promised.kept).filter(|now| now.generation == promised.generation) {
+                self.set(promised.kept, entry.promise, |entry| entry.taken = *taken);
+            }
         }
-        self.space = free.saturating_add(kept);
+        self.space = free.saturating_add(own);
+    }
+
+    /// Takes in how much of what each has was found to be another's too, and was counted there. All of them were whole
+    /// when the looking began; what has been copied since then has borrowed by itself.
+    pub(super) fn refined(&mut self, found: &[(Promised, u64)]) {
+        for (promised, borrowed) in found {
+            if let Some(entry) = self.entries.get(&promised.kept).filter(|now| now.generation == promised.generation) {
+                self.set(promised.kept, entry.promise, |entry| entry.borrowed = *borrowed);
+            }
+        }
     }
 
     /// Bytes that may be promised in all, `free` bytes being free now.
     fn total(&self, free: u64) -> u64 {
-        let space = free.saturating_add(self.kept).min(self.space);
+        let space = free.saturating_add(self.own).min(self.space);
         // A float holds 2^53 bytes exactly; without over-commit none is involved.
         if self.ratio == 1.0 { space } else { (space as f64 * self.ratio) as u64 }
     }
@@ -157,135 +292,21 @@ impl Ledger {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const MIB: u64 = 1 << 20;
-
-    fn id(n: u8) -> VolumeId {
-        VolumeId::from_name(&n.to_string())
+impl Promise {
+    fn shares(self) -> bool {
+        match self {
+            Self::Partition { shares, .. } | Self::Copy { shares, .. } => shares,
+        }
     }
 
-    #[test]
-    fn what_was_promised_is_not_promised_again() {
-        let mut ledger = Ledger::new(1.0, Overhead::NONE);
-        ledger.measured(100 * MIB, &[], &[]);
-        assert_eq!(ledger.capacity(100 * MIB).largest, Bytes::mib(99));
-        ledger.reserve(id(1), Bytes::mib(59), 100 * MIB).unwrap();
-        assert_eq!(ledger.reserve(id(2), Bytes::mib(40), 100 * MIB), Err(Bytes::mib(40)));
-        ledger.reserve(id(2), Bytes::mib(39), 100 * MIB).unwrap();
-        assert_eq!(ledger.capacity(100 * MIB).available, Bytes(0));
-        ledger.release(id(1));
-        assert_eq!(ledger.capacity(100 * MIB).available, Bytes::mib(60));
-    }
-
-    #[test]
-    fn room_does_not_change_as_guests_fill_their_volumes() {
-        let mut ledger = Ledger::new(1.0, Overhead::NONE);
-        ledger.measured(100 * MIB, &[], &[]);
-        ledger.reserve(id(1), Bytes::mib(59), 100 * MIB).unwrap();
-        // Not measured yet: less than there is, never more.
-        assert!(ledger.capacity(70 * MIB).available <= Bytes::mib(40));
-        ledger.measured(70 * MIB, &ledger.promises(), &[30 * MIB]);
-        assert_eq!(ledger.capacity(70 * MIB).available, Bytes::mib(40));
-    }
-
-    #[test]
-    fn what_a_guest_took_beyond_its_promise_is_nobodys_room() {
-        let mut ledger = Ledger::new(1.0, Overhead::NONE);
-        ledger.measured(100 * MIB, &[], &[]);
-        ledger.reserve(id(1), Bytes::mib(9), 100 * MIB).unwrap();
-        ledger.measured(40 * MIB, &ledger.promises(), &[60 * MIB]);
-        assert_eq!(ledger.capacity(40 * MIB).available, Bytes::mib(40));
-    }
-
-    #[test]
-    fn a_ratio_above_one_promises_more_than_there_is() {
-        let mut ledger = Ledger::new(2.5, Overhead::NONE);
-        ledger.measured(100 * MIB, &[], &[]);
-        assert_eq!(ledger.capacity(100 * MIB).total, Bytes::mib(250));
-        ledger.reserve(id(1), Bytes::mib(200), 100 * MIB).unwrap();
-        assert_eq!(ledger.capacity(100 * MIB).available, Bytes::mib(49));
-    }
-
-    #[test]
-    fn what_is_kept_for_metadata_is_promised_to_nobody() {
-        let mut ledger = Ledger::new(1.0, Overhead::in_blocks_of(4096));
-        ledger.measured(1000 * MIB, &[], &[]);
-        let largest = ledger.capacity(1000 * MIB).largest;
-        assert!(largest > Bytes::mib(980) && largest < Bytes::mib(993), "{largest}");
-        assert!(ledger.reserve(id(1), Bytes::mib(995), 1000 * MIB).is_err());
-        ledger.reserve(id(1), largest, 1000 * MIB).unwrap();
-        assert_eq!(ledger.partition(id(1)), Some(largest));
-        assert!(ledger.reserved(id(1)).unwrap() > largest.0 + 8 * MIB);
-        assert_eq!(ledger.capacity(1000 * MIB).largest, Bytes(0));
-    }
-
-    /// What happens to a disk: promises, writes and trims by guests, writes by others, measurements.
-    #[derive(Debug, Clone)]
-    enum Event {
-        Reserve(u8, u64),
-        Release(u8),
-        Write(u8, u64),
-        Trim(u8, u64),
-        Measure,
-    }
-
-    fn event() -> impl Strategy<Value = Event> {
-        prop_oneof![
-            (0u8..6, 1u64..60).prop_map(|(n, mib)| Event::Reserve(n, mib)),
-            (0u8..6).prop_map(Event::Release),
-            (0u8..6, 1u64..40).prop_map(|(n, mib)| Event::Write(n, mib)),
-            (0u8..6, 1u64..40).prop_map(|(n, mib)| Event::Trim(n, mib)),
-            Just(Event::Measure),
-        ]
-    }
-
-    proptest! {
-        /// Without over-commit, every volume can always be filled to its end, whatever guests did between measurements.
-        #[test]
-        fn no_promise_is_ever_broken(events in proptest::collection::vec(event(), 0..80)) {
-            let disk = 200 * MIB;
-            let mut ledger = Ledger::new(1.0, Overhead::NONE);
-            ledger.measured(disk, &[], &[]);
-            let mut volumes: HashMap<VolumeId, (u64, u64)> = HashMap::new();
-            for event in events {
-                let free = disk - volumes.values().map(|(_, taken)| taken).sum::<u64>();
-                match event {
-                    Event::Reserve(n, mib) => {
-                        let larger = volumes.get(&id(n)).is_none_or(|(reserved, _)| *reserved < (mib + 1) * MIB);
-                        if larger && ledger.reserve(id(n), Bytes::mib(mib), free).is_ok() {
-                            volumes.entry(id(n)).or_default().0 = (mib + 1) * MIB;
-                        }
-                    }
-                    Event::Release(n) => {
-                        ledger.release(id(n));
-                        volumes.remove(&id(n));
-                    }
-                    Event::Write(n, mib) => {
-                        if let Some((reserved, taken)) = volumes.get_mut(&id(n)) {
-                            *taken = (*taken + mib * MIB).min(*reserved);
-                        }
-                    }
-                    Event::Trim(n, mib) => {
-                        if let Some((_, taken)) = volumes.get_mut(&id(n)) {
-                            *taken = taken.saturating_sub(mib * MIB);
-                        }
-                    }
-                    Event::Measure => {
-                        let promises = ledger.promises();
-                        let taken: Vec<u64> = promises.iter().map(|(id, _)| volumes[id].1).collect();
-                        ledger.measured(free, &promises, &taken);
-                    }
-                }
-                let reserved: u64 = volumes.values().map(|(reserved, _)| reserved).sum();
-                prop_assert!(reserved <= disk, "promised {reserved} of {disk}");
-                prop_assert_eq!(ledger.reserved, reserved);
-                let free = disk - volumes.values().map(|(_, taken)| taken).sum::<u64>();
-                prop_assert!(ledger.capacity(free).total.0 <= disk);
-            }
+    /// The same, of what a copy was made from.
+    fn lending(self, now: bool) -> Self {
+        match self {
+            Self::Partition { size, shares } => Self::Partition { size, shares: shares || now },
+            Self::Copy { bytes, shares } => Self::Copy { bytes, shares: shares || now },
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

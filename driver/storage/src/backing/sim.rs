@@ -1,6 +1,8 @@
 //! A backing in memory, for tests: the semantics of [`FileBacking`](super::file::FileBacking) without a file system,
 //! held to them by the same tests, with faults on demand.
 
+mod state;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,7 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zpod_volume::{Bytes, DiskLayout, Provisioning, SnapshotId, VolumeId};
 
-use super::ledger::Ledger;
+use self::state::{Contents, Copied, Device, Piece, State, bytes_in};
+use super::kept::Kept;
+use super::ledger::{Ledger, Promise};
 use super::overhead::Overhead;
 use super::{Backing, BackingError, Capacity, CopySource, Copying, DeviceSpec, Exclusive, Outcome};
 
@@ -17,41 +21,6 @@ use super::{Backing, BackingError, Capacity, CopySource, Copying, DeviceSpec, Ex
 pub struct SimBacking {
     location: PathBuf,
     state: Arc<Mutex<State>>,
-}
-
-#[derive(Debug)]
-struct State {
-    devices: HashMap<VolumeId, Device>,
-    ledger: Ledger,
-    size: u64,
-    /// Calls still to come before the one that fails, and how it fails.
-    fault: Option<(u64, io::ErrorKind)>,
-    calls: u64,
-}
-
-#[derive(Debug, Default)]
-struct Device {
-    disk: u64,
-    taken: u64,
-    /// Where something was written, in bytes from the start.
-    written: Vec<u64>,
-    table: u64,
-    openers: usize,
-    proofs: usize,
-}
-
-impl State {
-    fn free(&self) -> u64 {
-        self.size.saturating_sub(self.devices.values().map(|device| device.taken).sum())
-    }
-
-    fn measure(&mut self) {
-        let promises = self.ledger.promises();
-        let taken: Vec<u64> =
-            promises.iter().map(|(id, _)| self.devices.get(id).map_or(0, |device| device.taken)).collect();
-        let free = self.free();
-        self.ledger.measured(free, &promises, &taken);
-    }
 }
 
 /// Stands for another process that has a device open.
@@ -84,8 +53,16 @@ impl SimBacking {
     pub fn new(size: Bytes, overprovision: f64) -> Self {
         let mut ledger = Ledger::new(overprovision, Overhead::NONE);
         ledger.measured(size.0, &[], &[]);
-        let state = State { devices: HashMap::new(), ledger, size: size.0, fault: None, calls: 0 };
+        let (devices, copies) = (HashMap::new(), HashMap::new());
+        let state = State { devices, copies, ledger, size: size.0, shares: true, pieces: 0, fault: None, calls: 0 };
         Self { location: PathBuf::from("/sim"), state: Arc::new(Mutex::new(state)) }
+    }
+
+    /// Copies share no blocks, as on a file system without reflink.
+    #[must_use]
+    pub fn without_sharing(self) -> Self {
+        self.state().shares = false;
+        self
     }
 
     /// Lets the `nth` call from now on fail, before it has changed anything. The first is 1.
@@ -101,10 +78,24 @@ impl SimBacking {
     /// What a guest does that writes `bytes` bytes at `at`. False where there is no such device.
     pub fn write(&self, id: VolumeId, at: u64, bytes: u64) -> bool {
         let mut state = self.state();
-        let Some(device) = state.devices.get_mut(&id) else { return false };
-        device.written.push(at);
-        device.taken = device.taken.saturating_add(bytes);
-        true
+        state.pieces += 1;
+        let piece = Piece { number: state.pieces, contents: state.pieces, bytes };
+        state.devices.get_mut(&id).map(|device| device.contents.insert(at, piece)).is_some()
+    }
+
+    /// What was written at `at`: the same number in a device and in its copies until one of them is written to.
+    pub fn written_at(&self, id: VolumeId, at: u64) -> Option<u64> {
+        Some(self.state().devices.get(&id)?.contents.get(&at)?.contents)
+    }
+
+    /// The note left for the guest.
+    pub fn note(&self, id: VolumeId) -> Option<Vec<u8>> {
+        self.state().devices.get(&id).map(|device| device.note.clone())
+    }
+
+    /// The snapshots that are kept.
+    pub fn snapshots(&self) -> Vec<SnapshotId> {
+        self.state().copies.keys().copied().collect()
     }
 
     /// What a virtual machine does that has the device. Nothing where there is no such device.
@@ -163,34 +154,99 @@ impl SimBacking {
     fn reserve(&self, state: &mut State, spec: &DeviceSpec) -> Result<(), BackingError> {
         state.measure();
         let free = state.free();
-        state.ledger.reserve(spec.id, spec.layout.partition, free).map_err(|available| BackingError::NoRoom {
-            location: self.location.display().to_string(),
-            wanted: spec.layout.partition,
-            available,
-        })
+        let reserved = state.ledger.reserve(spec.id, spec.layout.partition, free);
+        reserved.map_err(|available| self.no_room(spec.layout.partition, available))
+    }
+
+    fn no_room(&self, wanted: Bytes, available: Bytes) -> BackingError {
+        BackingError::NoRoom { location: self.location.display().to_string(), wanted, available }
+    }
+
+    fn too_short(&self, kept: Kept) -> BackingError {
+        let source = io::Error::new(io::ErrorKind::InvalidData, "it has another length; nothing was changed");
+        BackingError::Io { what: "copy", path: self.location.join(kept.name()), source }
+    }
+
+    fn snapshot_missing(&self, id: SnapshotId) -> BackingError {
+        BackingError::SnapshotMissing { id, file: self.location.join(Kept::from(id).name()) }
+    }
+
+    /// Whether a device exists as it is asked for.
+    fn exists(&self, state: &State, spec: &DeviceSpec) -> Result<bool, BackingError> {
+        self.check(spec)?;
+        let Some(device) = state.devices.get(&spec.id) else { return Ok(false) };
+        let promised = state.ledger.partition(spec.id).unwrap_or_default();
+        if device.disk != spec.layout.disk.0 {
+            return Err(self.mismatch(spec.id, Bytes(device.disk), spec.layout.disk));
+        }
+        if promised != spec.layout.partition {
+            return Err(self.mismatch(spec.id, promised, spec.layout.partition));
+        }
+        Ok(true)
+    }
+
+    /// Copies what is before the end of a partition of that size, and has room promised for it.
+    fn copy(
+        &self,
+        state: &mut State,
+        (from, partition): (Kept, Bytes),
+        to: Kept,
+        promise: impl Fn(u64) -> Promise,
+        how: &Copying<'_>,
+    ) -> Result<Contents, BackingError> {
+        if !state.shares && !how.full {
+            return Err(BackingError::CannotShare { location: self.location.display().to_string() });
+        }
+        if let Kept::Volume(id) = from {
+            let device = state.devices.get(&id).ok_or_else(|| self.missing(id))?;
+            if !state.shares && device.openers > 0 {
+                return Err(self.in_use(id, "simulated"));
+            }
+        }
+        let end = DiskLayout::PARTITION_START + partition.0;
+        let length = match from {
+            Kept::Volume(id) => state.devices.get(&id).map(|device| device.disk),
+            Kept::Snapshot(id) => state.copies.get(&id).map(|copied| copied.end),
+        };
+        if length.is_some_and(|length| length < end) {
+            return Err(self.too_short(from));
+        }
+        let contents = state.contents(from).ok_or_else(|| match from {
+            Kept::Volume(id) => self.missing(id),
+            Kept::Snapshot(id) => self.snapshot_missing(id),
+        })?;
+        let mut contents: Contents = contents.range(..end).map(|(at, piece)| (*at, *piece)).collect();
+        let bytes = bytes_in(&contents);
+        let stopped = |done| !(how.progress)(Bytes(done), Bytes(bytes));
+        if !state.shares && (stopped(0) || stopped(bytes)) {
+            return Err(BackingError::Stopped);
+        }
+        if !state.shares {
+            for piece in contents.values_mut() {
+                state.pieces += 1;
+                piece.number = state.pieces;
+            }
+        }
+        state.measure();
+        let (free, borrowed) = (state.free(), if state.shares { bytes } else { 0 });
+        let reserved = state.ledger.reserve_copy(to, promise(bytes), from, borrowed, free);
+        reserved.map_err(|available| self.no_room(Bytes(bytes), available))?;
+        Ok(contents)
     }
 }
 
 impl Backing for SimBacking {
     fn create(&self, spec: &DeviceSpec) -> Result<Outcome, BackingError> {
         let mut state = self.call("create")?;
-        self.check(spec)?;
-        if let Some(device) = state.devices.get(&spec.id) {
-            let promised = state.ledger.partition(spec.id).unwrap_or_default();
-            if device.disk != spec.layout.disk.0 {
-                return Err(self.mismatch(spec.id, Bytes(device.disk), spec.layout.disk));
-            }
-            if promised != spec.layout.partition {
-                return Err(self.mismatch(spec.id, promised, spec.layout.partition));
-            }
+        if self.exists(&state, spec)? {
             return Ok(Outcome::Unchanged);
         }
         self.reserve(&mut state, spec)?;
         let partition = spec.layout.partition.0;
-        let taken = if spec.provisioning == Provisioning::Thick { partition } else { 0 };
-        let device = Device { disk: spec.layout.disk.0, taken, table: partition, ..Device::default() };
+        let thick = if spec.provisioning == Provisioning::Thick { partition } else { 0 };
+        let device = Device { disk: spec.layout.disk.0, thick, table: partition, ..Device::default() };
         state.devices.insert(spec.id, device);
-        state.ledger.took(spec.id, taken);
+        state.ledger.took(spec.id, thick);
         Ok(Outcome::Changed)
     }
 
@@ -219,7 +275,7 @@ impl Backing for SimBacking {
         if let Some(device) = state.devices.get_mut(&spec.id) {
             device.disk = disk.max(spec.layout.disk.0);
             if spec.provisioning == Provisioning::Thick {
-                device.taken = device.taken.max(spec.layout.partition.0);
+                device.thick = device.thick.max(spec.layout.partition.0);
             }
         }
         Ok(Outcome::Changed)
@@ -260,7 +316,7 @@ impl Backing for SimBacking {
         if device.disk < end {
             return Err(self.mismatch(spec.id, Bytes(device.disk), spec.layout.disk));
         }
-        Ok(device.written.iter().any(|at| (DiskLayout::PARTITION_START..end).contains(at)))
+        Ok(device.contents.range(DiskLayout::PARTITION_START..end).next().is_some())
     }
 
     fn device(&self, id: VolumeId) -> Result<PathBuf, BackingError> {
@@ -270,12 +326,12 @@ impl Backing for SimBacking {
 
     fn allocated(&self, id: VolumeId) -> Result<Bytes, BackingError> {
         let state = self.call("look at")?;
-        state.devices.get(&id).map(|device| Bytes(device.taken)).ok_or_else(|| self.missing(id))
+        state.devices.get(&id).map(|device| Bytes(device.taken())).ok_or_else(|| self.missing(id))
     }
 
     fn excess(&self, id: VolumeId) -> Result<Bytes, BackingError> {
         let state = self.call("look at")?;
-        let taken = state.devices.get(&id).ok_or_else(|| self.missing(id))?.taken;
+        let taken = state.devices.get(&id).ok_or_else(|| self.missing(id))?.taken();
         Ok(Bytes(taken.saturating_sub(state.ledger.reserved(id).unwrap_or(taken))))
     }
 
@@ -291,26 +347,73 @@ impl Backing for SimBacking {
     }
 
     fn shares_blocks(&self) -> bool {
-        false
+        self.state().shares
     }
 
-    fn snapshot(&self, _: SnapshotId, _: &DeviceSpec, _: &Copying<'_>) -> Result<Outcome, BackingError> {
-        Err(BackingError::CannotShare { location: self.location().display().to_string() })
+    fn snapshot(&self, id: SnapshotId, source: &DeviceSpec, how: &Copying<'_>) -> Result<Outcome, BackingError> {
+        let mut state = self.call("copy")?;
+        self.check(source)?;
+        let end = DiskLayout::PARTITION_START + source.layout.partition.0;
+        if let Some(copied) = state.copies.get(&id) {
+            return if copied.end == end { Ok(Outcome::Unchanged) } else { Err(self.too_short(id.into())) };
+        }
+        let (shares, from) = (state.shares, (source.id.into(), source.layout.partition));
+        let contents = self.copy(&mut state, from, id.into(), |bytes| Promise::Copy { bytes, shares }, how)?;
+        state.ledger.took(id, bytes_in(&contents));
+        state.copies.insert(id, Copied { end, contents });
+        Ok(Outcome::Changed)
     }
 
-    fn destroy_snapshot(&self, _: SnapshotId) -> Result<Outcome, BackingError> {
-        Ok(Outcome::Unchanged)
+    fn destroy_snapshot(&self, id: SnapshotId) -> Result<Outcome, BackingError> {
+        let mut state = self.call("remove")?;
+        state.ledger.release(id);
+        Ok(if state.copies.remove(&id).is_some() { Outcome::Changed } else { Outcome::Unchanged })
     }
 
     fn snapshot_allocated(&self, id: SnapshotId) -> Result<Bytes, BackingError> {
-        Err(BackingError::SnapshotMissing { id, file: self.location().join(id.to_string()) })
+        let state = self.call("look at")?;
+        state.copies.get(&id).map(|copied| Bytes(bytes_in(&copied.contents))).ok_or_else(|| self.snapshot_missing(id))
     }
 
-    fn create_from(&self, _: &DeviceSpec, _: CopySource, _: Bytes, _: &Copying<'_>) -> Result<Outcome, BackingError> {
-        Err(BackingError::CannotShare { location: self.location().display().to_string() })
+    fn create_from(
+        &self,
+        spec: &DeviceSpec,
+        source: CopySource,
+        partition: Bytes,
+        how: &Copying<'_>,
+    ) -> Result<Outcome, BackingError> {
+        let mut state = self.call("create")?;
+        if partition > spec.layout.partition {
+            return Err(self.mismatch(spec.id, partition, spec.layout.partition));
+        }
+        if self.exists(&state, spec)? {
+            return Ok(Outcome::Unchanged);
+        }
+        let (size, shares) = (spec.layout.partition, state.shares);
+        let from = match source {
+            CopySource::Device(id) => Kept::from(id),
+            CopySource::Snapshot(id) => Kept::from(id),
+        };
+        let promise = |_| Promise::Partition { size, shares };
+        let contents = self.copy(&mut state, (from, partition), spec.id.into(), promise, how)?;
+        let thick = if spec.provisioning == Provisioning::Thick { size.0 } else { 0 };
+        let device = Device { disk: spec.layout.disk.0, thick, table: size.0, contents, ..Device::default() };
+        state.ledger.took(spec.id, device.taken());
+        state.devices.insert(spec.id, device);
+        Ok(Outcome::Changed)
     }
 
-    fn write_note(&self, _: VolumeId, _: &[u8], _: &dyn Exclusive) -> Result<(), BackingError> {
+    fn write_note(&self, id: VolumeId, note: &[u8], _proof: &dyn Exclusive) -> Result<(), BackingError> {
+        let mut state = self.call("leave a note in")?;
+        if note.len() > DiskLayout::SPEC_BYTES {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "the note is too long");
+            return Err(BackingError::Io { what: "leave a note in", path: self.path(id), source });
+        }
+        let device = state.devices.get_mut(&id).ok_or_else(|| self.missing(id))?;
+        if device.proofs == 0 {
+            return Err(self.in_use(id, "the proof of exclusive use is another volume's"));
+        }
+        device.note = note.to_owned();
         Ok(())
     }
 }
@@ -331,6 +434,18 @@ mod tests {
             assert!(self.write(id, at, 4096));
         }
 
+        fn guest_rewrites(&self, id: VolumeId, at: u64) {
+            assert!(self.write(id, at, 4096));
+        }
+
+        fn contents(&self, id: VolumeId, at: u64) -> u64 {
+            self.written_at(id, at).unwrap_or_default()
+        }
+
+        fn note(&self, id: VolumeId) -> Vec<u8> {
+            self.note(id).unwrap()
+        }
+
         fn opened_elsewhere(&self, id: VolumeId) -> Box<dyn Any> {
             Box::new(self.open_device(id).unwrap())
         }
@@ -341,6 +456,12 @@ mod tests {
     }
 
     conformance!(SimBacking::new(Bytes::gib(8), 1.0));
+
+    mod without_sharing {
+        use super::*;
+
+        conformance!(SimBacking::new(Bytes::gib(8), 1.0).without_sharing());
+    }
 
     #[test]
     fn a_fault_comes_at_the_call_asked_for_and_changes_nothing() {

@@ -33,7 +33,7 @@ pub enum Fencing {
 /// What a file system can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Abilities {
-    /// Whether files can share blocks (XFS, btrfs): what snapshots and clones will need.
+    /// Whether files can share blocks (XFS, btrfs): snapshots and clones are made at once then.
     pub reflink: bool,
     /// How exclusive use is proven.
     pub fencing: Fencing,
@@ -44,6 +44,8 @@ pub struct Abilities {
     pub quota: bool,
     /// The extended attribute that holds what a volume was promised.
     pub(super) attribute: &'static str,
+    /// The one that holds how much a file may share with others.
+    pub(super) shared: &'static str,
 }
 
 impl fmt::Display for Abilities {
@@ -74,7 +76,7 @@ impl Abilities {
             image::disable_cow(&file)?;
         }
         check_holes(&file)?;
-        let attribute = attribute(&file)?;
+        let (attribute, shared) = attributes(&file)?;
         let clone = directory.fresh_file(PROBE_CLONE)?;
         if nocow {
             image::disable_cow(&clone)?;
@@ -96,7 +98,7 @@ impl Abilities {
             Err(error) => return Err(error),
         };
         // Tried apart, for what it needs is kept.
-        Ok(Self { reflink, fencing, nocow, quota: false, attribute })
+        Ok(Self { reflink, fencing, nocow, quota: false, attribute, shared })
     }
 }
 
@@ -119,11 +121,11 @@ fn check_holes(file: &File) -> io::Result<()> {
 }
 
 /// `user.` attributes are where they belong; tmpfs has them since Linux 6.6, and `trusted.` ones, for root, since ever.
-fn attribute(file: &File) -> io::Result<&'static str> {
+fn attributes(file: &File) -> io::Result<(&'static str, &'static str)> {
     let mut last = Errno::OPNOTSUPP;
-    for name in ["user.zpod.partition", "trusted.zpod.partition"] {
-        match rustix::fs::fsetxattr(file, name, b"0", XattrFlags::empty()) {
-            Ok(()) => return Ok(name),
+    for names in [("user.zpod.partition", "user.zpod.shared"), ("trusted.zpod.partition", "trusted.zpod.shared")] {
+        match rustix::fs::fsetxattr(file, names.0, b"0", XattrFlags::empty()) {
+            Ok(()) => return Ok(names),
             Err(error) => last = error,
         }
     }

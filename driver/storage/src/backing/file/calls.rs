@@ -8,15 +8,59 @@ use std::sync::{Arc, PoisonError};
 use rustix::fs::{FileType, OFlags};
 use zpod_volume::{Bytes, DiskLayout, Provisioning, SnapshotId, VolumeId};
 
+use super::copies::Source;
 use super::proof::{Held, Proof, TakeError};
-use super::{FIGURE_AGE, FileBacking, Image, STAT_BLOCK, image, name_of};
+use super::{FIGURE_AGE, FileBacking, Image, LOOK_AGE, STAT_BLOCK, image, name_of};
+use crate::backing::kept::Kept;
+use crate::backing::ledger::Promise;
 use crate::backing::{Backing, BackingError, Capacity, CopySource, Copying, DeviceSpec, Exclusive, Outcome};
 use crate::crash;
 use crate::directory;
 
 impl FileBacking {
+    /// Makes an image, from something where that is asked for, unless there is one. Has room promised for it first.
+    fn make_new(
+        &self,
+        spec: &DeviceSpec,
+        reserve: impl FnOnce() -> Result<Option<Source>, BackingError>,
+        how: &Copying<'_>,
+    ) -> Result<Outcome, BackingError> {
+        self.check(spec)?;
+        let stat = self.directory.stat(&name_of(spec.id)).map_err(|error| self.fail_on(spec.id, "look at", error))?;
+        if let Some(stat) = stat {
+            self.compare(spec, stat.st_size.unsigned_abs())?;
+            // Whoever made it may have been killed before its name was durable.
+            self.directory.sync().map_err(|error| self.fail("sync", error))?;
+            return Ok(Outcome::Unchanged);
+        }
+        self.ledger().release(spec.id);
+        let temporary = directory::temporary_name(spec.id);
+        let made = reserve().and_then(|source| self.make(spec, &temporary, source.as_ref(), how));
+        match made {
+            Ok(taken) => self.ledger().took(spec.id, taken),
+            Err(error) => {
+                if let Err(error) = self.unbound(spec.id).and_then(|()| self.directory.remove(&temporary)) {
+                    tracing::warn!(volume = %spec.id, %error, "a temporary file stays until the next start");
+                }
+                self.forget(spec.id);
+                return Err(error);
+            }
+        }
+        crash::point("create: named");
+        // Where this fails the image stays, and so does its promise: the next try finds it.
+        self.directory.sync().map_err(|error| self.fail("sync", error))?;
+        crash::point("create: name durable");
+        Ok(Outcome::Changed)
+    }
+
     /// Makes the image under its temporary name and gives it its own.
-    fn make(&self, spec: &DeviceSpec, temporary: &str) -> Result<u64, BackingError> {
+    fn make(
+        &self,
+        spec: &DeviceSpec,
+        temporary: &str,
+        source: Option<&Source>,
+        how: &Copying<'_>,
+    ) -> Result<u64, BackingError> {
         let fail = |what| move |error| self.fail_taking(spec, what, error);
         let file = self.directory.fresh_file(temporary).map_err(fail("create"))?;
         crash::point("create: temporary file made");
@@ -24,6 +68,10 @@ impl FileBacking {
             image::disable_cow(&file).map_err(fail("disable copy-on-write of"))?;
         }
         self.bound(spec.id, &file, spec.layout.partition).map_err(fail("limit"))?;
+        if let Some(source) = source {
+            self.copy(spec.id.into(), source, &file, how)?;
+            image::erase_note(&file).map_err(fail("erase a note in"))?;
+        }
         image::fill(&file, spec, self.abilities.attribute).map_err(fail("create"))?;
         let taken = file.metadata().map_err(fail("look at"))?.blocks() * STAT_BLOCK;
         crash::point("create: image durable");
@@ -50,8 +98,7 @@ impl FileBacking {
         // An image put there, or given its attribute, behind our back.
         if self.ledger().partition(id) != Some(promised) {
             let taken = self.taken(id)?;
-            self.ledger().adopt(id, promised, taken);
-            self.bound(id, &image, promised).map_err(|error| self.fail_on(id, "limit", error))?;
+            self.adopt_image(id, &image, promised, taken).map_err(|error| self.fail_on(id, "limit", error))?;
         }
         Ok(promised)
     }
@@ -65,6 +112,15 @@ impl FileBacking {
         if let Err(error) = bounded {
             tracing::warn!(volume = %id, error, "its limit is not what it should be until the next start");
         }
+    }
+
+    /// The image, of which the caller has a proof. Not any will do: it must be this image's, from here, and still hold.
+    fn proven(&self, id: VolumeId) -> Result<Arc<Held>, BackingError> {
+        let held = self.held(id).ok_or_else(|| self.in_use(id, "the proof of exclusive use is another volume's"))?;
+        if !held.holds().map_err(|error| self.fail_on(id, "look at the lease of", error))? {
+            return Err(self.in_use(id, "somebody is opening it at this moment"));
+        }
+        Ok(held)
     }
 
     fn enlarge(&self, spec: &DeviceSpec, image: &File, length: u64, promised: Bytes) -> Result<(), BackingError> {
@@ -91,33 +147,12 @@ impl FileBacking {
 
 impl Backing for FileBacking {
     fn create(&self, spec: &DeviceSpec) -> Result<Outcome, BackingError> {
-        self.check(spec)?;
-        let stat = self.directory.stat(&name_of(spec.id)).map_err(|error| self.fail_on(spec.id, "look at", error))?;
-        if let Some(stat) = stat {
-            self.compare(spec, stat.st_size.unsigned_abs())?;
-            // Whoever made it may have been killed before its name was durable.
-            self.directory.sync().map_err(|error| self.fail("sync", error))?;
-            return Ok(Outcome::Unchanged);
-        }
-        self.ledger().release(spec.id);
-        self.reserve(spec)?;
-        crash::point("create: room promised");
-        let temporary = directory::temporary_name(spec.id);
-        match self.make(spec, &temporary) {
-            Ok(taken) => self.ledger().took(spec.id, taken),
-            Err(error) => {
-                if let Err(error) = self.unbound(spec.id).and_then(|()| self.directory.remove(&temporary)) {
-                    tracing::warn!(volume = %spec.id, %error, "a temporary file stays until the next start");
-                }
-                self.forget(spec.id);
-                return Err(error);
-            }
-        }
-        crash::point("create: named");
-        // Where this fails the image stays, and so does its promise: the next try finds it.
-        self.directory.sync().map_err(|error| self.fail("sync", error))?;
-        crash::point("create: name durable");
-        Ok(Outcome::Changed)
+        let reserve = || {
+            self.reserve(spec)?;
+            crash::point("create: room promised");
+            Ok(None)
+        };
+        self.make_new(spec, reserve, &Copying { full: false, progress: &|_, _| true })
     }
 
     fn destroy(&self, id: VolumeId) -> Result<Outcome, BackingError> {
@@ -175,6 +210,7 @@ impl Backing for FileBacking {
         let held = match self.image(id, OFlags::RDWR)? {
             Image::Held(held) => held,
             Image::Opened(file) => {
+                let _opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
                 let held = Held::take(file, self.abilities.fencing).map_err(|error| match error {
                     TakeError::InUse(detail) => self.in_use(id, detail),
                     TakeError::Io(error) => self.fail_on(id, "take a lease on", error),
@@ -195,11 +231,7 @@ impl Backing for FileBacking {
     fn write_table(&self, spec: &DeviceSpec, _proof: &dyn Exclusive) -> Result<(), BackingError> {
         self.check(spec)?;
         let id = spec.id;
-        // Not any proof will do: it must be this image's, from here, and still hold.
-        let held = self.held(id).ok_or_else(|| self.in_use(id, "the proof of exclusive use is another volume's"))?;
-        if !held.holds().map_err(|error| self.fail_on(id, "look at the lease of", error))? {
-            return Err(self.in_use(id, "somebody is opening it at this moment"));
-        }
+        let held = self.proven(id)?;
         let (promised, length) = (self.promised(id)?, self.length(id, &held.file)?);
         if spec.layout.partition > promised {
             return Err(self.mismatch(id, promised, spec.layout.partition));
@@ -252,12 +284,13 @@ impl Backing for FileBacking {
 
     fn excess(&self, id: VolumeId) -> Result<Bytes, BackingError> {
         let taken = self.allocated(id)?;
-        let reserved = self.ledger().reserved(id);
-        Ok(reserved.map_or(Bytes(0), |reserved| self.beyond(reserved, taken.0)))
+        let ledger = self.ledger();
+        Ok(ledger.reserved(id).map_or(Bytes(0), |reserved| self.beyond(reserved, ledger.shares(id), taken.0)))
     }
 
     fn capacity(&self) -> Result<Capacity, BackingError> {
         self.measure(FIGURE_AGE)?;
+        self.look_who_shares(LOOK_AGE)?;
         let free = self.free()?;
         Ok(self.ledger().capacity(free))
     }
@@ -267,26 +300,52 @@ impl Backing for FileBacking {
     }
 
     fn shares_blocks(&self) -> bool {
-        false
+        self.abilities.reflink
     }
 
-    fn snapshot(&self, _: SnapshotId, _: &DeviceSpec, _: &Copying<'_>) -> Result<Outcome, BackingError> {
-        Err(BackingError::CannotShare { location: self.location().display().to_string() })
+    fn snapshot(&self, id: SnapshotId, source: &DeviceSpec, how: &Copying<'_>) -> Result<Outcome, BackingError> {
+        self.keep(id, source, how)
     }
 
-    fn destroy_snapshot(&self, _: SnapshotId) -> Result<Outcome, BackingError> {
-        Ok(Outcome::Unchanged)
+    fn destroy_snapshot(&self, id: SnapshotId) -> Result<Outcome, BackingError> {
+        self.discard(id)
     }
 
     fn snapshot_allocated(&self, id: SnapshotId) -> Result<Bytes, BackingError> {
-        Err(BackingError::SnapshotMissing { id, file: self.location().join(id.to_string()) })
+        let kept = Kept::from(id);
+        let stat = self.directory.stat(&kept.name()).map_err(|error| self.fail_on(kept, "look at", error))?;
+        let stat = stat.ok_or_else(|| BackingError::SnapshotMissing { id, file: self.directory.join(&kept.name()) })?;
+        Ok(Bytes(stat.st_blocks.unsigned_abs() * STAT_BLOCK))
     }
 
-    fn create_from(&self, _: &DeviceSpec, _: CopySource, _: Bytes, _: &Copying<'_>) -> Result<Outcome, BackingError> {
-        Err(BackingError::CannotShare { location: self.location().display().to_string() })
+    fn create_from(
+        &self,
+        spec: &DeviceSpec,
+        source: CopySource,
+        partition: Bytes,
+        how: &Copying<'_>,
+    ) -> Result<Outcome, BackingError> {
+        if partition > spec.layout.partition {
+            return Err(self.mismatch(spec.id, partition, spec.layout.partition));
+        }
+        let kept = match source {
+            CopySource::Device(id) => Kept::from(id),
+            CopySource::Snapshot(id) => Kept::from(id),
+        };
+        let reserve = || {
+            let source = self.source(kept, partition, how)?;
+            let shares = source.shares;
+            let promise = Promise::Partition { size: spec.layout.partition, shares };
+            self.reserve_copy(spec.id.into(), &source, |_| promise)?;
+            Ok(Some(source))
+        };
+        self.make_new(spec, reserve, how)
     }
 
-    fn write_note(&self, _: VolumeId, _: &[u8], _: &dyn Exclusive) -> Result<(), BackingError> {
+    fn write_note(&self, id: VolumeId, note: &[u8], _proof: &dyn Exclusive) -> Result<(), BackingError> {
+        let held = self.proven(id)?;
+        image::write_note(&held.file, note).map_err(|error| self.fail_on(id, "leave a note in", error))?;
+        crash::point("note: durable");
         Ok(())
     }
 }

@@ -32,9 +32,14 @@ pub(super) fn has_data(file: &File, from: u64, to: u64) -> io::Result<bool> {
     if !seek_data(file, from, to)? {
         return Ok(false);
     }
-    rustix::fs::fdatasync(file)?;
-    rustix::fs::fadvise(file, from, NonZeroU64::new(to.saturating_sub(from)), Advice::DontNeed)?;
+    settle(file, from, to)?;
     seek_data(file, from, to)
+}
+
+/// Writes out what is in the cache and drops it, so that what looks like data is data.
+pub(super) fn settle(file: &File, from: u64, to: u64) -> io::Result<()> {
+    rustix::fs::fdatasync(file)?;
+    Ok(rustix::fs::fadvise(file, from, NonZeroU64::new(to.saturating_sub(from)), Advice::DontNeed)?)
 }
 
 fn seek_data(file: &File, from: u64, to: u64) -> io::Result<bool> {
@@ -129,14 +134,52 @@ pub(super) fn set_promise(file: &File, attribute: &str, partition: Bytes) -> io:
 
 /// The partition that was promised. Only the one spelling that [`set_promise`] writes is taken.
 pub(super) fn promise(file: &File, attribute: &str) -> io::Result<Bytes> {
+    match number(file, attribute)? {
+        Some(number) if number > 0 => Ok(Bytes(number)),
+        Some(_) => Err(damaged(attribute, "is not a number of bytes")),
+        None => Err(damaged(attribute, "is missing")),
+    }
+}
+
+/// Records how much a file may share with others that count it as theirs.
+pub(super) fn set_shared(file: &File, attribute: &str, bytes: u64) -> io::Result<()> {
+    Ok(rustix::fs::fsetxattr(file, attribute, bytes.to_string().as_bytes(), XattrFlags::empty())?)
+}
+
+/// What [`set_shared`] has recorded; nothing of a file that never shared anything.
+pub(super) fn shared(file: &File, attribute: &str) -> io::Result<Option<u64>> {
+    number(file, attribute)
+}
+
+fn number(file: &File, attribute: &str) -> io::Result<Option<u64>> {
     let mut value = [0; 32];
-    let length = rustix::fs::fgetxattr(file, attribute, &mut value).map_err(|error| match error {
-        Errno::NODATA => damaged(attribute, "is missing"),
-        error => error.into(),
-    })?;
+    let length = match rustix::fs::fgetxattr(file, attribute, &mut value) {
+        Ok(length) => length,
+        Err(Errno::NODATA) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
     let text = value.get(..length).and_then(|value| std::str::from_utf8(value).ok());
-    let number = text.and_then(|text| text.parse::<u64>().ok().filter(|n| n.to_string() == text && *n > 0));
-    number.map(Bytes).ok_or_else(|| damaged(attribute, "is not a number of bytes"))
+    let number = text.and_then(|text| text.parse::<u64>().ok().filter(|n| n.to_string() == text));
+    number.map(Some).ok_or_else(|| damaged(attribute, "is not a number of bytes"))
+}
+
+/// Takes out what was noted for the guest of another volume.
+pub(super) fn erase_note(file: &File) -> io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(file, flags, DiskLayout::SPEC_OFFSET, DiskLayout::SPEC_BYTES as u64)?)
+}
+
+/// Writes a note for the guest, and nothing of an older one stays.
+pub(super) fn write_note(file: &File, note: &[u8]) -> io::Result<()> {
+    let mut bytes = vec![0; DiskLayout::SPEC_BYTES];
+    let room = bytes.get_mut(..note.len()).ok_or_else(|| {
+        let why = format!("a note of {} bytes does not fit into {}", note.len(), DiskLayout::SPEC_BYTES);
+        io::Error::new(io::ErrorKind::InvalidInput, why)
+    })?;
+    room.copy_from_slice(note);
+    file.write_all_at(&bytes, DiskLayout::SPEC_OFFSET)?;
+    crash::point("note: written");
+    Ok(rustix::fs::fdatasync(file)?)
 }
 
 fn damaged(attribute: &str, what: &str) -> io::Error {

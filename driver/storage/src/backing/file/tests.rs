@@ -3,6 +3,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -37,7 +38,7 @@ impl Files {
     }
 
     fn promised(&self) -> u64 {
-        self.backing.ledger().promises().iter().map(|(_, reserved)| reserved).sum()
+        self.backing.ledger().promises().iter().map(|promised| promised.reserved).sum()
     }
 
     fn names(&self) -> Vec<String> {
@@ -62,6 +63,26 @@ impl Rig for Files {
         let file = File::options().write(true).open(self.path(id)).unwrap();
         file.write_all_at(&[1; 4096], at).unwrap();
         file.sync_all().unwrap();
+    }
+
+    fn guest_rewrites(&self, id: VolumeId, at: u64) {
+        static COUNT: AtomicU64 = AtomicU64::new(2);
+        let file = File::options().write(true).open(self.path(id)).unwrap();
+        let count = COUNT.fetch_add(1, Ordering::SeqCst);
+        file.write_all_at(&count.to_le_bytes().repeat(512), at).unwrap();
+        file.sync_all().unwrap();
+    }
+
+    fn contents(&self, id: VolumeId, at: u64) -> u64 {
+        let mut bytes = [0; 8];
+        File::open(self.path(id)).unwrap().read_exact_at(&mut bytes, at).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    fn note(&self, id: VolumeId) -> Vec<u8> {
+        let mut bytes = vec![0; DiskLayout::SPEC_BYTES];
+        File::open(self.path(id)).unwrap().read_exact_at(&mut bytes, DiskLayout::SPEC_OFFSET).unwrap();
+        bytes
     }
 
     fn opened_elsewhere(&self, id: VolumeId) -> Box<dyn Any> {
