@@ -1,6 +1,7 @@
 //! Plays Kata's shim for one pod.
 
 mod container;
+mod control;
 mod exec;
 mod monitor;
 
@@ -19,7 +20,7 @@ use crate::direct_volume::DirectVolume;
 use crate::node::Node;
 use crate::qemu::{Boot, Guest};
 
-pub use container::{Container, Mount, User};
+pub use container::{Container, Device, Mount, User};
 pub use exec::{Output, Running};
 pub use monitor::Monitor;
 
@@ -178,9 +179,17 @@ impl Sandbox {
             storages.extend(storage);
             mounts.push(bind);
         }
+        let mut devices = Vec::new();
+        for device in &container.devices {
+            // manager_inner.rs: id is the PCI path.
+            let id = self.plug(&container.id, &device.path, device.read_only).await?;
+            let container_path = device.destination.clone();
+            devices.push(agent::Device { id, r#type: "blk".into(), container_path, ..Default::default() });
+        }
         let request = agent::CreateContainerRequest {
             container_id: container.id.clone(),
             exec_id: container.id.clone(),
+            devices,
             storages,
             oci: Some(container.spec(&self.hostname, mounts)),
             ..Default::default()

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -18,7 +19,7 @@ use super::process::program::Program;
 use crate::agent::{AgentClient, AgentError};
 use crate::direct_volume;
 use crate::qemu::{Boot, Guest};
-use crate::shim::{Container, Mount, Output, Running, Runtime, Sandbox};
+use crate::shim::{Container, Device, Mount, Output, Running, Runtime, Sandbox};
 
 /// Where runtime-rs keeps its sandboxes.
 const RUN_DIR: &str = "/run/kata";
@@ -69,7 +70,12 @@ impl Machine for GuestPod {
             eprintln!("container {}: not in the guest: {}", order.id, left_out.join(", "));
         }
         let security = order.config.linux.unwrap_or_default().security_context.unwrap_or_default();
+        let (devices, others) = disks(&order.config.devices);
+        if !others.is_empty() {
+            eprintln!("container {}: no block devices of this node: {}", order.id, others.join(", "));
+        }
         let container = Container {
+            devices,
             tmpfs: memory,
             process: Some(process(&order.program)),
             read_only_root: security.readonly_rootfs,
@@ -230,6 +236,24 @@ fn sort(mounts: &[api::Mount], direct_volumes: &Path) -> Mounts {
         }
     }
     sorted
+}
+
+/// A container's devices: those that are block devices of the node, which Kata plugs in, and the others.
+fn disks(devices: &[api::Device]) -> (Vec<Device>, Vec<String>) {
+    let (mut disks, mut others) = (Vec::new(), Vec::new());
+    for device in devices {
+        // Kubelet hands out a link below the pod's directory.
+        let disk = fs::canonicalize(&device.host_path)
+            .ok()
+            .filter(|path| fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device()));
+        if let Some(path) = disk {
+            let read_only = !device.permissions.contains('w');
+            disks.push(Device { read_only, ..Device::new(path, &device.container_path) });
+        } else {
+            others.push(device.host_path.clone());
+        }
+    }
+    (disks, others)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The OCI spec that containerd would write for a container, as the shim sends it.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use zpod_proto::agent;
@@ -24,6 +25,49 @@ impl Mount {
     }
 }
 
+/// A block device of a container.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// The block device on the host, or a file for one.
+    pub path: PathBuf,
+    /// Its path in the container.
+    pub destination: String,
+    /// Whether the container may only read it.
+    pub read_only: bool,
+}
+
+impl Device {
+    /// A writable device.
+    pub fn new(path: impl Into<PathBuf>, destination: &str) -> Self {
+        Self { path: path.into(), destination: destination.to_owned(), read_only: false }
+    }
+
+    /// Its numbers on the host. Kubelet makes a loop device of what is none.
+    fn numbers(&self) -> (i64, i64) {
+        let device = std::fs::metadata(&self.path).map_or(0, |metadata| metadata.rdev());
+        match device {
+            0 => (7, 200 + i64::from(self.destination.bytes().last().unwrap_or_default())),
+            device => (nix::sys::stat::major(device) as i64, nix::sys::stat::minor(device) as i64),
+        }
+    }
+
+    /// What containerd writes into the spec.
+    fn in_spec(&self) -> (agent::LinuxDevice, agent::LinuxDeviceCgroup) {
+        let (major, minor) = self.numbers();
+        let kind = || "b".to_owned();
+        let access = if self.read_only { "rm" } else { "rwm" }.to_owned();
+        let device = agent::LinuxDevice {
+            path: self.destination.clone(),
+            r#type: kind(),
+            major,
+            minor,
+            file_mode: 0o660,
+            ..Default::default()
+        };
+        (device, agent::LinuxDeviceCgroup { allow: true, r#type: kind(), major, minor, access })
+    }
+}
+
 /// A container to be.
 #[derive(Debug, Clone)]
 pub struct Container {
@@ -31,6 +75,8 @@ pub struct Container {
     pub id: String,
     /// Volumes, in the order of the OCI spec.
     pub mounts: Vec<Mount>,
+    /// Block devices.
+    pub devices: Vec<Device>,
     /// Mounts of the guest's own directories: source and destination.
     pub guest_mounts: Vec<(String, String)>,
     /// Mounts of memory, at these paths.
@@ -45,8 +91,8 @@ impl Container {
     /// A container that sleeps, with these volumes.
     pub fn new(id: &str, mounts: impl IntoIterator<Item = Mount>) -> Self {
         let mounts = mounts.into_iter().collect();
-        let id = id.to_owned();
-        Self { id, mounts, guest_mounts: Vec::new(), tmpfs: Vec::new(), process: None, read_only_root: false }
+        let (id, devices) = (id.to_owned(), Vec::new());
+        Self { id, mounts, devices, guest_mounts: Vec::new(), tmpfs: Vec::new(), process: None, read_only_root: false }
     }
 
     /// One that can see the guest's pools: its devices, its processes and zpod's tools are bound in.
@@ -84,6 +130,7 @@ impl Container {
         let sleep = || process(&["/bin/sleep", "1000000"], User::ROOT, self.capabilities());
         let namespaces =
             ["mount", "ipc", "uts"].map(|kind| agent::LinuxNamespace { r#type: kind.into(), ..Default::default() });
+        let (devices, allowed): (Vec<_>, Vec<_>) = self.devices.iter().map(Device::in_spec).unzip();
         agent::Spec {
             version: "1.1.0".into(),
             process: Some(self.process.clone().unwrap_or_else(sleep)),
@@ -94,6 +141,8 @@ impl Container {
             linux: Some(agent::Linux {
                 cgroups_path: format!("/e2e/{}", self.id),
                 namespaces: namespaces.to_vec(),
+                devices,
+                resources: (!allowed.is_empty()).then_some(agent::LinuxResources { devices: allowed }),
                 ..Default::default()
             }),
         }

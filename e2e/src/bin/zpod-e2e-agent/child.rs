@@ -10,7 +10,8 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
-use nix::unistd::{Gid, Uid, chdir, chroot, setgroups, setresgid, setresuid};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::unistd::{Gid, Uid, chdir, chown, chroot, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 use zpod_proto::agent;
 
@@ -28,6 +29,25 @@ pub(crate) struct Mount {
 impl From<agent::Mount> for Mount {
     fn from(mount: agent::Mount) -> Self {
         Self { destination: mount.destination, source: mount.source, kind: mount.r#type, options: mount.options }
+    }
+}
+
+/// A device of the OCI spec.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Device {
+    path: String,
+    kind: String,
+    major: i64,
+    minor: i64,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+}
+
+impl From<agent::LinuxDevice> for Device {
+    fn from(device: agent::LinuxDevice) -> Self {
+        let agent::LinuxDevice { path, r#type: kind, major, minor, file_mode: mode, uid, gid } = device;
+        Self { path, kind, major, minor, mode, uid, gid }
     }
 }
 
@@ -63,6 +83,7 @@ pub(crate) struct ContainerSpec {
     pub(crate) rootfs: PathBuf,
     pub(crate) read_only_root: bool,
     pub(crate) mounts: Vec<Mount>,
+    pub(crate) devices: Vec<Device>,
     pub(crate) program: Program,
 }
 
@@ -125,6 +146,9 @@ fn enter_new(spec: &ContainerSpec) -> Result<()> {
     for mount in &spec.mounts {
         mount_into(&spec.rootfs, mount).with_context(|| format!("mount {}", mount.destination))?;
     }
+    for device in &spec.devices {
+        make_device(&spec.rootfs, device).with_context(|| format!("Creating container device {}", device.path))?;
+    }
     if spec.read_only_root {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
         mount(None::<&str>, &spec.rootfs, None::<&str>, flags, None::<&str>).context("make the root read-only")?;
@@ -161,6 +185,23 @@ fn mount_into(rootfs: &Path, spec: &Mount) -> Result<()> {
     if !propagation.is_empty() {
         mount(None::<&str>, &target, None::<&str>, propagation, None::<&str>).context("set propagation")?;
     }
+    Ok(())
+}
+
+/// rustjail's `mknod_dev`.
+fn make_device(rootfs: &Path, device: &Device) -> Result<()> {
+    let target = rootfs.join(device.path.trim_start_matches('/'));
+    if let Some(parent) = target.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let kind = match device.kind.as_str() {
+        "b" => SFlag::S_IFBLK,
+        "c" => SFlag::S_IFCHR,
+        other => bail!("invalid spec: device type {other:?}"),
+    };
+    let numbers = makedev(u64::try_from(device.major)?, u64::try_from(device.minor)?);
+    mknod(&target, kind, Mode::from_bits_truncate(device.mode), numbers)?;
+    chown(&target, Some(Uid::from_raw(device.uid)), Some(Gid::from_raw(device.gid)))?;
     Ok(())
 }
 

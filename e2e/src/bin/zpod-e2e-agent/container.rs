@@ -85,12 +85,14 @@ async fn start(bundle: &Path, cgroup: &Path, spec: agent::Spec) -> Result<Proces
         mount(Some(root.path.as_str()), &rootfs, Some("bind"), MsFlags::MS_BIND, None::<&str>)
             .with_context(|| format!("bind {}", root.path))?;
     }
+    let devices = spec.linux.unwrap_or_default().devices.into_iter().map(Into::into).collect();
     let process = spec.process.ok_or_else(|| anyhow!("no process configurations!"))?;
     let spec = ContainerSpec {
         cgroup: cgroup.to_owned(),
         rootfs,
         read_only_root: root.readonly,
         mounts: spec.mounts.into_iter().map(Into::into).collect(),
+        devices,
         program: process.into(),
     };
     Process::spawn("container", &spec).await

@@ -13,6 +13,7 @@ mod bare;
 mod block;
 mod child;
 mod container;
+mod device;
 mod init;
 mod mounts;
 mod process;

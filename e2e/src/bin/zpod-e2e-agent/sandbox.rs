@@ -8,6 +8,7 @@ use nix::unistd::sethostname;
 use zpod_proto::agent::{CreateContainerRequest, CreateSandboxRequest};
 
 use crate::container::{BASE, Container};
+use crate::device;
 use crate::storage::Storages;
 
 #[derive(Debug, Default)]
@@ -33,7 +34,8 @@ impl Sandbox {
         if !starts_well || !bytes.all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
             return Err(anyhow!("invalid container ID {id}"));
         }
-        let spec = request.oci.ok_or_else(|| anyhow!("no oci spec in the create container request!"))?;
+        let mut spec = request.oci.ok_or_else(|| anyhow!("no oci spec in the create container request!"))?;
+        device::add(&request.devices, &mut spec).await?;
         let mounts = self.storages.add(request.storages).await?;
         match Container::create(&id, spec, mounts.clone()).await {
             Ok(container) => {

@@ -1,0 +1,93 @@
+//! Block devices: zvols in the guest's own pool.
+
+use std::fs::File;
+
+use anyhow::Result;
+use uuid::Uuid;
+use zpod_e2e::shim::Device;
+use zpod_e2e::workdir::Workdir;
+use zpod_e2e::{Container, Sandbox};
+use zpod_proto::guest::GrowRequest;
+use zpod_volume::{Bytes, Create, DiskLayout, VolumeSpec};
+
+use crate::disk::{DEVICE, Disk, pod};
+
+const SIZE: Bytes = Bytes::mib(256);
+const BYTES: &str = "blockdev --getsize64 /dev/xvda";
+
+async fn sum(pod: &mut Sandbox, container: &str) -> Result<String> {
+    pod.sh(container, "dd if=/dev/xvda bs=1M count=24 2>/dev/null | sha256sum").await
+}
+
+#[tokio::test]
+async fn a_block_device_keeps_what_was_written_and_is_shared_and_grows() -> Result<()> {
+    let dir = Workdir::new()?;
+    let mut volume = Disk::new(dir.path(), "pvc-block", SIZE)?;
+    let mut first = pod(&dir).await?;
+    // The init container is still there when the next one comes.
+    first.run(volume.container("init")).await?;
+    assert_eq!(first.sh("init", BYTES).await?, SIZE.0.to_string());
+    first.sh("init", "e2e fill /dev/xvda 25165824").await?;
+    let written = sum(&mut first, "init").await?;
+    first.run(volume.container("app")).await?;
+    println!("CreateContainer took {:?}", first.create_time);
+    assert_eq!(sum(&mut first, "app").await?, written);
+    first.remove("init").await?;
+    assert_eq!(sum(&mut first, "app").await?, written);
+
+    let told = first.volume_status().await?;
+    println!("{told:?}");
+    assert!(told.block && told.token == volume.spec.token.to_string(), "{told:?}");
+    assert_eq!((told.total_bytes, told.total_inodes), (SIZE.0, 0));
+    assert_eq!(told.total_bytes, told.used_bytes + told.available_bytes);
+
+    let size = Bytes::mib(700);
+    let partition_bytes = DiskLayout::partition_for(size).0;
+    let volume_id = volume.spec.id.to_string();
+    let request = GrowRequest { volume_id, capacity_bytes: size.0, partition_bytes };
+    first.control().await?.grow(request).await?;
+    assert_eq!(first.sh("app", BYTES).await?, size.0.to_string());
+    assert_eq!(first.volume_status().await?.total_bytes, size.0);
+
+    // A restart of the container unplugs the disk and plugs it again.
+    first.remove("app").await?;
+    first.run(volume.container("app")).await?;
+    assert_eq!(sum(&mut first, "app").await?, written);
+    // Killed, not stopped: what was flushed is there.
+    first.sh("app", "dd if=/dev/zero of=/dev/xvda bs=1M count=1 seek=24 conv=fsync 2>/dev/null").await?;
+    first.kill();
+
+    volume.spec = VolumeSpec { token: Uuid::new_v4(), create: Create::Never, ..volume.spec };
+    volume.publish()?;
+    let mut second = pod(&dir).await?;
+    second.run(volume.container("app")).await?;
+    assert_eq!(sum(&mut second, "app").await?, written);
+    // The spec is older than the growth: nothing shrinks.
+    assert_eq!(second.sh("app", BYTES).await?, size.0.to_string());
+    assert!(second.volume_status().await?.used_bytes > 24 << 20);
+    second.stop().await
+}
+
+#[tokio::test]
+async fn a_device_of_ours_that_cant_be_brought_up_fails_and_a_strangers_passes_as_it_is() -> Result<()> {
+    let dir = Workdir::new()?;
+    let mut pod = pod(&dir).await?;
+    let mut blank = Disk::new(dir.path(), "pvc-blank", SIZE)?;
+    blank.spec.create = Create::Never;
+    blank.publish()?;
+    let error = format!("{:#}", pod.run(blank.container("blank")).await.expect_err("nothing may be made"));
+    assert!(error.contains(&blank.spec.id.to_string()) && error.contains("blank"), "{error}");
+    let bare = Disk::new(dir.path(), "pvc-bare", SIZE)?;
+    bare.write(DiskLayout::SPEC_OFFSET, &[0; 512])?;
+    let error = format!("{:#}", pod.run(bare.container("bare")).await.expect_err("it is the disk of a pool"));
+    assert!(error.contains(DEVICE) && error.contains("pool"), "{error}");
+
+    let stranger = dir.path().join("stranger");
+    std::fs::write(&stranger, "a stranger's disk")?;
+    File::options().write(true).open(&stranger)?.set_len(300 << 20)?;
+    let container = Container { devices: vec![Device::new(&stranger, DEVICE)], ..Container::new("other", []) };
+    pod.run(container).await?;
+    assert_eq!(pod.sh("other", BYTES).await?, (300_u64 << 20).to_string());
+    assert_eq!(pod.sh("other", "dd if=/dev/xvda bs=17 count=1 2>/dev/null").await?, "a stranger's disk");
+    pod.stop().await
+}
