@@ -159,7 +159,8 @@ impl GuestClient {
     /// One that reaches nobody.
     pub(crate) fn unconnected(sandbox: &str) -> Self {
         let channel = tonic::transport::Endpoint::from_static("http://nobody").connect_lazy();
-        Self { sandbox: sandbox.to_owned(), stub: Stub::new(channel) }
+        let url = AgentUrl::Vsock { cid: u32::MAX };
+        Self { sandbox: sandbox.to_owned(), url, stub: Stub::new(channel) }
     }
 }
 
