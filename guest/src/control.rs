@@ -19,7 +19,8 @@ use zpod_proto::guest::{
 };
 use zpod_volume::{Bytes, Mark, VolumeId};
 
-use crate::machine::{self, Machine, Scrub};
+use crate::key::{Key, KeyError, Keys};
+use crate::machine::{self, Machine, Scrub, Step};
 use crate::volumes::Volumes;
 use crate::volumes::attributes::Attributes;
 use crate::volumes::status::{DETAIL_AGE, Snapshot};
@@ -88,7 +89,7 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
         token: snapshot.token.to_string(),
         scrub: details.report.scrub.map(last_scrub),
         refusal: snapshot.refusal.unwrap_or_default(),
-        awaits_key: false,
+        awaits_key: snapshot.awaits_key,
         encrypted: snapshot.encrypted,
         block: snapshot.block,
         snapshot_bytes: details.snapshot_bytes,
@@ -202,8 +203,19 @@ impl<M: Machine> Guest for Control<M> {
         Ok(Response::new(UnmarkResponse {}))
     }
 
-    async fn provide_key(&self, _: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {
-        Err(Status::unimplemented("ProvideKey"))
+    async fn provide_key(&self, request: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {
+        let request = request.into_inner();
+        // First of all into what overwrites them: nothing below returns before.
+        let (key, previous) = (Key::new(request.key), Some(request.previous_key).filter(|key| !key.is_empty()));
+        let previous = previous.map(Key::new).transpose();
+        let id = id(&request.volume_id)?;
+        let bad = |field: &'static str| {
+            move |error: KeyError| Status::invalid_argument(format!("volume {id}: {field}: {error}"))
+        };
+        let keys = Keys { key: key.map_err(bad("key"))?, previous: previous.map_err(bad("previous_key"))? };
+        let token = request.token.parse().map_err(|_| Status::invalid_argument("token: it is not a UUID"))?;
+        let changed = self.volumes.provide_key(id, token, keys).await? == Step::Changed;
+        Ok(Response::new(ProvideKeyResponse { changed }))
     }
 
     async fn properties(&self, request: Request<PropertiesRequest>) -> Result<Response<PropertiesResponse>, Status> {

@@ -120,6 +120,42 @@ pub enum VolumeError {
         /// What is there.
         found: String,
     },
+    /// It is encrypted, and the node has provided no key.
+    #[error(
+        "volume {id}: it is encrypted, and its node has provided no key within {:.0} s; name a Secret with encryptionKey in \
+         its StorageClass (csi.storage.k8s.io/node-publish-secret-name and -namespace), and see that it exists; the \
+         container is tried again until the key is there", waited.as_secs_f64()
+    )]
+    NoKey {
+        /// The volume.
+        id: VolumeId,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The key does not fit.
+    #[error(
+        "volume {id}: the key that its node has provided is not its key{}; nothing was changed; put the right one in its \
+         Secret as encryptionKey; to change the key, put the one before in as previousEncryptionKey",
+        if *.previous { ", and neither is the one before" } else { "" }
+    )]
+    WrongKey {
+        /// The volume.
+        id: VolumeId,
+        /// The key before it did not fit either.
+        previous: bool,
+    },
+    /// A key for a volume that has none.
+    #[error("volume {id}: it is not encrypted and has no key; a volume is encrypted from its creation on, or never")]
+    NotEncrypted {
+        /// The volume.
+        id: VolumeId,
+    },
+    /// Somebody speaks of another publication.
+    #[error("volume {id}: it was published with another token; ask with that of the publication that runs")]
+    OtherToken {
+        /// The volume.
+        id: VolumeId,
+    },
     /// There is too much in it, or too little room beside it, for what is asked.
     #[error("volume {id}: {reason}")]
     NoRoom {
@@ -211,7 +247,14 @@ impl VolumeError {
 
     /// Whether it stays so until somebody changes something outside this guest.
     pub(crate) const fn is_for_good(&self) -> bool {
-        matches!(self, Self::NoMark { .. } | Self::Differs { .. } | Self::NoDataset { .. })
+        matches!(
+            self,
+            Self::NoMark { .. }
+                | Self::Differs { .. }
+                | Self::NoDataset { .. }
+                | Self::NoKey { .. }
+                | Self::WrongKey { .. }
+        )
     }
 
     /// The code under which it is reported.
@@ -224,11 +267,15 @@ impl VolumeError {
             | Self::HalfMade { .. }
             | Self::Import { .. }
             | Self::NotItsCopy { .. }
+            | Self::NoKey { .. }
+            | Self::NotEncrypted { .. }
+            | Self::OtherToken { .. }
             | Self::NoRoom { .. }
             | Self::NoMark { .. }
             | Self::Differs { .. }
             | Self::Stuck { .. } => Code::FailedPrecondition,
             Self::NoDataset { .. } => Code::DataLoss,
+            Self::WrongKey { .. } => Code::PermissionDenied,
             Self::Failed { .. } => Code::Internal,
             Self::Overrun { .. } => Code::DeadlineExceeded,
             Self::Invalid { .. } => Code::InvalidArgument,

@@ -19,6 +19,7 @@ pub mod disk;
 pub mod error;
 pub mod init;
 pub mod journal;
+pub mod key;
 pub mod kmsg;
 pub mod machine;
 pub mod modules;

@@ -9,7 +9,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
-use zpod_volume::{Bytes, PoolName, VolumeId, gpt};
+use zpod_volume::{Bytes, Encryption, PoolName, VolumeId, gpt};
+
+use crate::key::Key;
 
 mod linux;
 #[cfg(test)]
@@ -252,13 +254,21 @@ pub trait Machine: Send + Sync + 'static {
         force: bool,
     ) -> Result<(), Fault>;
 
-    /// Makes the pool's dataset: a file system, or a sparse block device of a size.
+    /// Makes the pool's dataset: a file system, or a sparse block device of a size. With a key its contents are
+    /// encrypted, and the key is loaded.
     async fn create_dataset(
         &self,
         dataset: &str,
         size: Option<Bytes>,
         properties: &[(String, String)],
+        encryption: Option<(Encryption, &Key)>,
     ) -> Result<(), Fault>;
+
+    /// Loads the key of a dataset, or looks only whether it would fit. False where it does not.
+    async fn load_key(&self, dataset: &str, key: &Key, only_look: bool) -> Result<bool, Fault>;
+
+    /// Gives a dataset whose key is loaded another one.
+    async fn change_key(&self, dataset: &str, key: &Key) -> Result<(), Fault>;
 
     /// The block device of a dataset; `None` while there is none. ZFS makes it some time after the dataset or its import.
     async fn volume_device(&self, dataset: &str) -> Result<Option<DeviceNumber>, Fault>;

@@ -29,15 +29,18 @@ pub mod attributes;
 mod bounds;
 mod device;
 mod grow;
+mod keyring;
 mod marks;
 mod progress;
 mod release;
 mod restore;
 mod resume;
 pub mod status;
+mod unlock;
 #[cfg(test)]
 mod tests;
 
+use keyring::Keyring;
 use progress::Progress;
 
 /// How long a pool stays imported that nobody came to use, such as after an overrun that was never retried.
@@ -114,6 +117,7 @@ struct Volume {
     gate: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     progress: Progress,
+    keyring: Keyring,
 }
 
 impl Volume {
@@ -155,7 +159,7 @@ impl<M: Machine> Volumes<M> {
 
     fn volume(&self, id: VolumeId) -> Arc<Volume> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Volume { id, gate: Default::default(), state: Mutex::default(), progress: Progress::default() };
+        let new = || Volume { id, gate: Default::default(), state: Mutex::default(), progress: Progress::default(), keyring: Keyring::default() };
         Arc::clone(table.entry(id).or_insert_with(|| Arc::new(new())))
     }
 
@@ -191,6 +195,9 @@ impl<M: Machine> Volumes<M> {
         let mut added = Added::default();
         for wanted in wanted {
             check(wanted).inspect_err(|error| self.volume(wanted.spec.id).refuse(&wanted.spec, error))?;
+        }
+        for wanted in wanted {
+            self.volume(wanted.spec.id).keyring.extend(deadline);
         }
         // All at once, so that one slow disk does not hold up the others.
         let runs: Vec<_> = wanted.iter().map(|wanted| self.run(&self.volume(wanted.spec.id), wanted)).collect();
@@ -326,6 +333,7 @@ impl<M: Machine> Volumes<M> {
         let active = activate::Activation {
             machine: &self.machine,
             id: volume.id,
+            volume,
             request: &request,
             progress: &volume.progress,
             arc_max: arc.max(request.spec.arc_max),

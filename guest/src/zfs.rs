@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
-use zpod_volume::{Bytes, PoolName, Property, PropertyKind};
+use zpod_volume::{Bytes, Encryption, PoolName, Property, PropertyKind};
 
+use crate::key::Key;
 use crate::machine::{Fault, PoolReport, PoolState, Properties, Scrub};
 
 mod json;
@@ -22,6 +23,8 @@ mod json;
 const DEADLINE: Duration = Duration::from_secs(30);
 /// An import reads the whole of a pool's metadata that is in use, after a crash also what was lost of it.
 const IMPORT_DEADLINE: Duration = Duration::from_secs(600);
+/// A passphrase is hashed 350,000 times (`pbkdf2iters`), which takes a while under emulation.
+const KEY_DEADLINE: Duration = Duration::from_secs(120);
 /// Longest output that is read.
 const OUTPUT: u64 = 1 << 20;
 /// Longest part of an error output that is repeated.
@@ -50,6 +53,17 @@ impl Tools {
     }
 
     async fn run<S: AsRef<OsStr>>(&self, tool: &str, arguments: &[S], deadline: Duration) -> Result<Vec<u8>, Fault> {
+        self.run_with(tool, arguments, None, deadline).await
+    }
+
+    /// The same with something to read on the standard input. That is never part of an error.
+    async fn run_with<S: AsRef<OsStr>>(
+        &self,
+        tool: &str,
+        arguments: &[S],
+        input: Option<&[u8]>,
+        deadline: Duration,
+    ) -> Result<Vec<u8>, Fault> {
         let program = self.directory.join(tool);
         let mut command = match &self.loader {
             Some((loader, libraries)) => {
@@ -62,15 +76,22 @@ impl Tools {
         command.args(arguments).env_clear().env("LC_ALL", "C").env("PATH", &self.directory);
         // Device ids come from udev, which is not here: an import would wait 3 s for them (measured: 3.5 s, else 0.4 s).
         command.env("ZFS_VDEV_DEVID_OPT_OUT", "YES");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let name = || {
             let arguments: Vec<_> = arguments.iter().map(|argument| argument.as_ref().to_string_lossy()).collect();
             format!("{tool} {}", arguments.join(" "))
         };
         let mut child = command.spawn().map_err(|error| Fault::new(format!("{}: {error}", name())))?;
-        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let work = async { tokio::join!(bounded(stdout), bounded(stderr), child.wait()) };
-        let Ok((stdout, stderr, status)) = tokio::time::timeout(deadline, work).await else {
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let fed = async {
+            if let (Some(mut stdin), Some(input)) = (stdin, input) {
+                // A tool that ends without having read says why.
+                let _ = stdin.write_all(input).await;
+            }
+        };
+        let work = async { tokio::join!(fed, bounded(stdout), bounded(stderr), child.wait()) };
+        let Ok(((), stdout, stderr, status)) = tokio::time::timeout(deadline, work).await else {
             return Err(Fault::new(format!("{}: not done after {} s, given up", name(), deadline.as_secs())));
         };
         let status = status.map_err(|error| Fault::new(format!("{}: {error}", name())))?;
@@ -140,21 +161,51 @@ impl Tools {
         dataset: &str,
         size: Option<Bytes>,
         properties: &[(String, String)],
+        encryption: Option<(Encryption, &Key)>,
     ) -> Result<(), Fault> {
-        let (settings, size) = (settings(properties), size.map(|size| size.0.to_string()));
+        let (mut settings, size) = (settings(properties), size.map(|size| size.0.to_string()));
+        if let Some((cipher, key)) = encryption {
+            settings.push(format!("encryption={}", cipher.as_str()));
+            settings.extend(key_properties(key));
+        }
         let mut arguments = match &size {
             None => vec!["create", "-o", "mountpoint=legacy"],
             Some(size) => vec!["create", "-s", "-V", size.as_str(), "-o", "volmode=dev"],
         };
         arguments.extend(settings.iter().flat_map(|setting| ["-o", setting]));
         arguments.push(dataset);
-        self.run("zfs", &arguments, DEADLINE).await.map(drop)
+        let input = encryption.map(|(_, key)| key.input());
+        self.run_with("zfs", &arguments, input.as_ref().map(|input| input.as_slice()), KEY_DEADLINE).await.map(drop)
+    }
+
+    /// Loads the key of a dataset, or looks only whether it would fit (`-n`), which can be done while it is loaded. False
+    /// where it does not fit.
+    pub async fn load_key(&self, dataset: &str, key: &Key, only_look: bool) -> Result<bool, Fault> {
+        let arguments: Vec<_> = ["load-key"].into_iter().chain(only_look.then_some("-n")).chain([dataset]).collect();
+        match self.run_with("zfs", &arguments, Some(&key.input()), KEY_DEADLINE).await {
+            Ok(_) => Ok(true),
+            Err(fault) if fault.text.contains("Incorrect key provided") => Ok(false),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Gives a dataset whose key is loaded another one. What is encrypted with it is the key of the contents, which
+    /// stays.
+    pub async fn change_key(&self, dataset: &str, key: &Key) -> Result<(), Fault> {
+        let settings = key_properties(key);
+        let mut arguments = vec!["change-key"];
+        arguments.extend(settings.iter().flat_map(|setting| ["-o", setting]));
+        arguments.push(dataset);
+        self.run_with("zfs", &arguments, Some(&key.input()), KEY_DEADLINE).await.map(drop)
     }
 
     /// Properties of a dataset right below its pool; `None` when there is none.
     pub async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {
         let more = [
             "type",
+            "encryption",
+            "keyformat",
+            "keystatus",
             "quota",
             "refquota",
             "refreservation",
@@ -253,6 +304,11 @@ impl Tools {
 
 fn keys(kind: PropertyKind) -> impl Iterator<Item = &'static str> {
     Property::all().iter().filter(move |property| property.kind == kind).map(|property| property.key)
+}
+
+/// `prompt` is the standard input where that is no terminal (`get_key_material`, libzfs_crypto.c).
+fn key_properties(key: &Key) -> [String; 2] {
+    [format!("keyformat={}", key.format().as_str()), "keylocation=prompt".to_owned()]
 }
 
 fn settings(properties: &[(String, String)]) -> Vec<String> {

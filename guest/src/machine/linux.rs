@@ -10,9 +10,12 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
-use zpod_volume::{Bytes, PoolName, SECTOR, VolumeId, gpt};
+use zpod_volume::{Bytes, Encryption, PoolName, SECTOR, VolumeId, gpt};
 
-use super::{DeviceNumber, Disk, Fault, Health, Machine, MountFlags, PoolReport, PoolState, Properties, Scrub, Step, Usage};
+use super::{
+    DeviceNumber, Disk, Fault, Health, Machine, MountFlags, PoolReport, PoolState, Properties, Scrub, Step, Usage,
+};
+use crate::key::Key;
 use crate::sys::{PartitionChange, change_partition, dataset_of};
 use crate::zfs::Tools;
 use crate::{mounts, ownership};
@@ -260,8 +263,17 @@ impl Machine for LinuxMachine {
         dataset: &str,
         size: Option<Bytes>,
         properties: &[(String, String)],
+        encryption: Option<(Encryption, &Key)>,
     ) -> Result<(), Fault> {
-        self.tools.create_dataset(dataset, size, properties).await
+        self.tools.create_dataset(dataset, size, properties, encryption).await
+    }
+
+    async fn load_key(&self, dataset: &str, key: &Key, only_look: bool) -> Result<bool, Fault> {
+        self.tools.load_key(dataset, key, only_look).await
+    }
+
+    async fn change_key(&self, dataset: &str, key: &Key) -> Result<(), Fault> {
+        self.tools.change_key(dataset, key).await
     }
 
     async fn volume_device(&self, dataset: &str) -> Result<Option<DeviceNumber>, Fault> {

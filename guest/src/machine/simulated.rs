@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
-use zpod_volume::{Bytes, DiskLayout, PoolName, VolumeId, gpt};
+use zpod_volume::{Bytes, DiskLayout, Encryption, PoolName, VolumeId, gpt};
 
 use super::*;
 
@@ -46,6 +46,9 @@ pub(crate) struct SimPool {
     group: Option<u32>,
     /// Name and what containers had written.
     pub(crate) snapshots: Vec<(String, String)>,
+    /// What it is encrypted with, and whether the kernel knows it.
+    pub(crate) key: Option<Key>,
+    loaded: bool,
 }
 
 /// What outlives a machine.
@@ -338,6 +341,7 @@ impl Machine for SimMachine {
             kernel.imported.insert(pool.to_string(), (index, disks[index].sequence));
             let on = disks[index].pool.as_mut().unwrap();
             on.name = pool.to_string();
+            on.loaded = on.key.is_none();
             let renamed = |(name, properties): (String, Properties)| {
                 (format!("{pool}/{}", name.rsplit('/').next().unwrap_or_default()), properties)
             };
@@ -387,8 +391,11 @@ impl Machine for SimMachine {
         dataset: &str,
         size: Option<Bytes>,
         properties: &[(String, String)],
+        encryption: Option<(Encryption, &Key)>,
     ) -> Result<(), Fault> {
         self.pool_step("create dataset".into(), pool_of(dataset), |pool, _| {
+            pool.key = encryption.map(|(_, key)| key.clone());
+            pool.loaded = true;
             let mut all: Properties = properties.iter().cloned().collect();
             all.insert("type".into(), if size.is_some() { "volume" } else { "filesystem" }.into());
             all.extend(size.map(|size| ("volsize".into(), size.0.to_string())));
@@ -413,7 +420,30 @@ impl Machine for SimMachine {
     async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {
         self.look(|kernel, disks| {
             let (index, _) = kernel.imported[pool_of(dataset)];
-            Ok(disks[index].pool.as_ref().unwrap().datasets.get(dataset).cloned())
+            let pool = disks[index].pool.as_ref().unwrap();
+            let Some(mut found) = pool.datasets.get(dataset).cloned() else { return Ok(None) };
+            if let Some(key) = &pool.key {
+                let status = if pool.loaded { "available" } else { "unavailable" };
+                let more = [("encryption", "aes-256-gcm"), ("keyformat", key.format().as_str()), ("keystatus", status)];
+                found.extend(more.map(|(key, value)| (key.to_owned(), value.to_owned())));
+            }
+            Ok(Some(found))
+        })
+    }
+
+    async fn load_key(&self, dataset: &str, key: &Key, only_look: bool) -> Result<bool, Fault> {
+        self.pool_step(if only_look { "look at key" } else { "load key" }.into(), pool_of(dataset), |pool, _| {
+            let fits = pool.key.as_ref() == Some(key);
+            pool.loaded |= fits && !only_look;
+            Ok(fits)
+        })
+    }
+
+    async fn change_key(&self, dataset: &str, key: &Key) -> Result<(), Fault> {
+        self.pool_step("change key".into(), pool_of(dataset), |pool, _| {
+            assert!(pool.loaded, "its key is not loaded");
+            pool.key = Some(key.clone());
+            Ok(())
         })
     }
 
@@ -455,6 +485,7 @@ impl Machine for SimMachine {
 
     async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault> {
         self.pool_step("rollback".into(), pool_of(dataset), |pool, _| {
+            assert!(pool.loaded, "rolled back without its key");
             let place = pool.snapshots.iter().position(|(there, _)| there == name);
             let place = place.ok_or_else(|| Fault::new("could not find any snapshots"))?;
             pool.snapshots.truncate(place + 1);
@@ -517,6 +548,7 @@ impl Machine for SimMachine {
             if !disks[index].pool.as_ref().unwrap().datasets.contains_key(dataset) {
                 return Err(Fault::new("no such dataset"));
             }
+            assert!(disks[index].pool.as_ref().unwrap().loaded, "mounted without its key");
             let before = kernel.mounts.insert(target.into(), (dataset.into(), flags));
             Ok(if before.is_some() { Step::Unchanged } else { Step::Changed })
         })

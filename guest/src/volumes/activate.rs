@@ -6,7 +6,7 @@ use zpod_volume::{Bytes, Create, DiskLayout, Origin, VolumeId};
 
 use super::bounds::Bounds;
 use super::marks::remove_marks;
-use super::{Active, Request, progress::Progress};
+use super::{Active, Request, Volume, progress::Progress};
 use crate::disk;
 use crate::error::VolumeError;
 use crate::journal::{self, Journal};
@@ -15,6 +15,7 @@ use crate::machine::{Disk, Fault, Health, Machine, MountFlags, Properties};
 pub(super) struct Activation<'a, M> {
     pub(super) machine: &'a M,
     pub(super) id: VolumeId,
+    pub(super) volume: &'a Volume,
     pub(super) request: &'a Request,
     pub(super) progress: &'a Progress,
     /// The largest of the pod's volumes.
@@ -64,6 +65,7 @@ impl<M: Machine> Activation<'_, M> {
             Opened::Made => Bounds::of(spec).bound(),
             Opened::Found => {
                 let now = self.dataset().await?;
+                self.unlock(&now).await?;
                 let quota = self.settle(&device, &now).await?;
                 self.remove_leftover_marks(&now).await;
                 quota
@@ -126,6 +128,8 @@ impl<M: Machine> Activation<'_, M> {
         let blank = !imported && disk::is_blank(self.machine, self.id, disk, partition).await?;
         match journal {
             Journal::Blank if blank && spec.create == Create::Fresh => {
+                // Without its key nothing is begun.
+                self.new_key().await?;
                 self.write_journal(disk, Journal::Creating).await?;
                 self.make(device, false).await?;
             }
@@ -180,6 +184,7 @@ impl<M: Machine> Activation<'_, M> {
             }
             // No container has ever started on what was being made there: there is nothing to take over.
             Journal::Creating if self.request.spec.create != Create::Never => {
+                self.new_key().await?;
                 self.write_journal(disk, Journal::Creating).await?;
                 self.make(device, true).await?;
                 self.finish(disk).await
@@ -228,8 +233,11 @@ impl<M: Machine> Activation<'_, M> {
             if size.is_some() {
                 properties.extend(pairs(&spec.volume_creation_properties));
             }
-            let made = self.machine.create_dataset(&dataset, size, &properties).await;
+            let key = self.new_key().await?;
+            let encryption = spec.encryption.zip(key.as_ref());
+            let made = self.machine.create_dataset(&dataset, size, &properties, encryption).await;
             made.map_err(self.failed("making its dataset"))?;
+            self.key_is_used();
         }
         self.machine.sync(&spec.pool).await.map_err(self.failed("writing out its pool"))?;
         self.write_journal(disk, Journal::Created).await?;

@@ -70,7 +70,7 @@ impl<M: Machine> Activation<'_, M> {
     pub(super) async fn adopt(&self, disk: &Disk, device: &Path) -> Result<u64, VolumeError> {
         let spec = &self.request.spec;
         let dataset = spec.dataset();
-        self.dataset().await?;
+        self.unlock(&self.dataset().await?).await?;
         let origin = spec.origin.as_ref();
         if let Some((origin, mark)) = origin.and_then(|origin| Some((origin, origin.mark.as_ref()?))) {
             self.progress.stage("going back to the instant it is a copy of");

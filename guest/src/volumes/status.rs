@@ -42,6 +42,8 @@ pub struct Snapshot {
     pub quota: u64,
     /// Containers that use it.
     pub containers: BTreeSet<String>,
+    /// It waits for its key.
+    pub awaits_key: bool,
     /// Its contents are encrypted.
     pub encrypted: bool,
     /// It is a block device.
@@ -64,7 +66,10 @@ pub(super) struct Refusal {
 
 impl Refusal {
     pub(super) fn new(spec: &VolumeSpec, error: &VolumeError) -> Self {
-        let message = error.to_string().chars().take(REFUSAL_TEXT).collect();
+        Self::about(spec, error.to_string().chars().take(REFUSAL_TEXT).collect())
+    }
+
+    fn about(spec: &VolumeSpec, message: String) -> Self {
         let (encrypted, block) = (spec.encryption.is_some(), !spec.mode.is_filesystem());
         Self { token: spec.token, pool: spec.pool.clone(), encrypted, block, message }
     }
@@ -80,6 +85,7 @@ impl Refusal {
             disk: Bytes(0),
             quota: 0,
             containers: BTreeSet::new(),
+            awaits_key: false,
             encrypted: self.encrypted,
             block: self.block,
             details: Details { compress_ratio: 1.0, ..Details::default() },
@@ -114,11 +120,18 @@ impl<M: Machine> Volumes<M> {
     pub async fn status(&self, age: Duration) -> Vec<Snapshot> {
         let mut all = Vec::new();
         for volume in self.volumes() {
-            let (active, refusal) = {
+            let (active, refusal, wanted) = {
                 let state = volume.state();
-                (state.active.clone(), state.refusal.clone())
+                (state.active.clone(), state.refusal.clone(), state.run.as_ref().map(|run| run.request.spec.clone()))
             };
+            // Who asked for it, and waits.
+            let waits = wanted.filter(|spec| volume.keyring.awaited() == Some(spec.token));
             match (active, refusal) {
+                (_, refusal) if waits.is_some() => {
+                    let waits = waits.as_ref().map(|spec| Refusal::about(spec, String::new()).snapshot(volume.id));
+                    let refusal = refusal.map(|refusal| refusal.message);
+                    all.extend(waits.map(|snapshot| Snapshot { awaits_key: true, refusal, ..snapshot }));
+                }
                 (Some(active), refusal) => {
                     let snapshot = self.snapshot(&volume, &active, age).await;
                     all.push(Snapshot { refusal: refusal.map(|refusal| refusal.message), ..snapshot });
@@ -158,6 +171,7 @@ impl<M: Machine> Volumes<M> {
             partition: active.partition,
             disk: active.disk.size,
             quota: active.quota,
+            awaits_key: false,
             encrypted: spec.encryption.is_some(),
             block: !spec.mode.is_filesystem(),
             containers: volume.state().uses.iter().map(|usage| usage.container.clone()).collect(),
@@ -185,6 +199,9 @@ impl Snapshot {
     pub fn problem(&self) -> Option<String> {
         let report = &self.details.report;
         let state = match self.health {
+            None if self.awaits_key => {
+                return Some("it waits for its key, which its node has not provided yet".to_owned());
+            }
             None if self.refusal.is_some() => return self.refusal.clone(),
             None => format!("pool {} is not imported any more", self.pool),
             Some(Health::Online) if report.data_errors > 0 => {

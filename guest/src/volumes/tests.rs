@@ -4,6 +4,7 @@ use crate::machine::simulated::{self, Disks, Kill, SimMachine};
 use uuid::Uuid;
 use zpod_volume::{Create, DiskLayout, Headroom, MountFlag};
 
+mod keys;
 mod restore;
 
 const WAIT: Duration = Duration::from_secs(60);

@@ -4,7 +4,7 @@ use super::*;
 use crate::machine::Properties;
 use zpod_volume::{Mark, Origin, QuotaMode, SnapshotId};
 
-fn mark() -> Mark {
+pub(super) fn mark() -> Mark {
     Mark::for_snapshot(SnapshotId::from_name("s"))
 }
 
@@ -13,7 +13,7 @@ fn origin(mark: Option<Mark>) -> Origin {
 }
 
 /// A larger volume, of another class, that is made from a copy of volume "a".
-fn restored(name: &str, mark: Option<Mark>, mount_point: &str) -> Wanted {
+pub(super) fn restored(name: &str, mark: Option<Mark>, mount_point: &str) -> Wanted {
     let mut wanted = wanted(name, Create::Never, mount_point);
     wanted.spec.capacity = Bytes::gib(3);
     wanted.spec.partition = DiskLayout::partition_for(Bytes::gib(3));
@@ -25,7 +25,7 @@ fn restored(name: &str, mark: Option<Mark>, mount_point: &str) -> Wanted {
 }
 
 /// A copy of the first disk.
-fn copied(disks: &Disks, names: &[&str]) -> Disks {
+pub(super) fn copied(disks: &Disks, names: &[&str]) -> Disks {
     let layout = DiskLayout::new(Bytes::gib(3), Headroom::default());
     let of = disks.lock().unwrap()[0].clone();
     let all = names.iter().zip('k'..).map(|(name, letter)| {
