@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::admin::Places;
 use crate::metrics::{Registry, Server};
 use crate::serve::endpoint_path;
 
@@ -39,6 +40,26 @@ pub struct NodeOptions {
     /// Where Kata's shims have the directories of their sandboxes. May be given more than once.
     #[arg(long, default_values = ["/run/kata", "/run/vc/sbs"])]
     pub kata_run_dir: Vec<PathBuf>,
+}
+
+/// Where `kubectl zpod` finds the guest's kernel.
+#[derive(Debug, Clone, Args)]
+pub struct DoctorOptions {
+    /// Where the guest's kernel and initrd are on the node, for the doctor to look at.
+    #[arg(long, default_value = "/opt/zpod/guest")]
+    pub guest_dir: PathBuf,
+}
+
+impl DoctorOptions {
+    /// What the doctor looks at.
+    pub fn places(&self, node: &NodeOptions) -> Places {
+        Places {
+            backing_dir: node.backing_dir.clone(),
+            direct_volume_dir: node.direct_volume_dir.clone(),
+            kata_run_dirs: node.kata_run_dir.clone(),
+            guest_dir: self.guest_dir.clone(),
+        }
+    }
 }
 
 /// Where CSI is served.

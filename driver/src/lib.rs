@@ -7,9 +7,11 @@
 //! * [`guest`]: the control channel to zpod-guest. Everything from there is hostile.
 //! * [`volumes`]: what can be done with a volume, and the rules that keep its data. No gRPC.
 //! * [`metrics`]: what Prometheus is told.
+//! * [`admin`]: what `kubectl zpod` asks of a node and of running guests.
 //! * [`csi`]: the CSI services: parse, call, map.
 //! * [`serve`], [`privileges`], [`command`]: the socket, what is given up at the start, and the command line.
 
+pub mod admin;
 pub mod cluster;
 pub mod command;
 pub mod csi;

@@ -75,6 +75,11 @@ impl Socket {
         fs::rename(&fresh, path)?;
         Ok(Self { path: path.to_owned(), inode, listener: Some(listener) })
     }
+
+    /// What takes its connections, once. The socket stays until it is dropped.
+    pub(crate) fn listener(&mut self) -> Option<UnixListener> {
+        self.listener.take()
+    }
 }
 
 impl Drop for Socket {

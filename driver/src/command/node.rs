@@ -1,5 +1,6 @@
 //! `zpod-node`: keeps the devices of its node, publishes volumes to its pods and listens to their guests.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,8 @@ use zpod_kubernetes::crd::ZfsVolume;
 use zpod_storage::backing::file::FileBacking;
 use zpod_storage::catalog::CatalogError;
 
-use super::{EndpointOptions, Failure, MetricsOptions, NodeOptions, main_of, told_to_end};
+use super::{DoctorOptions, EndpointOptions, Failure, MetricsOptions, NodeOptions, main_of, told_to_end};
+use crate::admin::{Admin, AdminServer, Doctor, Tokens};
 use crate::cluster::{
     ClusterPods, NodeReporter, PoolEvents, PoolStates, reconcile, report_node, write_events, write_states,
 };
@@ -36,6 +38,15 @@ struct Options {
     node: NodeOptions,
     #[command(flatten)]
     metrics: MetricsOptions,
+    /// Where to serve the admin endpoint of `kubectl zpod`, such as 0.0.0.0:9812: HTTPS, opened by tokens of the
+    /// ServiceAccount zpod-admin for audience zpod.storage. Nowhere, if it is not given.
+    #[arg(long)]
+    admin_address: Option<SocketAddr>,
+    /// The namespace of that ServiceAccount: zpod's own.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "zpod-system")]
+    namespace: String,
+    #[command(flatten)]
+    doctor: DoctorOptions,
     /// Handlers of RuntimeClasses whose guests have zpod-guest. A pod on any other can't use a volume. May be given more
     /// than once.
     #[arg(long, default_values = ["kata-zpod"])]
@@ -57,6 +68,8 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let (end, node) = (told_to_end()?, options.node);
     let client = zpod_kubernetes::connect().await?;
     let backing = Arc::new(FileBacking::open(&node.backing_dir, node.overprovision)?);
+    let doctor = Doctor::new(options.doctor.places(&node), backing.abilities())
+        .in_cluster(client.clone(), options.runtime_handler.clone());
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     let catalog = KubeCatalog::<ZfsVolume>::of_node(client.clone(), &node.node_name);
     let snapshots = KubeCatalog::<ZfsSnapshot>::of_node(client.clone(), &node.node_name);
@@ -74,6 +87,14 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let volumes = load(&context, direct).await?.observed_by(Arc::new(observers)).checking_pods(Arc::new(pods));
     tokio::spawn(volumes.clone().keep_scrubbing());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
+    let _admin = match options.admin_address {
+        Some(address) => {
+            let (admin, tokens) = (Admin::new(volumes.clone(), doctor), Tokens::new(client.clone(), &options.namespace));
+            let server = AdminServer::https(address, admin, tokens).await;
+            Some(server.map_err(|error| format!("--admin-address {address}: {error}"))?)
+        }
+        None => None,
+    };
     let endpoint = options.endpoint.endpoint;
     let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;
     tracing::info!(

@@ -8,11 +8,12 @@ use clap::Parser;
 use zpod_storage::backing::file::FileBacking;
 use zpod_storage::catalog::dir;
 
-use super::{EndpointOptions, Failure, NodeOptions, main_of, told_to_end};
+use super::{DoctorOptions, EndpointOptions, Failure, NodeOptions, main_of, told_to_end};
+use crate::admin::{Admin, AdminServer, Doctor};
 use crate::csi::{ControllerService, IdentityService, NodeService};
 use crate::guest::Monitor;
 use crate::kata::DirectVolumes;
-use crate::serve::{Services, Socket, serve};
+use crate::serve::{Services, Socket, endpoint_path, serve};
 use crate::volumes::{Context, NodeVolumes, Provisioner};
 
 /// CSI driver whose ZFS pools live inside each pod's Kata guest: the whole driver on one machine, without a cluster.
@@ -29,6 +30,12 @@ struct Options {
     /// Where volumes are recorded.
     #[arg(long, default_value = "/var/lib/zpod/state")]
     state_dir: PathBuf,
+    /// Where to serve the admin endpoint of `kubectl zpod`, such as unix:///run/zpod/admin.sock: only root can open it.
+    /// Nowhere, if it is not given.
+    #[arg(long, value_parser = endpoint_path)]
+    admin_endpoint: Option<PathBuf>,
+    #[command(flatten)]
+    doctor: DoctorOptions,
 }
 
 /// Parses the command line, runs, and says why where that failed.
@@ -42,6 +49,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     }
     let (end, node) = (told_to_end()?, options.node);
     let backing = FileBacking::open(&node.backing_dir, node.overprovision)?;
+    let doctor = Doctor::new(options.doctor.places(&node), backing.abilities());
     let (catalog, snapshots) = dir::open(&options.state_dir)?;
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     let context =
@@ -49,6 +57,11 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let volumes = NodeVolumes::load(context.clone(), direct).await?;
     tokio::spawn(volumes.clone().keep_scrubbing());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
+    let admin = options.admin_endpoint.as_deref().map(|path| {
+        let server = AdminServer::unix(path, Admin::new(volumes.clone(), doctor));
+        server.map_err(|error| format!("--admin-endpoint {}: {error}", path.display()))
+    });
+    let _admin = admin.transpose()?;
     let endpoint = options.endpoint.endpoint;
     let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;
     tracing::info!(

@@ -135,6 +135,16 @@ impl Published {
         Some((entry.observed.clone()?, entry.token?))
     }
 
+    /// All that are published, and what was heard of each.
+    pub(super) fn looks(&self) -> Vec<super::Look> {
+        let entries = self.entries();
+        let look = |entry: &Entry| {
+            let heard = entry.heard.as_ref().map(|heard| (heard.guest.sandbox().to_owned(), heard.report.clone()));
+            Some(super::Look { volume: entry.observed.clone()?, heard })
+        };
+        entries.values().filter_map(look).collect()
+    }
+
     /// What was heard of a volume.
     pub(super) fn heard(&self, id: VolumeId) -> Option<Heard> {
         self.entries().get(&id)?.heard.clone()

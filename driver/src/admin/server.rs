@@ -1,0 +1,205 @@
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Method, Request};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use zpod_admin::{Route, SendQuery, TOKEN_HEADER};
+
+use super::answer::{Answer, Told, json};
+use super::transfer::Transfers;
+use super::{Admin, AdminError, Tokens, tls};
+use crate::serve::Socket;
+
+/// Connections at the same time, each with a few hundred KiB at most.
+const CONNECTIONS: usize = 32;
+/// For the handshake of TLS, and for the head of a request.
+const HEAD: Duration = Duration::from_secs(10);
+/// A connection on which nothing moves for this long is closed. A guest may be busy for minutes before a stream's first
+/// byte and behind its last.
+const IDLE: Duration = Duration::from_secs(600);
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Of a request's head, and of what is read of a stream at once.
+const BUFFER: usize = 64 << 10;
+const HEADERS: usize = 64;
+
+/// Serves the admin endpoint; ends when dropped.
+#[derive(Debug)]
+pub struct AdminServer {
+    address: Option<SocketAddr>,
+    // Removed when dropped.
+    _socket: Option<Socket>,
+    task: JoinHandle<()>,
+}
+
+impl AdminServer {
+    /// Serves HTTPS to those who show a token.
+    ///
+    /// # Errors
+    /// When the address can't be had.
+    pub async fn https(address: SocketAddr, admin: Arc<Admin>, tokens: Tokens) -> io::Result<Self> {
+        let acceptor = tls::acceptor()?;
+        let listener = TcpListener::bind(address).await?;
+        let address = Some(listener.local_addr()?);
+        let service = Arc::new(Service::new(admin, Some(tokens)));
+        let task = tokio::spawn(async move {
+            loop {
+                let Some(place) = service.place().await else { return };
+                let Some((stream, _)) = accepted(listener.accept().await).await else { continue };
+                let (service, acceptor) = (service.clone(), acceptor.clone());
+                tokio::spawn(async move {
+                    let _place = place;
+                    if let Ok(Ok(stream)) = tokio::time::timeout(HEAD, acceptor.accept(stream)).await {
+                        service.connection(stream).await;
+                    }
+                });
+            }
+        });
+        Ok(Self { address, _socket: None, task })
+    }
+
+    /// Serves HTTP on a unix socket of mode 0600.
+    ///
+    /// # Errors
+    /// When another process serves it, or something else is at the path.
+    pub fn unix(path: &Path, admin: Arc<Admin>) -> io::Result<Self> {
+        let mut socket = Socket::bind(path)?;
+        let listener = socket.listener().ok_or(io::ErrorKind::NotConnected)?;
+        let service = Arc::new(Service::new(admin, None));
+        let task = tokio::spawn(async move {
+            loop {
+                let Some(place) = service.place().await else { return };
+                let Some((stream, _)) = accepted(listener.accept().await).await else { continue };
+                let service = service.clone();
+                tokio::spawn(async move {
+                    let _place = place;
+                    service.connection(stream).await;
+                });
+            }
+        });
+        Ok(Self { address: None, _socket: Some(socket), task })
+    }
+
+    /// Where it listens, if that is a port.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+}
+
+impl Drop for AdminServer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn accepted<T>(accepted: io::Result<T>) -> Option<T> {
+    match accepted {
+        Ok(accepted) => Some(accepted),
+        Err(error) => {
+            tracing::warn!("admin: {error}");
+            // Out of file descriptors, most likely: the next moment is no better.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            None
+        }
+    }
+}
+
+struct Service {
+    admin: Arc<Admin>,
+    tokens: Option<Tokens>,
+    transfers: Arc<Transfers>,
+    places: Arc<Semaphore>,
+}
+
+/// When something moved last, in milliseconds since the connection came.
+#[derive(Clone)]
+struct Pulse(Instant, Arc<AtomicU64>);
+
+impl Pulse {
+    fn beat(&self) {
+        self.1.store(u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn still(&self) -> Duration {
+        self.0.elapsed().saturating_sub(Duration::from_millis(self.1.load(Ordering::Relaxed)))
+    }
+}
+
+impl Service {
+    fn new(admin: Arc<Admin>, tokens: Option<Tokens>) -> Self {
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        Self { admin, tokens, transfers: Arc::default(), places }
+    }
+
+    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        self.places.clone().acquire_owned().await.ok()
+    }
+
+    async fn connection(self: Arc<Self>, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let pulse = Pulse(Instant::now(), Arc::default());
+        let watched = pulse.clone();
+        let service = service_fn(move |request| {
+            let (service, pulse) = (self.clone(), pulse.clone());
+            async move {
+                pulse.beat();
+                let answer = service.answer(request, &pulse).await.unwrap_or_else(|error| {
+                    tracing::info!("admin: {error}");
+                    error.answer()
+                });
+                pulse.beat();
+                Ok::<_, Infallible>(answer.map(|body| Told(body, move || pulse.beat()).boxed_unsync()))
+            }
+        });
+        let mut server = hyper::server::conn::http1::Builder::new();
+        server.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(BUFFER).max_headers(HEADERS);
+        let connection = server.serve_connection(TokioIo::new(stream), service);
+        let watch = async {
+            while watched.still() < IDLE {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        };
+        tokio::select! {
+            // Whoever hangs up does so.
+            _ = connection => {}
+            () = watch => tracing::info!("admin: a connection on which nothing moved for {IDLE:?} is closed"),
+        }
+    }
+
+    async fn answer(&self, request: Request<Incoming>, pulse: &Pulse) -> Result<Answer, AdminError> {
+        if let Some(tokens) = &self.tokens {
+            tokens.check(request.headers().get(TOKEN_HEADER).map(|token| token.as_bytes())).await?;
+        }
+        let route = Route::parse(request.uri().path()).ok_or(AdminError::Path)?;
+        let allowed = route.method();
+        if request.method() != Method::from_bytes(allowed.as_bytes()).unwrap_or_default() {
+            return Err(AdminError::Method { route, allowed });
+        }
+        let admin = &self.admin;
+        match route {
+            Route::Doctor => Ok(json(&admin.doctor().await)),
+            Route::Properties(id) => Ok(json(&admin.properties(id).await?)),
+            Route::SendPoints(id) => Ok(json(&admin.send_points(id).await?)),
+            Route::Send(id) => {
+                let query = SendQuery::parse(request.uri().query().unwrap_or_default()).map_err(AdminError::Query)?;
+                self.transfers.send(admin, id, &query).await
+            }
+            Route::Receive(id) => {
+                let pulse = pulse.clone();
+                let body = Told(request.into_body(), move || pulse.beat());
+                Ok(json(&self.transfers.receive(admin, id, body).await?))
+            }
+        }
+    }
+}
