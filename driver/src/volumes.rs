@@ -15,6 +15,7 @@ mod context;
 mod copies;
 mod error;
 mod expand;
+mod keys;
 mod lock;
 mod modify;
 mod mount_options;
@@ -36,6 +37,7 @@ pub(crate) use clone::Bounds;
 pub use context::{Context, Probe};
 pub use copies::Progress;
 pub use error::VolumeError;
+pub use keys::{KeyPair, Secret};
 #[allow(unused_imports, reason = "for the cluster's provisioner")]
 pub(crate) use modify::check as check_attributes;
 pub use mount_options::MountOptions;

@@ -119,8 +119,7 @@ impl World {
 
     async fn publish(&self, id: VolumeId, target: &Path, pod: &str) -> Result<(), VolumeError> {
         let pod = Some(PodRef { namespace: "ns".into(), name: pod.into(), uid: "u-1".into() });
-        let request =
-            PublishRequest { id, target: target.into(), read_only: false, fs_group: None, flags: vec![], pod };
+        let request = PublishRequest { pod, ..PublishRequest::new(id, target) };
         self.node.publish(request).await.map(drop)
     }
 }

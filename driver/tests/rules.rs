@@ -180,14 +180,8 @@ async fn boot(dir: &Path, backing: &SimBacking, boot_id: &str) -> (Provisioner, 
 }
 
 fn publish(id: VolumeId, target: &Path) -> PublishRequest {
-    PublishRequest {
-        id,
-        target: target.into(),
-        read_only: false,
-        fs_group: None,
-        flags: vec![],
-        pod: Some(zpod_storage::catalog::PodRef { namespace: "ns".into(), name: "pod".into(), uid: "u-1".into() }),
-    }
+    let pod = zpod_storage::catalog::PodRef { namespace: "ns".into(), name: "pod".into(), uid: "u-1".into() };
+    PublishRequest { pod: Some(pod), ..PublishRequest::new(id, target) }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,7 +7,7 @@ use zpod_proto::csi::{self, NodeServiceCapability, VolumeCondition, VolumeUsage}
 
 use super::request::{self, int, topology, volume_id};
 use super::{answer, capability};
-use crate::volumes::{NodeVolumes, PublishRequest, Stats, VolumeError};
+use crate::volumes::{KeyPair, NodeVolumes, PublishRequest, Stats, VolumeError};
 
 /// What kubelet says of an inline volume.
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
@@ -53,7 +53,7 @@ impl NodeService {
 
     async fn publish(
         &self,
-        request: csi::NodePublishVolumeRequest,
+        mut request: csi::NodePublishVolumeRequest,
     ) -> Result<csi::NodePublishVolumeResponse, VolumeError> {
         request::required("volume_id", &request.volume_id)?;
         let target = request::path("target_path", &request.target_path)?;
@@ -63,13 +63,15 @@ impl NodeService {
                           ephemeral volume (spec.volumes[].ephemeral), which works";
             return Err(VolumeError::invalid("volume_context", reason));
         }
+        let id = volume_id(self.volumes.context(), &request.volume_id)?;
         let request = PublishRequest {
-            id: volume_id(self.volumes.context(), &request.volume_id)?,
+            id,
             target,
             read_only: request.readonly || access.options.read_only,
             fs_group: access.options.fs_group,
             flags: access.options.flags,
             pod: request::pod(&request.volume_context),
+            keys: KeyPair::take(id, std::mem::take(&mut request.secrets))?,
         };
         self.volumes.publish(request).await?;
         Ok(csi::NodePublishVolumeResponse {})

@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
+use uuid::Uuid;
 use zpod_proto::guest::guest_client::GuestClient as Stub;
 use zpod_proto::guest::scrub_request::Action;
-use zpod_proto::guest::{GrowRequest, ScrubRequest, StatusRequest, StatusResponse, WatchRequest};
+use zpod_proto::guest::{GrowRequest, ProvideKeyRequest, ScrubRequest, StatusRequest, StatusResponse, WatchRequest};
 use zpod_volume::{Bytes, VolumeId};
 
 use super::{Report, clean, connect};
 use crate::kata::AgentUrl;
+use crate::volumes::{KeyPair, Secret};
 
 pub use marks::Changes;
 pub use transfer::{MAX_CHUNK, Sending};
@@ -22,6 +24,8 @@ const STATUS_DEADLINE: Duration = Duration::from_secs(3);
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// Partition table, kernel, `zpool online -e`, quota: seconds on a slow machine.
 const GROW_DEADLINE: Duration = Duration::from_secs(30);
+/// Deriving a key from a passphrase (PBKDF2), twice where it is changed, and a transaction group.
+const KEY_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Why a guest did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -119,6 +123,25 @@ impl GuestClient {
         let request =
             GrowRequest { volume_id: id.to_string(), capacity_bytes: capacity.0, partition_bytes: partition.0 };
         self.call("Grow", GROW_DEADLINE, stub.grow(request)).await.map(|_| ())
+    }
+
+    /// Gives the guest the key of a volume of its own. Whether the volume's key was changed to it.
+    ///
+    /// # Errors
+    /// When it does not fit. The error never shows it, whatever the guest said.
+    pub async fn provide_key(&self, id: VolumeId, token: Uuid, keys: &KeyPair) -> Result<bool, GuestError> {
+        let mut stub = self.stub.clone();
+        let request = ProvideKeyRequest {
+            volume_id: id.to_string(),
+            token: token.to_string(),
+            key: keys.key.reveal().to_vec(),
+            previous_key: keys.previous.as_ref().map(Secret::reveal).unwrap_or_default().to_vec(),
+        };
+        let answer = async {
+            let answer = stub.provide_key(request).await;
+            answer.map_err(|status| Status::new(status.code(), keys.cut_from(status.message())))
+        };
+        self.call("ProvideKey", KEY_DEADLINE, answer).await.map(|answer| answer.changed)
     }
 
     /// Starts a scrub of a volume. One that runs goes on.

@@ -58,6 +58,16 @@ pub struct VolumeReport {
     pub scrub: Option<Scrub>,
     /// Why the last container that asked for the volume did not get it.
     pub refusal: Option<String>,
+    /// It is encrypted, and the guest waits for its key.
+    pub awaits_key: bool,
+    /// The contents are encrypted.
+    pub encrypted: bool,
+    /// It is a block device.
+    pub block: bool,
+    /// Space that snapshots inside the guest alone hold.
+    pub snapshots: Bytes,
+    /// What this node itself knows to be wrong with it. Never the guest's word.
+    pub trouble: Option<String>,
 }
 
 /// How often the device of a pool failed.
@@ -192,6 +202,11 @@ impl VolumeReport {
             compress_ratio: ratio(status.compress_ratio),
             scrub: status.scrub.and_then(Scrub::new),
             refusal: Some(clean(&status.refusal, MAX_TEXT)).filter(|refusal| !refusal.is_empty()),
+            awaits_key: status.awaits_key,
+            encrypted: status.encrypted,
+            block: status.block,
+            snapshots: Bytes(bound(status.snapshot_bytes)),
+            trouble: None,
         })
     }
 }

@@ -86,6 +86,14 @@ impl TargetPath {
         Ok(Outcome::Changed)
     }
 
+    /// Whether the placeholder is mounted.
+    ///
+    /// # Errors
+    /// When the operating system refuses.
+    pub fn has_placeholder(&self) -> Result<bool, KataError> {
+        Ok(matches!(self.found()?, Found::Placeholder))
+    }
+
     /// Unmounts the placeholder and removes the directory, if it is empty. Nothing is ever removed recursively.
     ///
     /// # Errors

@@ -6,9 +6,10 @@ use uuid::Uuid;
 use zpod_storage::backing::{BackingError, Exclusive, Outcome};
 use zpod_storage::catalog::{PodRef, Publication, Volume};
 use zpod_storage::crash;
-use zpod_volume::{MountFlag, VolumeId};
+use zpod_volume::{MountFlag, VolumeId, VolumeSpec};
 
 use super::context::{blocking, device_spec, to_the_end};
+use super::keys::{self, KeyPair, Keys};
 use super::observer::Observer;
 use super::pods::{AnyPod, PodCheck};
 use super::spec::{discard, volume_spec};
@@ -28,6 +29,7 @@ pub struct NodeVolumes {
     direct: Arc<DirectVolumes>,
     pub(super) observer: Arc<dyn Observer>,
     pods: Arc<dyn PodCheck>,
+    pub(super) keys: Arc<Keys>,
 }
 
 /// A publication that is wanted.
@@ -45,6 +47,16 @@ pub struct PublishRequest {
     pub flags: Vec<MountFlag>,
     /// The pod, where the orchestrator told.
     pub pod: Option<PodRef>,
+    /// The volume's key, where it is encrypted.
+    pub keys: Option<KeyPair>,
+}
+
+impl PublishRequest {
+    /// A writable publication without options.
+    pub fn new(id: VolumeId, target: &Path) -> Self {
+        let target = target.to_owned();
+        Self { id, target, read_only: false, fs_group: None, flags: Vec::new(), pod: None, keys: None }
+    }
 }
 
 impl NodeVolumes {
@@ -54,7 +66,7 @@ impl NodeVolumes {
     /// When the catalog can't be read.
     pub async fn load(context: Arc<Context>, direct: DirectVolumes) -> Result<Self, VolumeError> {
         let (observer, pods) = (Arc::new(Vec::new()), Arc::new(AnyPod));
-        let node = Self { context, direct: Arc::new(direct), observer, pods };
+        let node = Self { context, direct: Arc::new(direct), observer, pods, keys: Arc::default() };
         let mut from = None;
         loop {
             let page = node.context.catalog.list(from, LOAD_PAGE).await?;
@@ -105,13 +117,21 @@ impl NodeVolumes {
         self.context.with_backing(move |backing| backing.device(id)).await.map(|_| ())
     }
 
-    /// Publishes a volume to one pod.
+    /// Publishes a volume to one pod. Repeated as long as the pod lives (CSIDriver `requiresRepublish`): that brings the
+    /// key as it is now, and costs no question to the catalog.
     ///
     /// # Errors
     /// While it is published to another, or a virtual machine still has its device.
     pub async fn publish(&self, request: PublishRequest) -> Result<Outcome, VolumeError> {
         let node = self.clone();
-        to_the_end(async move { node.publish_now(request).await }).await
+        to_the_end(async move {
+            let id = request.id;
+            let outcome = node.publish_now(request).await?;
+            // The lock is given back: a guest may take its time.
+            node.change_key_in_guest(id).await?;
+            Ok(outcome)
+        })
+        .await
     }
 
     /// Takes a publication back. Nothing is done to the device. What is not published is no error.
@@ -125,9 +145,13 @@ impl NodeVolumes {
 
     async fn publish_now(&self, request: PublishRequest) -> Result<Outcome, VolumeError> {
         let _lock = self.context.lock(request.id).await;
-        let volume = self.context.ready(request.id).await?;
         let given = request.target.clone();
         let target = blocking(move || Ok(TargetPath::resolve(&given)?)).await?;
+        if self.stands(&request, &target).await? {
+            return Ok(Outcome::Unchanged);
+        }
+        let volume = self.context.ready(request.id).await?;
+        check_keys(volume.id, volume.parameters.encryption.is_some(), request.keys.as_ref())?;
         let Some(publication) = self.context.publication(&volume) else {
             return self.publish_anew(volume, &target, request).await;
         };
@@ -138,7 +162,33 @@ impl NodeVolumes {
             return Err(VolumeError::PublishedOtherwise { id: volume.id, target: request.target, difference });
         }
         let publication = publication.clone();
+        self.take_keys(&request)?;
         self.install(&volume, &publication, &target).await
+    }
+
+    /// Whether everything that the request asks for is there already. It then brings its key, and nothing else.
+    async fn stands(&self, request: &PublishRequest, target: &TargetPath) -> Result<bool, VolumeError> {
+        let Some((_, token)) =
+            self.context.published.observed(request.id).filter(|(volume, _)| volume.target == request.target)
+        else {
+            return Ok(false);
+        };
+        let (direct, target) = (self.direct.clone(), target.clone());
+        let there = blocking(move || Ok(if target.has_placeholder()? { direct.spec(&target)? } else { None })).await?;
+        let same = |spec: &VolumeSpec| {
+            spec.token == token
+                && spec.read_only == request.read_only
+                && spec.fs_group == request.fs_group
+                && spec.mount_flags == request.flags
+        };
+        let Some(spec) = there.filter(same) else { return Ok(false) };
+        check_keys(request.id, spec.encryption.is_some(), request.keys.as_ref())?;
+        self.take_keys(request)?;
+        Ok(true)
+    }
+
+    fn take_keys(&self, request: &PublishRequest) -> Result<(), VolumeError> {
+        request.keys.clone().map_or(Ok(()), |pair| self.keys.offer(request.id, pair))
     }
 
     async fn publish_anew(
@@ -150,11 +200,18 @@ impl NodeVolumes {
         let id = volume.id;
         // Once: what it depends on does not change in the life of a pod, and kubelet repeats its calls when it restarts.
         self.pods.check(request.pod.as_ref(), &volume).await?;
+        // What was left of an earlier publication belongs to it.
+        self.keys.forget(id);
+        self.take_keys(&request)?;
         if let Err(by) = self.context.published.reserve(id, &request.target) {
+            self.keys.forget(id);
             return Err(VolumeError::TargetTaken { target: request.target, by });
         }
         let published = self.record_publication(volume, request).await;
-        let (volume, publication) = published.inspect_err(|_| self.context.published.remove(id))?;
+        let (volume, publication) = published.inspect_err(|_| {
+            self.keys.forget(id);
+            self.context.published.remove(id);
+        })?;
         crash::point("publish: recorded");
         let installed = self.install(&volume, &publication, target).await;
         if let Err(error) = &installed {
@@ -274,6 +331,7 @@ impl NodeVolumes {
     }
 
     fn forget(&self, id: VolumeId) {
+        self.keys.forget(id);
         self.context.published.remove(id);
         self.observer.withdrawn(id);
     }
@@ -325,6 +383,15 @@ fn remove(direct: &DirectVolumes, target: &Path) -> Result<Outcome, VolumeError>
     crash::point("unpublish: direct volume removed");
     let unmounted = target.remove_placeholder()?;
     Ok(if removed == Outcome::Unchanged { unmounted } else { removed })
+}
+
+/// Whether the keys that came are those that the volume needs.
+fn check_keys(id: VolumeId, encrypted: bool, given: Option<&KeyPair>) -> Result<(), VolumeError> {
+    match (encrypted, given) {
+        (true, None) => Err(keys::missing(id)),
+        (false, Some(_)) => Err(keys::not_encrypted(id)),
+        (true, Some(_)) | (false, None) => Ok(()),
+    }
 }
 
 /// What differs between a publication and a request for the same path.

@@ -14,7 +14,8 @@ use crate::guest::{GuestClient, Listener, Report, VolumeReport};
 impl Listener for NodeVolumes {
     async fn reported(&self, guest: &GuestClient, report: Report) {
         let mut believed = Vec::with_capacity(report.volumes.len());
-        for volume in &report.volumes {
+        for volume in report.volumes {
+            let volume = &VolumeReport { trouble: self.key_trouble(&volume), ..volume };
             match self.context.published.note(guest, volume) {
                 Note::Disbelieved => {
                     // Its own volume of a moment ago, or a lie. Either way nothing follows from it.
@@ -23,6 +24,7 @@ impl Listener for NodeVolumes {
                 Note::Believed { volume: observed, first, changed, grow } => {
                     believed.push(volume.id);
                     self.observer.reported(&observed, volume);
+                    self.provide_key_if_wanted(guest, volume);
                     let record = first || changed && !self.observer.keeps_condition();
                     if record && let Err(error) = self.record(volume).await {
                         tracing::warn!(volume = %volume.id, "report not recorded: {error}");

@@ -71,7 +71,10 @@ impl NodeVolumes {
             return Stats { bytes: [capacity.0, used, capacity.0 - used], inodes: None, condition };
         };
         match heard.guest.status().await {
-            Ok(report) => Stats::new(report.volume(id, token).unwrap_or(&heard.report)),
+            Ok(report) => {
+                let report = report.volume(id, token).unwrap_or(&heard.report);
+                Stats::new(&VolumeReport { trouble: self.key_trouble(report), ..report.clone() })
+            }
             Err(error) => {
                 let mut stats = Stats::new(&heard.report);
                 stats.condition.message =
@@ -103,6 +106,8 @@ pub(crate) fn condition_of(report: &VolumeReport) -> Condition {
         if report.message.is_empty() { otherwise.to_owned() } else { report.message.clone() }
     };
     let (abnormal, message) = match report.health {
+        // No cause for alarm while it is being brought.
+        _ if report.awaits_key => (false, said("the guest waits for the volume's key")),
         Health::Online if report.data_errors > 0 => {
             (true, said(&format!("{} files or objects of the pool are damaged", report.data_errors)))
         }
@@ -114,5 +119,8 @@ pub(crate) fn condition_of(report: &VolumeReport) -> Condition {
         Health::Suspended => (true, said("the pool is suspended: its device does not answer")),
         Health::Unavailable => (true, said("the pool is not available")),
     };
-    Condition { abnormal, message }
+    match &report.trouble {
+        Some(trouble) => Condition { abnormal: true, message: format!("{trouble}; {message}") },
+        None => Condition { abnormal, message },
+    }
 }

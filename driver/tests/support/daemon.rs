@@ -41,6 +41,11 @@ impl Node {
 
     /// Starts zpod. With `crash_at` it ends at that crash point, perhaps before it serves.
     pub(crate) fn start(&self, crash_at: Option<u64>) -> Daemon {
+        self.start_with(crash_at, &[])
+    }
+
+    /// Starts it with more in its environment.
+    pub(crate) fn start_with(&self, crash_at: Option<u64>, environment: &[(&str, &str)]) -> Daemon {
         let socket = self.path("csi.sock");
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("zpod.log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_zpod"));
@@ -55,6 +60,7 @@ impl Node {
             command.arg(option).arg(self.path(name));
         }
         command.env_remove("ZPOD_CRASH_AT").envs(crash_at.map(|at| ("ZPOD_CRASH_AT", at.to_string())));
+        command.envs(environment.iter().copied());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         while std::os::unix::net::UnixStream::connect(&socket).is_err() {
@@ -114,6 +120,11 @@ impl Daemon {
 
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Its files in `/proc`.
+    pub(crate) fn proc(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}", self.child.id())).join(name)
     }
 
     /// Resident memory in bytes.

@@ -37,6 +37,9 @@ pub(crate) struct State {
     pub(crate) grown: Mutex<Vec<GrowRequest>>,
     /// Volumes that were told to be scrubbed, in that order.
     pub(crate) scrubbed: Mutex<Vec<String>>,
+    /// The key that the volumes' contents are encrypted with, and what came so far.
+    pub(crate) key: Mutex<Vec<u8>>,
+    pub(crate) provided: Mutex<Vec<ProvideKeyRequest>>,
 }
 
 /// A sandbox; gone when dropped.
@@ -200,8 +203,24 @@ impl Guest for Service {
         Err(Status::unimplemented(""))
     }
 
-    async fn provide_key(&self, _: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {
-        Err(Status::unimplemented(""))
+    async fn provide_key(&self, request: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {
+        self.deaf().await;
+        let request = request.into_inner();
+        self.state.provided.lock().unwrap().push(request.clone());
+        let (mut volumes, mut key) = (self.state.volumes.lock().unwrap(), self.state.key.lock().unwrap());
+        let volume = volumes.iter_mut().find(|volume| volume.volume_id == request.volume_id);
+        let volume = volume.filter(|volume| volume.token == request.token);
+        let volume = volume.ok_or_else(|| Status::permission_denied("no such volume, or not this token"))?;
+        let changed = *key != request.key;
+        if changed && *key != request.previous_key {
+            // No guest of ours says it; a hostile one might.
+            let said = String::from_utf8_lossy(&request.key).into_owned();
+            return Err(Status::failed_precondition(format!("the key {said} does not fit")));
+        }
+        *key = request.key;
+        volume.awaits_key = false;
+        volume.health = Health::Online.into();
+        Ok(Response::new(ProvideKeyResponse { changed }))
     }
 
     async fn properties(&self, _: Request<PropertiesRequest>) -> Result<Response<PropertiesResponse>, Status> {
