@@ -4,20 +4,22 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use kube::runtime::wait::{Condition as Wait, await_condition};
+use kube::runtime::wait::Condition as Wait;
 use kube::{Api, Client};
-use tokio::time::Instant;
-use zpod_kubernetes::crd::{Phase, ZfsVolume};
-use zpod_kubernetes::{CLAIM_UID, DESTROYED, EXPANDED, Kept as _, KubeCatalog, READY};
+use zpod_kubernetes::crd::{Phase, ZfsSnapshot, ZfsVolume};
+use zpod_kubernetes::{CLAIM_UID, DESTROYED, EXPANDED, Kept as _, KubeCatalog, MODIFIED, READY};
 use zpod_storage::backing::Outcome;
-use zpod_storage::catalog::{Catalog as _, CatalogError, Created, Phase as RecordPhase, Volume};
+use zpod_storage::catalog::{
+    Catalog as _, CatalogError, Created, Phase as RecordPhase, SnapshotPhase, Source, Volume,
+};
 use zpod_storage::crash;
-use zpod_volume::{Bytes, VolumeId};
+use zpod_volume::{Bytes, VolumeAttributes, VolumeId};
 
 use super::Nodes;
+use super::answers::{ANY_NODE, Wanted, condition, refusal, said_since, wait};
 use crate::volumes::{
-    CLAIM_NAME, CLAIM_NAMESPACE, CapacityRange, CreateRequest, Probe, Provision, Room, VolumeError, VolumePage, same,
+    Bounds, CLAIM_NAME, CLAIM_NAMESPACE, CapacityRange, CreateRequest, Probe, Provision, Room, VolumeError, VolumePage,
+    check_attributes, same,
 };
 
 /// Makes, deletes, grows and lists volumes by their objects, which the nodes carry out.
@@ -25,6 +27,7 @@ use crate::volumes::{
 pub struct ClusterProvisioner {
     client: Client,
     catalog: KubeCatalog<ZfsVolume>,
+    snapshots: KubeCatalog<ZfsSnapshot>,
     nodes: Arc<Nodes>,
     /// How long a node is waited for. Less than the sidecars' deadline, so that they hear why.
     patience: Duration,
@@ -39,7 +42,8 @@ impl fmt::Debug for ClusterProvisioner {
 impl ClusterProvisioner {
     /// A provisioner of this cluster.
     pub fn new(client: Client, nodes: Arc<Nodes>, patience: Duration) -> Self {
-        Self { catalog: KubeCatalog::of_cluster(client.clone()), client, nodes, patience }
+        let (catalog, snapshots) = (KubeCatalog::of_cluster(client.clone()), KubeCatalog::of_cluster(client.clone()));
+        Self { catalog, snapshots, client, nodes, patience }
     }
 
     /// The object of a volume that exists.
@@ -47,7 +51,6 @@ impl ClusterProvisioner {
         self.catalog.object(id).await?.ok_or_else(|| self.not_found(&id.to_string()))
     }
 
-    /// Waits until the object is as wanted, or gone; `None` for gone.
     async fn wait(
         &self,
         id: VolumeId,
@@ -55,16 +58,55 @@ impl ClusterProvisioner {
         what: &'static str,
         done: impl Wait<ZfsVolume>,
     ) -> Result<Option<ZfsVolume>, VolumeError> {
-        let begun = Instant::now();
-        let name = id.to_string();
-        let waiting = await_condition(self.catalog.api().clone(), &name, done);
-        match tokio::time::timeout(self.patience, waiting).await {
-            Ok(Ok(object)) => Ok(object),
-            Ok(Err(error)) => {
-                Err(CatalogError::Unavailable { what: "watch ZfsVolume", reason: error.to_string() }.into())
+        wait(&self.catalog, id, Wanted { node, what, within: self.patience }, done).await
+    }
+
+    /// What is asked of a volume made from a source.
+    async fn bounds(&self, source: Source) -> Result<Bounds, VolumeError> {
+        match source {
+            Source::Snapshot(id) => {
+                let not_found = || VolumeError::SnapshotNotFound { id: id.to_string(), node: ANY_NODE.into() };
+                let object = self.snapshots.object(id).await?.ok_or_else(not_found)?;
+                let snapshot = object.record()?;
+                let ready = snapshot.phase == SnapshotPhase::Ready && object.metadata.deletion_timestamp.is_none();
+                let contents = snapshot.contents.filter(|_| ready).ok_or(VolumeError::SnapshotNotReady {
+                    id,
+                    state: "not there yet, or not any more",
+                    remedy: "wait until it is ready to use",
+                })?;
+                Ok(Bounds {
+                    capacity: contents.capacity,
+                    node: snapshot.node,
+                    encryption: contents.encryption,
+                    mode: contents.mode,
+                })
             }
-            Err(_) => Err(VolumeError::NodeSilent { id, node: node.to_owned(), what, waited: begun.elapsed() }),
+            Source::Volume(id) => {
+                let volume = usable(&self.find(id).await?)?;
+                if volume.phase != RecordPhase::Ready {
+                    let (state, remedy) = ("not finished yet", "wait until it is there");
+                    return Err(VolumeError::NotReady { id, state, remedy });
+                }
+                Ok(Bounds {
+                    capacity: volume.capacity,
+                    node: volume.node,
+                    encryption: volume.parameters.encryption,
+                    mode: volume.mode,
+                })
+            }
         }
+    }
+
+    /// The size of a new volume and where it may be.
+    async fn place(&self, request: &CreateRequest) -> Result<(Bytes, Option<Vec<String>>), VolumeError> {
+        let Some(source) = request.source else { return Ok((request.range.choose()?, request.nodes.clone())) };
+        let bounds = self.bounds(source).await?;
+        let capacity = bounds.choose(request, source)?;
+        if request.nodes.as_ref().is_some_and(|nodes| !nodes.contains(&bounds.node)) {
+            let (name, source_name) = (request.name.clone(), source.to_string());
+            return Err(VolumeError::SourceElsewhere { name, source_name, home: bounds.node });
+        }
+        Ok((capacity, Some(vec![bounds.node])))
     }
 
     /// The UID of the claim, for the events on it. A claim that is gone, or can't be looked up, gets none.
@@ -75,21 +117,28 @@ impl ClusterProvisioner {
         asked.inspect_err(|error| tracing::info!("claim {namespace}/{name}: {error}")).ok()??.metadata.uid
     }
 
-    async fn record(&self, request: &CreateRequest, capacity: Bytes) -> Result<Volume, VolumeError> {
+    async fn record(&self, request: &CreateRequest) -> Result<Volume, VolumeError> {
         let id = VolumeId::from_name(&request.name);
         if let Some(object) = self.catalog.object(id).await? {
             return same(usable(&object)?, request);
         }
+        let (capacity, nodes) = self.place(request).await?;
         self.nodes.listed().await.map_err(VolumeError::CutShort)?;
         let node = self
             .nodes
-            .choose(request.nodes.as_deref(), capacity)
+            .choose(nodes.as_deref(), capacity)
             .map_err(|reason| VolumeError::NoNode { name: request.name.clone(), reason })?;
         let mut labels = request.labels.clone();
         if let Some(uid) = self.claim_uid(request).await {
             labels.insert(CLAIM_UID.to_owned(), uid);
         }
-        let volume = Volume { labels, ..Volume::wanted(&request.name, capacity, request.parameters.clone(), &node) };
+        let volume = Volume {
+            labels,
+            attributes: request.attributes.clone(),
+            mode: request.mode,
+            source: request.source,
+            ..Volume::wanted(&request.name, capacity, request.parameters.clone(), &node)
+        };
         crash::point("cluster create: begin");
         match self.catalog.create(volume).await? {
             Created::Created(volume) => Ok(volume),
@@ -101,8 +150,8 @@ impl ClusterProvisioner {
 #[async_trait]
 impl Provision for ClusterProvisioner {
     async fn create(&self, request: CreateRequest) -> Result<Volume, VolumeError> {
-        let capacity = request.range.choose()?;
-        let volume = self.record(&request, capacity).await?;
+        check_attributes(request.mode, &request.attributes)?;
+        let volume = self.record(&request).await?;
         if volume.phase == RecordPhase::Ready {
             return Ok(volume);
         }
@@ -171,9 +220,36 @@ impl Provision for ClusterProvisioner {
         Ok(object.record()?)
     }
 
-    async fn modify(&self, _: VolumeId, _: zpod_volume::VolumeAttributes) -> Result<Volume, VolumeError> {
-        let reason = "attributes can't be changed through the cluster yet";
-        Err(VolumeError::invalid("mutable_parameters", reason))
+    async fn modify(&self, id: VolumeId, changes: VolumeAttributes) -> Result<Volume, VolumeError> {
+        let object = self.find(id).await?;
+        let volume = usable(&object)?;
+        check_attributes(volume.mode, &changes)?;
+        if volume.phase != RecordPhase::Ready {
+            return Err(VolumeError::NotReady {
+                id,
+                state: "not finished yet",
+                remedy: "let CreateVolume be repeated",
+            });
+        }
+        let object = self.catalog.want_attributes(&object, &changes).await?;
+        crash::point("cluster modify: asked");
+        if has_taken_over(&object, &changes, None) {
+            return Ok(object.record()?);
+        }
+        let (generation, wanted) = (object.metadata.generation, changes.clone());
+        let answered = move |object: Option<&ZfsVolume>| {
+            object.is_none_or(|object| {
+                has_taken_over(object, &wanted, generation) || said_since(object, MODIFIED, generation)
+            })
+        };
+        let object = self
+            .wait(id, &volume.node, "modified", answered)
+            .await?
+            .ok_or_else(|| self.not_found(&id.to_string()))?;
+        if said_since(&object, MODIFIED, generation) {
+            return Err(refusal(&object, MODIFIED, &volume.node));
+        }
+        Ok(object.record()?)
     }
 
     async fn get(&self, id: VolumeId) -> Result<Volume, VolumeError> {
@@ -199,7 +275,7 @@ impl Provision for ClusterProvisioner {
     }
 
     fn not_found(&self, id: &str) -> VolumeError {
-        VolumeError::NotFound { id: crate::guest::clean(id, 128), node: "any (there is no such ZfsVolume)".into() }
+        VolumeError::NotFound { id: crate::guest::clean(id, 128), node: ANY_NODE.into() }
     }
 }
 
@@ -213,10 +289,6 @@ impl Probe for ClusterProvisioner {
 
 fn phase(object: &ZfsVolume) -> Option<Phase> {
     object.status.as_ref()?.phase
-}
-
-fn condition<'a>(object: &'a ZfsVolume, kind: &str) -> Option<&'a Condition> {
-    object.status.as_ref()?.conditions.iter().find(|condition| condition.type_ == kind)
 }
 
 /// The record of a volume that is there or is being made.
@@ -233,25 +305,19 @@ fn usable(object: &ZfsVolume) -> Result<Volume, VolumeError> {
     Err(VolumeError::NotReady { id: volume.id, state: "being deleted", remedy })
 }
 
-/// Whether the node has said no to this generation of the spec or a later one.
-fn said_since(object: &ZfsVolume, kind: &str, generation: Option<i64>) -> bool {
-    condition(object, kind)
-        .is_some_and(|condition| condition.status == "False" && condition.observed_generation >= generation)
+/// Whether the node has taken over these attributes, and has said so of this generation of the spec or a later one. Before
+/// anything was asked for (`None`), it may have said nothing.
+fn has_taken_over(object: &ZfsVolume, changes: &VolumeAttributes, since: Option<i64>) -> bool {
+    let taken = object.status.as_ref().is_some_and(|status| {
+        changes.iter().all(|(key, value)| status.attributes.get(key).is_some_and(|taken| taken == value))
+    });
+    let said = match condition(object, MODIFIED) {
+        Some(said) => said.status == "True" && said.observed_generation >= since,
+        None => since.is_none(),
+    };
+    taken && said
 }
 
 fn holds(object: &ZfsVolume, wanted: Bytes) -> bool {
     object.status.as_ref().and_then(|status| status.capacity).is_some_and(|capacity| capacity.0 >= wanted)
-}
-
-/// What the node said, as an error.
-fn refusal(object: &ZfsVolume, kind: &str, node: &str) -> VolumeError {
-    match condition(object, kind) {
-        Some(condition) => VolumeError::NodeRefused {
-            reason: condition.message.clone(),
-            no_room: condition.reason == super::reconcile::NO_ROOM,
-        },
-        None => {
-            VolumeError::NodeRefused { reason: format!("node {node} refused, and did not say why"), no_room: false }
-        }
-    }
 }

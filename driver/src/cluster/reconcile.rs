@@ -1,49 +1,71 @@
+//! What the objects of a node ask for, carried out by that node.
+//!
+//! # Design
+//! A kind of object has its [`Work`]. What all have in common is here: only the node's own objects are touched, and an
+//! object's end means the end of the data only where it says so (`spec.destroy`).
+
+mod snapshots;
+mod volumes;
+
+pub use snapshots::reconcile_snapshots;
+pub use volumes::reconcile_volumes;
+
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use futures_util::StreamExt as _;
 use kube::runtime::controller::{Action, Config};
 use kube::runtime::{Controller, watcher};
-use kube::{Api, Client};
-use tokio::sync::Notify;
-use zpod_kubernetes::crd::{Phase, ZfsVolume};
-use zpod_kubernetes::{DESTROYED, EXPANDED, KubeCatalog, READY, Remark};
-use zpod_storage::backing::BackingError;
-use zpod_storage::catalog::CatalogError;
-use zpod_volume::VolumeId;
+use kube::{Api, Client, ResourceExt as _};
+use zpod_kubernetes::{DESTROYED, Kept, KubeCatalog, Remark};
+use zpod_storage::catalog::Record;
 
-use crate::volumes::{CapacityRange, Provision as _, Provisioner, VolumeError};
+use super::reasons::{is_in_use, reason};
+use crate::volumes::VolumeError;
 
-/// The reason of a condition when room is what is missing. The controller then asks another node.
-pub(super) const NO_ROOM: &str = "NoRoom";
-/// Volumes worked on at the same time: each waits for the disk most of the time.
+/// Objects of a kind worked on at the same time: each waits for the disk most of the time.
 const CONCURRENCY: u16 = 16;
 /// What can't be done now is tried again after this long ...
 const RETRY: Duration = Duration::from_secs(2);
 /// ... and where a pod has to end first, after this.
 const RETRY_IN_USE: Duration = Duration::from_secs(5);
-/// Room may come back, and nobody tells.
-const RETRY_NO_ROOM: Duration = Duration::from_secs(30);
 /// An object that was deleted by hand is looked at again after this long.
 const RETRY_BLOCKED: Duration = Duration::from_secs(300);
 
-/// What carrying out an object takes.
-struct Work {
-    node: String,
-    provisioner: Provisioner,
-    catalog: KubeCatalog<ZfsVolume>,
-    changed: Arc<Notify>,
+type Id<K> = <<K as Kept>::Record as Record>::Id;
+
+/// What is done for the objects of a kind.
+#[async_trait]
+trait Work<K: Kept>: Send + Sync + 'static {
+    /// The objects.
+    fn catalog(&self) -> &KubeCatalog<K>;
+
+    /// Does what the spec asks for, if it isn't done yet. `leaving`: somebody has deleted the object by hand, and what it
+    /// stands for is in use as before.
+    async fn carry_out(&self, object: &K, id: Id<K>, leaving: bool) -> Result<Action, VolumeError>;
+
+    /// Destroys what the object stands for, and lets it go.
+    async fn destroy(&self, id: Id<K>) -> Result<(), VolumeError>;
+
+    /// What is said of an object that somebody has deleted by hand.
+    fn keeps(&self, id: Id<K>) -> String;
 }
 
-/// Carries out what the objects of this node ask for, as long as it runs: makes devices, makes room, destroys.
-/// `changed` is told when room was taken or given back.
-pub async fn reconcile(client: Client, node: String, provisioner: Provisioner, changed: Arc<Notify>) {
+/// Works for ever.
+async fn run<K: Kept, W: Work<K>>(client: Client, node: String, work: W) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
-    let catalog = KubeCatalog::of_node(client.clone(), &node);
-    let work = Arc::new(Work { node, provisioner, catalog, changed });
-    Controller::new(Api::<ZfsVolume>::all(client), config)
+    let context = Arc::new((node, work));
+    Controller::new(Api::<K>::all(client), config)
         .with_config(Config::default().concurrency(CONCURRENCY))
-        .run(carry_out, |_, error, _| again(error), work)
+        .run(
+            async |object, context| look(object, context).await,
+            |_, error, _| {
+                tracing::warn!("{error}");
+                Action::requeue(RETRY)
+            },
+            context,
+        )
         .for_each(|done| async move {
             if let Err(error) = done {
                 tracing::debug!("reconcile: {error}");
@@ -52,120 +74,45 @@ pub async fn reconcile(client: Client, node: String, provisioner: Provisioner, c
         .await;
 }
 
-fn again(error: &VolumeError) -> Action {
-    tracing::warn!("{error}");
-    Action::requeue(RETRY)
-}
-
-async fn carry_out(object: Arc<ZfsVolume>, work: Arc<Work>) -> Result<Action, VolumeError> {
-    let name = object.metadata.name.as_deref().unwrap_or_default();
-    if object.spec.node_name != work.node {
+async fn look<K: Kept, W: Work<K>>(object: Arc<K>, context: Arc<(String, W)>) -> Result<Action, VolumeError> {
+    let (node, work) = (&context.0, &context.1);
+    if object.node() != node {
         return Ok(Action::await_change());
     }
-    let Ok(id) = name.parse::<VolumeId>() else {
-        tracing::warn!("ZfsVolume {name} is none of ours: its name is not a volume's id");
+    let name = object.name_any();
+    let Ok(id) = name.parse::<Id<K>>() else {
+        tracing::warn!("{} {name} is none of ours: its name is not an id", K::kind(&()));
         return Ok(Action::await_change());
     };
-    let status = object.status.as_ref();
-    let phase = status.and_then(|status| status.phase);
-    let deleted = object.metadata.deletion_timestamp.is_some();
-    if deleted && object.spec.destroy {
-        return work.destroy(id).await;
+    let leaving = object.meta().deletion_timestamp.is_some();
+    if leaving && object.is_to_be_destroyed() {
+        return destroy(work, id).await;
     }
-    if deleted {
-        work.keep(id).await?;
+    if leaving {
+        say(work.catalog(), id, None, DESTROYED, "NotAskedFor", work.keeps(id)).await?;
     }
-    if phase.is_none() && !deleted {
-        return work.make(id).await;
-    }
-    let capacity = status.and_then(|status| status.capacity).unwrap_or(object.spec.capacity);
-    if phase == Some(Phase::Ready) && object.spec.capacity > capacity {
-        return work.make_room(id, object.spec.capacity.0).await;
-    }
-    Ok(if deleted { Action::requeue(RETRY_BLOCKED) } else { Action::await_change() })
+    let action = work.carry_out(&object, id, leaving).await?;
+    Ok(if leaving && action == Action::await_change() { Action::requeue(RETRY_BLOCKED) } else { action })
 }
 
-impl Work {
-    async fn make(&self, id: VolumeId) -> Result<Action, VolumeError> {
-        let made = self.provisioner.finish(id).await;
-        self.changed.notify_one();
-        let error = match made {
-            Ok(volume) => {
-                tracing::info!(volume = %id, name = volume.name, capacity = %volume.capacity, "volume made");
-                return Ok(Action::await_change());
-            }
-            Err(VolumeError::Catalog(CatalogError::NotFound(_)) | VolumeError::NotFound { .. }) => {
-                return Ok(Action::await_change());
-            }
-            Err(error) => error,
-        };
-        // Only where it is certain that nothing was made is the volume given back.
-        let refused = error.is_no_room().then_some(Phase::Refused);
-        self.say(id, refused, READY, reason(&error), error.to_string()).await?;
-        if refused.is_some() { Ok(Action::await_change()) } else { Err(error) }
-    }
-
-    async fn make_room(&self, id: VolumeId, wanted: zpod_volume::Bytes) -> Result<Action, VolumeError> {
-        let range = CapacityRange { required: Some(wanted), limit: None };
-        let grown = self.provisioner.expand(id, range).await;
-        self.changed.notify_one();
-        match grown {
-            Ok(_) => Ok(Action::await_change()),
-            Err(error) => {
-                let no_room = error.is_no_room();
-                self.say(id, None, EXPANDED, reason(&error), error.to_string()).await?;
-                if no_room { Ok(Action::requeue(RETRY_NO_ROOM)) } else { Err(error) }
-            }
-        }
-    }
-
-    async fn destroy(&self, id: VolumeId) -> Result<Action, VolumeError> {
-        let error = match self.provisioner.delete(id).await {
-            Ok(_) => {
-                tracing::info!(volume = %id, "volume destroyed, as DeleteVolume asked");
-                self.changed.notify_one();
-                return Ok(Action::await_change());
-            }
-            Err(error) => error,
-        };
-        let in_use = matches!(
-            error,
-            VolumeError::Published { .. } | VolumeError::Backing { source: BackingError::InUse { .. }, .. }
-        );
-        self.say(id, None, DESTROYED, reason(&error), error.to_string()).await?;
-        if in_use { Ok(Action::requeue(RETRY_IN_USE)) } else { Err(error) }
-    }
-
-    /// Says of an object that somebody deleted by hand that its data is kept.
-    async fn keep(&self, id: VolumeId) -> Result<(), VolumeError> {
-        let message = format!(
-            "ZfsVolume {id} was deleted, but not by DeleteVolume: its device on node {} and all data are kept, and pods go \
-             on using it. To destroy it, delete its PersistentVolumeClaim, or set spec.destroy=true where there is none any \
-             more",
-            self.node
-        );
-        self.say(id, None, DESTROYED, "NotAskedFor", message).await
-    }
-
-    async fn say(
-        &self,
-        id: VolumeId,
-        phase: Option<Phase>,
-        kind: &'static str,
-        reason: &'static str,
-        message: String,
-    ) -> Result<(), VolumeError> {
-        Ok(self.catalog.remark(id, phase, &Remark { kind, holds: false, reason, message }).await?)
-    }
+async fn destroy<K: Kept, W: Work<K>>(work: &W, id: Id<K>) -> Result<Action, VolumeError> {
+    let kind = K::Record::KIND;
+    let Err(error) = work.destroy(id).await else {
+        tracing::info!(%id, "{kind} destroyed, as was asked for");
+        return Ok(Action::await_change());
+    };
+    say(work.catalog(), id, None, DESTROYED, reason(&error), error.to_string()).await?;
+    if is_in_use(&error) { Ok(Action::requeue(RETRY_IN_USE)) } else { Err(error) }
 }
 
-fn reason(error: &VolumeError) -> &'static str {
-    match error {
-        error if error.is_no_room() => NO_ROOM,
-        VolumeError::Published { .. } => "Published",
-        VolumeError::Backing { source: BackingError::InUse { .. }, .. } => "InUse",
-        VolumeError::Backing { .. } => "DeviceFailed",
-        VolumeError::OutOfRange { .. } => "OutOfRange",
-        _ => "Failed",
-    }
+/// Says that something does not hold, and why.
+async fn say<K: Kept>(
+    catalog: &KubeCatalog<K>,
+    id: Id<K>,
+    phase: Option<K::Phase>,
+    kind: &'static str,
+    reason: &'static str,
+    message: String,
+) -> Result<(), VolumeError> {
+    Ok(catalog.remark(id, phase, &Remark { kind, holds: false, reason, message }).await?)
 }

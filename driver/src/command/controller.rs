@@ -8,7 +8,7 @@ use clap::Parser;
 use kube::Client;
 
 use super::{EndpointOptions, Failure, MetricsOptions, main_of, told_to_end};
-use crate::cluster::{ClusterProvisioner, Election, Nodes, Orphans};
+use crate::cluster::{ClusterProvisioner, Election, Groups, Nodes, Orphans};
 use crate::csi::{ControllerService, IdentityService};
 use crate::metrics;
 use crate::serve::{Services, Socket, serve};
@@ -65,7 +65,10 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
 async fn lead(client: Client, namespace: String, identity: String, orphans: Orphans) {
     loop {
         match Election::join(client.clone(), &namespace, &identity).await {
-            Ok(election) => orphans.clone().watch(client.clone(), election.leads.clone()).await,
+            Ok(election) => {
+                let leads = || election.leads.clone();
+                tokio::join!(orphans.clone().watch(client.clone(), leads()), Groups.watch(client.clone(), leads()));
+            }
             Err(error) => tracing::warn!("election: {error}"),
         }
         tokio::time::sleep(RETRY).await;

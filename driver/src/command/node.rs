@@ -16,14 +16,15 @@ use zpod_storage::catalog::CatalogError;
 use super::{DoctorOptions, EndpointOptions, Failure, MetricsOptions, NodeOptions, main_of, told_to_end};
 use crate::admin::{Admin, AdminServer, Doctor, Tokens};
 use crate::cluster::{
-    ClusterPods, NodeReporter, PoolEvents, PoolStates, reconcile, report_node, write_events, write_states,
+    ClusterPods, NodeReporter, PoolEvents, PoolStates, reconcile_snapshots, reconcile_volumes, report_node,
+    write_events, write_states,
 };
 use crate::csi::{IdentityService, NodeService};
 use crate::guest::Monitor;
 use crate::kata::DirectVolumes;
 use crate::metrics::{self, NodeMetrics, VolumeMetrics};
 use crate::serve::{Services, Socket, serve};
-use crate::volumes::{Context, NodeVolumes, Observer, Provisioner, VolumeError};
+use crate::volumes::{Context, NodeVolumes, Observer, Provisioner, Snapshotter, VolumeError};
 
 /// How often an API server that is away is asked again.
 const RETRY: Duration = Duration::from_secs(2);
@@ -111,12 +112,17 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let services = Services {
         identity: IdentityService::new(context.clone()),
         controller: None,
-        node: Some(NodeService::new(volumes)),
+        node: Some(NodeService::new(volumes.clone())),
     };
+    let name = context.node().to_owned();
+    let snapshotter = Snapshotter::new(context.clone());
     tokio::select! {
         served = serve(socket, services, end) => served?,
-        () = reconcile(client.clone(), context.node().to_owned(), provisioner, changed) => {
+        () = reconcile_volumes(client.clone(), name.clone(), volumes, provisioner, changed.clone()) => {
             return Err("the watch of ZfsVolumes has ended".into());
+        }
+        () = reconcile_snapshots(client.clone(), name, snapshotter, changed) => {
+            return Err("the watch of ZfsSnapshots has ended".into());
         }
         () = report_node(client.clone(), reporter) => {}
         () = write_states(client.clone(), states) => {}

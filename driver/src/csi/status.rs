@@ -147,7 +147,13 @@ mod tests {
             ),
             (VolumeError::NoNode { name: s("x"), reason: s("r") }, Code::ResourceExhausted),
             (
-                VolumeError::NodeSilent { id, node: s("n1"), what: "made", waited: Duration::from_secs(1) },
+                VolumeError::NodeSilent {
+                    kind: "volume",
+                    id: id.to_string(),
+                    node: s("n1"),
+                    what: "made",
+                    waited: Duration::from_secs(1),
+                },
                 Code::DeadlineExceeded,
             ),
             (VolumeError::NodeRefused { reason: s("r"), no_room: true }, Code::ResourceExhausted),

@@ -162,13 +162,15 @@ pub enum VolumeError {
     },
     /// The node has not carried out what its volume's object asks for.
     #[error(
-        "volume {id} is not {what} after {waited:?}: node {node} has not answered; see whether zpod-node runs there \
-         (kubectl get pods -A --field-selector spec.nodeName={node}) and what `kubectl describe zfsvolume {id}` says; it \
+        "{kind} {id} is not {what} after {waited:?}: node {node} has not answered; see whether zpod-node runs there \
+         (kubectl get pods -A --field-selector spec.nodeName={node}) and what `kubectl describe zfs{kind} {id}` says; it \
          goes on by itself when the node is back"
     )]
     NodeSilent {
-        /// The volume.
-        id: VolumeId,
+        /// `volume` or `snapshot`.
+        kind: &'static str,
+        /// Its id.
+        id: String,
         /// Its node.
         node: String,
         /// What was to be done.

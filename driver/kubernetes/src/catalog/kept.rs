@@ -43,11 +43,19 @@ pub trait Kept:
     /// The part of the status that the node owns.
     fn own_status(&self) -> Self::Status;
 
+    /// The node that it is on.
+    fn node(&self) -> &str;
+
     /// What every status has.
     fn head(status: &mut Self::Status) -> Head<'_, Self::Phase>;
 
     /// Whether its end is asked for together with that of what it stands for.
     fn destroy(spec: &mut Self::Spec) -> &mut bool;
+
+    /// Whether it is.
+    fn is_to_be_destroyed(&self) -> bool {
+        *Self::destroy(&mut self.spec().clone())
+    }
 
     /// Takes over from `found` what others own and the node's record only carries.
     fn taking_over(record: Self::Record, found: &Self::Record) -> Self::Record;

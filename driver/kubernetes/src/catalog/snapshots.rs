@@ -53,7 +53,7 @@ impl KubeCatalog<ZfsSnapshot> {
     ///
     /// # Errors
     /// When the API server can't be asked or refuses.
-    pub async fn progress(&self, id: SnapshotId, percent: u8) -> Result<(), CatalogError> {
-        self.say(id, |_, status| status.progress = Some(i64::from(percent))).await
+    pub async fn progress(&self, id: SnapshotId, percent: u64) -> Result<(), CatalogError> {
+        self.say(id, |_, status| status.progress = Some(i64::try_from(percent).unwrap_or(100))).await
     }
 }

@@ -87,6 +87,8 @@ impl Kept for ZfsSnapshot {
             RecordPhase::Deleting => Some(SnapshotPhase::Deleting),
         };
         let mut conditions = found.conditions;
+        // What was said of an earlier attempt.
+        conditions.retain(|condition| condition.type_ != READY);
         if phase == Some(SnapshotPhase::Ready) {
             let message = format!("the copy is on node {}", snapshot.node);
             let remark = Remark { kind: READY, holds: true, reason: "CopyMade", message };
@@ -115,6 +117,10 @@ impl Kept for ZfsSnapshot {
 
     fn own_status(&self) -> ZfsSnapshotStatus {
         self.status.clone().unwrap_or_default()
+    }
+
+    fn node(&self) -> &str {
+        &self.spec.node_name
     }
 
     fn head(status: &mut ZfsSnapshotStatus) -> Head<'_, SnapshotPhase> {

@@ -112,6 +112,10 @@ impl Kept for ZfsVolume {
         status
     }
 
+    fn node(&self) -> &str {
+        &self.spec.node_name
+    }
+
     fn head(status: &mut ZfsVolumeStatus) -> Head<'_, Phase> {
         Head {
             phase: &mut status.phase,
