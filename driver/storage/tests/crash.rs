@@ -84,6 +84,56 @@ fn kill_between_any_two_steps_of_a_volumes_life_loses_nothing() {
 }
 
 #[test]
+fn kill_between_any_two_steps_of_copies_lives_loses_nothing() {
+    for thick in [false, true] {
+        let points = check_every_point(&[
+            Call::Create { name: 0, mib: 4, thick },
+            Call::Write { name: 0 },
+            Call::Snapshot { snapshot: 0, of: 0 },
+            Call::Restore { name: 1, snapshot: 0, mib: 6, thick },
+            Call::Note { name: 1 },
+            Call::Destroy { name: 0 },
+            Call::Clone { name: 0, of: 1, thick },
+            Call::Write { name: 1 },
+            Call::Discard { snapshot: 0 },
+            Call::Discard { snapshot: 0 },
+            Call::Snapshot { snapshot: 1, of: 1 },
+            Call::Destroy { name: 1 },
+            Call::Grow { name: 0, mib: 8, disk_mib: 80, thick },
+        ]);
+        assert!(points >= 55, "only {points} points");
+    }
+}
+
+/// All of it once more where files can share blocks: in a mount namespace of its own, in a child.
+#[test]
+fn all_is_so_where_files_share_blocks() {
+    let status = Command::new("unshare")
+        .args(["--mount", "--propagation", "private"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "on_xfs", "--ignored", "--nocapture"])
+        .status()
+        .unwrap();
+    assert!(status.success(), "{status} (root is needed)");
+}
+
+#[test]
+#[ignore = "what the other test runs in a mount namespace of its own"]
+fn on_xfs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, at) = (dir.path().join("disk"), dir.path().join("mnt"));
+    std::fs::File::create(&disk).unwrap().set_len(4 << 30).unwrap();
+    std::fs::create_dir(&at).unwrap();
+    let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
+    run(Command::new("mkfs.xfs").arg("-q").arg(&disk));
+    run(Command::new("mount").args(["-o", "loop"]).args([&disk, &at]));
+    run(Command::new(std::env::current_exe().unwrap())
+        .args(["--skip", "where_files_share_blocks", "--skip", "records_life"])
+        .env("TMPDIR", &at));
+    run(Command::new("umount").arg(&at));
+}
+
+#[test]
 fn kill_between_any_two_steps_of_a_records_life_loses_nothing() {
     let points = check_every_point(&[
         Call::Record { name: 0 },

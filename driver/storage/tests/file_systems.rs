@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use zpod_storage::backing::file::{Fencing, FileBacking};
-use zpod_storage::backing::{Backing, BackingError, DeviceSpec, Outcome};
-use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId};
+use zpod_storage::backing::{Backing, BackingError, CopySource, Copying, DeviceSpec, Outcome};
+use zpod_volume::{Bytes, DiskLayout, Provisioning, SnapshotId, VolumeId};
 
 const MIB: u64 = 1 << 20;
 
@@ -38,6 +38,11 @@ fn child() {
         "tmpfs" => facts("tmpfs", false),
         "full" => thick_on_a_full_disk(),
         "qemu" => qemu(),
+        "promise xfs" => promises_hold("xfs"),
+        "promise btrfs" => promises_hold("btrfs"),
+        "orders xfs" => orders("xfs"),
+        "orders btrfs" => orders("btrfs"),
+        "orders ext4" => orders("ext4"),
         what => panic!("{what}?"),
     }
 }
@@ -70,6 +75,31 @@ fn a_thick_volume_that_the_disk_cannot_hold_is_refused_and_leaves_nothing() {
 #[test]
 fn one_kernel_at_a_time_a_disk_that_qemu_has_is_not_taken() {
     in_own_mounts("qemu");
+}
+
+#[test]
+fn a_promise_holds_when_all_that_a_volume_shares_is_rewritten_on_xfs() {
+    in_own_mounts("promise xfs");
+}
+
+#[test]
+fn a_promise_holds_when_all_that_a_volume_shares_is_rewritten_on_btrfs() {
+    in_own_mounts("promise btrfs");
+}
+
+#[test]
+fn whatever_goes_first_on_xfs_nothing_is_left() {
+    in_own_mounts("orders xfs");
+}
+
+#[test]
+fn whatever_goes_first_on_btrfs_nothing_is_left() {
+    in_own_mounts("orders btrfs");
+}
+
+#[test]
+fn whatever_goes_first_on_ext4_nothing_is_left() {
+    in_own_mounts("orders ext4");
 }
 
 /// A mounted file system. Unmounted at the end of the process's mount namespace at the latest.
@@ -172,10 +202,6 @@ fn facts(kind: &'static str, reflink: bool) {
     backing.grow(&longer).unwrap();
     assert!(!backing.ever_written(&longer).unwrap(), "{kind}: lengthened");
 
-    let promised = |backing: &FileBacking| {
-        let capacity = backing.capacity().unwrap();
-        capacity.total.0 - capacity.available.0
-    };
     assert_eq!(promised(&backing), (65 + 65 + 33) * MIB);
     drop(backing);
     if kind != "tmpfs" {
@@ -193,6 +219,149 @@ fn facts(kind: &'static str, reflink: bool) {
     }
     assert_eq!(promised(&backing), 0);
     assert_eq!(names(&mount.at), Vec::<String>::new());
+}
+
+const ANY: Copying<'static> = Copying { full: true, progress: &|_, _| true };
+
+fn promised(backing: &FileBacking) -> u64 {
+    let capacity = backing.capacity().unwrap();
+    capacity.total.0 - capacity.available.0
+}
+
+/// How a guest writes.
+#[derive(Debug, Clone, Copy)]
+enum Pattern {
+    /// From the beginning to the end.
+    InOrder,
+    /// 4 KiB here and there, until all is written.
+    Scattered,
+}
+
+/// What a virtual machine monitor does for a guest that writes all of its partition: through the page cache, as Kata's
+/// do by default.
+fn fill(backing: &FileBacking, spec: &DeviceSpec, pattern: Pattern, byte: u8) {
+    let file = File::options().write(true).open(backing.device(spec.id).unwrap()).unwrap();
+    let step = match pattern {
+        Pattern::InOrder => MIB,
+        Pattern::Scattered => 4096,
+    };
+    let (bytes, count) = (vec![byte; step as usize], spec.layout.partition.0 / step);
+    let write = |n: u64| {
+        let at = DiskLayout::PARTITION_START + n * step;
+        file.write_all_at(&bytes, at).unwrap_or_else(|error| panic!("{spec:?} {pattern:?} at {at}: {error}"));
+    };
+    match pattern {
+        Pattern::InOrder => (0..count).for_each(write),
+        Pattern::Scattered => {
+            let bits = count.next_power_of_two().ilog2();
+            (0..1 << bits).map(|n: u64| n.reverse_bits() >> (64 - bits)).filter(|n| *n < count).for_each(write);
+        }
+    }
+    // What the page cache has accepted must get to the disk too.
+    file.sync_all().unwrap_or_else(|error| panic!("{spec:?} {pattern:?}: {error}"));
+}
+
+/// Some file systems free what is removed a while later.
+fn settle(dir: &Path) {
+    for _ in 0..2 {
+        rustix::fs::syncfs(File::open(dir).unwrap()).unwrap();
+    }
+}
+
+/// Everything is promised and in use, and a volume rewrites all that it shares.
+fn promises_hold(kind: &'static str) {
+    for pattern in [Pattern::InOrder, Pattern::Scattered] {
+        let mount = Mount::new(kind, 1024);
+        let backing = FileBacking::open(&mount.at, 1.0).unwrap();
+        let a = spec("a", 160, 514, Provisioning::Thin);
+        backing.create(&a).unwrap();
+        fill(&backing, &a, Pattern::InOrder, 1);
+        let id = SnapshotId::from_name("s");
+        backing.snapshot(id, &a, &ANY).unwrap();
+        // The rest, less what the file system itself takes to keep track of so much: nothing is kept for that where
+        // there are no limits.
+        let rest = spec("rest", backing.capacity().unwrap().largest.0 / MIB - 32, 1024, Provisioning::Thin);
+        backing.create(&rest).unwrap();
+        // A second copy would break the promise to the first volume, or to the rest.
+        for result in [
+            backing.snapshot(SnapshotId::from_name("t"), &a, &ANY),
+            backing.create_from(
+                &spec("b", 160, 514, Provisioning::Thin),
+                CopySource::Snapshot(id),
+                Bytes::mib(160),
+                &ANY,
+            ),
+        ] {
+            assert!(matches!(result, Err(BackingError::NoRoom { .. })), "{kind}: {result:?}");
+        }
+        fill(&backing, &rest, Pattern::InOrder, 2);
+        fill(&backing, &a, pattern, 3);
+        let free = Bytes(rustix::fs::statvfs(&mount.at).map(|stat| stat.f_bavail * stat.f_frsize).unwrap());
+        println!("  {kind}, {pattern:?}: all rewritten, {free} left");
+        // Again: now it is its own.
+        fill(&backing, &a, pattern, 4);
+        assert_eq!(backing.excess(a.id).unwrap(), Bytes(0));
+        let mut bytes = [0; 1];
+        let copy = mount.at.join(format!("{id}.snap"));
+        File::open(copy).unwrap().read_exact_at(&mut bytes, 100 * MIB).unwrap();
+        assert_eq!(bytes, [1], "the snapshot has what there was");
+        backing.destroy_snapshot(id).unwrap();
+        settle(&mount.at);
+        let t = SnapshotId::from_name("t");
+        backing.snapshot(t, &a, &ANY).unwrap_or_else(|error| panic!("{kind}: the room is there again: {error}"));
+        backing.destroy_snapshot(t).unwrap();
+        for id in [a.id, rest.id] {
+            backing.destroy(id).unwrap();
+        }
+        assert_eq!((promised(&backing), names(&mount.at)), (0, vec![]));
+    }
+}
+
+/// Source, snapshots, clones and a clone of a clone, gone in any order; with a restart in between.
+fn orders(kind: &'static str) {
+    let mount = Mount::new(kind, 2048);
+    let mut backing = FileBacking::open(&mount.at, 1.0).unwrap();
+    let fresh = backing.capacity().unwrap().total;
+    let specs = ["source", "clone", "clone of the clone"].map(|name| spec(name, 64, 130, Provisioning::Thin));
+    let [source, clone, second] = &specs;
+    let [s, t] = ["s", "t"].map(SnapshotId::from_name);
+    // 5! = 120 orders; every seventh has every element in every place.
+    for order in (0..120).step_by(7) {
+        backing.create(source).unwrap();
+        fill(&backing, source, Pattern::InOrder, 1);
+        backing.snapshot(s, source, &ANY).unwrap();
+        backing.create_from(clone, CopySource::Snapshot(s), Bytes::mib(64), &ANY).unwrap();
+        guest_writes(&backing.device(clone.id).unwrap(), 7 * MIB);
+        backing.create_from(second, CopySource::Device(clone.id), Bytes::mib(64), &ANY).unwrap();
+        guest_writes(&backing.device(source.id).unwrap(), 9 * MIB);
+        backing.snapshot(t, second, &ANY).unwrap();
+        let (mut left, mut number) = (vec![0, 1, 2, 3, 4], order);
+        for count in (1..=5).rev() {
+            match left.remove(number % count) {
+                volume @ 0..3 => drop(backing.destroy(specs[volume].id).unwrap()),
+                snapshot => drop(backing.destroy_snapshot([s, t][snapshot - 3]).unwrap()),
+            }
+            number /= count;
+            for (volume, spec) in specs.iter().enumerate().filter(|(volume, _)| left.contains(volume)) {
+                let mut bytes = [0; 1];
+                File::open(backing.device(spec.id).unwrap()).unwrap().read_exact_at(&mut bytes, 20 * MIB).unwrap();
+                assert_eq!(bytes, [1], "{kind}, order {order}: volume {volume} has lost something");
+            }
+            if count == 3 {
+                drop(backing);
+                backing = FileBacking::open(&mount.at, 1.0).unwrap();
+            }
+        }
+        assert_eq!((promised(&backing), names(&mount.at)), (0, vec![]), "{kind}, order {order}");
+    }
+    drop(backing);
+    settle(&mount.at);
+    let total = FileBacking::open(&mount.at, 1.0).unwrap().capacity().unwrap().total;
+    // btrfs takes space for its own trees and does not give all of it back.
+    assert!(
+        total.0.abs_diff(fresh.0) < if kind == "btrfs" { 128 } else { 40 } * MIB,
+        "{kind}: {fresh} at first, {total} in the end"
+    );
 }
 
 fn names(dir: &Path) -> Vec<String> {

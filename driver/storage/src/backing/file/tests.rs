@@ -9,8 +9,9 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use zpod_volume::{Provisioning, gpt};
 
+use super::super::conformance::copies::{FULL, snapshot_id};
 use super::super::conformance::{MIB, Rig, conformance, id, spec, thin};
-use super::super::{Backing, Outcome};
+use super::super::{Backing, CopySource, Outcome};
 use super::*;
 
 struct Files {
@@ -340,15 +341,55 @@ fn what_a_guest_takes_past_its_partition_is_seen() {
     assert!(excess > Bytes::mib(20) && excess < Bytes::mib(24), "{excess}");
 }
 
+/// All of the above once more where files can share blocks: in a mount namespace of its own, in a child.
+#[test]
+fn all_is_so_where_files_share_blocks() {
+    for kind in ["xfs", "btrfs"] {
+        let output = Command::new("unshare")
+            .args(["--mount", "--propagation", "private"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "backing::file::tests::on_a_file_system_of_its_own", "--ignored", "--nocapture"])
+            .env("ZPOD_TEST_WHAT", kind)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{kind} (root is needed): {said}");
+        assert!(said.contains("a_snapshot_keeps_what_was_there") && said.contains("shares blocks"), "{said}");
+    }
+}
+
+#[test]
+#[ignore = "what the other test runs in a mount namespace of its own"]
+fn on_a_file_system_of_its_own() {
+    let kind = std::env::var("ZPOD_TEST_WHAT").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, at) = (dir.path().join("disk"), dir.path().join("mnt"));
+    File::create(&disk).unwrap().set_len(16 << 30).unwrap();
+    std::fs::create_dir(&at).unwrap();
+    let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
+    run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&disk));
+    run(Command::new("mount").args(["-o", "loop"]).args([&disk, &at]));
+    if FileBacking::open(&at, 1.0).unwrap().shares_blocks() {
+        println!("shares blocks");
+    }
+    // One at a time: they all look at the room there is.
+    run(Command::new(std::env::current_exe().unwrap())
+        .args(["backing::file::tests::", "--test-threads=1", "--skip", "all_is_so_where_files_share_blocks"])
+        .env("TMPDIR", &at));
+    run(Command::new("umount").arg(&at));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
     /// The file backing and the simulated one answer alike, whatever is asked of them in whatever order.
     #[test]
-    fn files_behave_as_the_simulation_does(calls in proptest::collection::vec((0u8..6, 0u8..3, 1u64..5), 1..40)) {
+    fn files_behave_as_the_simulation_does(calls in proptest::collection::vec((0u8..11, 0u8..3, 1u64..5, 0u8..3), 1..40), order: u64) {
         let files = Files::new();
         let sim = super::super::sim::SimBacking::new(Bytes::gib(64), 1.0);
-        for (call, volume, size) in calls {
+        let sim = if files.backing.shares_blocks() { sim } else { sim.without_sharing() };
+        for (call, volume, size, other) in calls {
             let name = volume.to_string();
+            let (mib, snapshot) = (Bytes::mib(size * 2), snapshot_id(&other.to_string()));
             let spec = spec(&name, size * 4, size * 4 + 2 + (size % 2) * 16, Provisioning::Thin);
             let both: [&dyn Backing; 2] = [&files.backing, &sim];
             let run = |backing: &dyn Backing| -> Result<String, BackingError> {
@@ -357,6 +398,10 @@ proptest! {
                     1 => format!("{:?}", backing.destroy(spec.id)?),
                     2 | 3 => format!("{:?}", backing.grow(&spec)?),
                     4 => backing.ever_written(&spec)?.to_string(),
+                    6 => format!("{:?}", backing.snapshot(snapshot, &spec, &FULL)?),
+                    7 => format!("{:?}", backing.destroy_snapshot(snapshot)?),
+                    8 => format!("{:?}", backing.create_from(&spec, CopySource::Snapshot(snapshot), mib, &FULL)?),
+                    9 => format!("{:?}", backing.create_from(&spec, CopySource::Device(id(&other.to_string())), mib, &FULL)?),
                     _ => {
                         let proof = backing.exclusive(spec.id)?;
                         backing.write_table(&spec, proof.as_ref())?;
@@ -368,14 +413,40 @@ proptest! {
                 Ok(text) => text,
                 Err(BackingError::Mismatch { found, wanted, .. }) => format!("mismatch {found} {wanted}"),
                 Err(BackingError::Missing { .. }) => "missing".to_owned(),
+                Err(BackingError::SnapshotMissing { .. }) => "snapshot missing".to_owned(),
+                Err(BackingError::Io { source, .. }) => format!("{:?}", source.kind()),
                 Err(error) => format!("{error:?}"),
             };
+            if call == 10 && files.path(spec.id).exists() {
+                files.guest_rewrites(spec.id, 2 * MIB);
+                sim.write(spec.id, 2 * MIB, 4096);
+                continue;
+            }
             let [ours, theirs] = both.map(|backing| kind(run(backing)));
             prop_assert_eq!(ours, theirs);
             prop_assert_eq!(sim.table(spec.id).is_some(), files.path(spec.id).exists());
             if let Some(table) = sim.table(spec.id) {
                 prop_assert_eq!(table, files.table(spec.id));
+                let both: [&dyn Rig; 2] = [&files, &sim];
+                let [ours, theirs] = both.map(|rig| rig.contents(spec.id, 2 * MIB) != 0);
+                prop_assert_eq!(ours, theirs, "{} {:?}", call, spec.id);
             }
         }
+        // Whatever there is goes, in any order, and leaves nothing.
+        let mut left: Vec<u8> = (0..6).collect();
+        let (both, mut order): ([&dyn Backing; 2], _) = ([&files.backing, &sim], order);
+        while !left.is_empty() {
+            let at = left.remove((order % left.len() as u64) as usize);
+            order = order.rotate_right(7);
+            for backing in both {
+                match at {
+                    0..3 => drop(backing.destroy(id(&at.to_string())).unwrap()),
+                    _ => drop(backing.destroy_snapshot(snapshot_id(&(at - 3).to_string())).unwrap()),
+                }
+            }
+        }
+        prop_assert_eq!((files.promised(), files.names()), (0, vec![]));
+        let capacity = sim.capacity().unwrap();
+        prop_assert_eq!((capacity.total, capacity.available), (Bytes::gib(64), Bytes::gib(64)));
     }
 }

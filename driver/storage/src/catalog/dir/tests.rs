@@ -1,9 +1,9 @@
 use std::path::PathBuf;
 
 use tempfile::TempDir;
-use zpod_volume::{Bytes, VolumeId, VolumeParameters};
+use zpod_volume::{Bytes, Origin, SnapshotId, VolumeId, VolumeMode, VolumeParameters};
 
-use super::super::Phase;
+use super::super::{Contents, Phase, SnapshotPhase};
 use super::*;
 
 struct Fixture {
@@ -187,4 +187,56 @@ async fn a_call_is_finished_even_if_its_caller_goes_away() {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     panic!("the creation was dropped half way");
+}
+
+fn snapshot(name: &str) -> Snapshot {
+    let origin = Origin { volume: VolumeId::from_name("a"), mark: None, initialized: true };
+    let contents = Contents {
+        taken: 1,
+        capacity: Bytes::gib(1),
+        partition: Bytes::gib(2),
+        origin,
+        encryption: None,
+        mode: VolumeMode::Filesystem,
+    };
+    Snapshot {
+        id: SnapshotId::from_name(name),
+        name: name.to_owned(),
+        volume: VolumeId::from_name("a"),
+        node: "node-1".to_owned(),
+        group: None,
+        phase: SnapshotPhase::Copying,
+        allow_copy: false,
+        contents: Some(contents),
+        revision: 0,
+    }
+}
+
+#[tokio::test]
+async fn snapshots_are_recorded_as_volumes_are_and_apart_from_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let (volumes, snapshots) = open(dir.path()).unwrap();
+    // A volume and a snapshot of one name have nothing to do with each other.
+    volumes.create(volume("a")).await.unwrap();
+    let created = snapshots.create(snapshot("a")).await.unwrap().into_record();
+    assert_eq!(snapshots.create(snapshot("a")).await.unwrap(), Created::Existed(created.clone()));
+    let ready = snapshots.update(Snapshot { phase: SnapshotPhase::Ready, ..created.clone() }).await.unwrap();
+    let error = snapshots.update(created).await.unwrap_err();
+    assert_eq!(error.to_string(), CatalogError::conflict::<Snapshot>(ready.id).to_string());
+    for name in ["b", "c"] {
+        snapshots.create(snapshot(name)).await.unwrap();
+    }
+    drop((volumes, snapshots));
+
+    let (volumes, snapshots) = open(dir.path()).unwrap();
+    assert_eq!(snapshots.get(ready.id).await.unwrap(), Some(ready.clone()));
+    let page = snapshots.list(None, 2).await.unwrap();
+    let rest = snapshots.list(page.next, 2).await.unwrap();
+    assert_eq!((page.records.len(), rest.records.len(), rest.next), (2, 1, None));
+    volumes.remove(VolumeId::from_name("a")).await.unwrap();
+    assert_eq!(snapshots.get(ready.id).await.unwrap(), Some(ready.clone()));
+    snapshots.remove(ready.id).await.unwrap();
+    assert_eq!(snapshots.get(ready.id).await.unwrap(), None);
+    let error = snapshots.update(ready).await.unwrap_err().to_string();
+    assert!(error.starts_with("snapshot "), "{error}");
 }
