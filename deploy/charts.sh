@@ -91,7 +91,8 @@ check_values() {
       cat "$scratch/lint"
       die "$helm lint refuses $values"
     }
-    render "$helm" --values "$values" --api-versions snapshot.storage.k8s.io/v1 | grep -v '^ *$' >"$scratch/$helm.yaml"
+    render "$helm" --values "$values" --api-versions snapshot.storage.k8s.io/v1 \
+      --api-versions groupsnapshot.storage.k8s.io/v1 | grep -v '^ *$' >"$scratch/$helm.yaml"
   done
   diff -u "$scratch/helm3.yaml" "$scratch/helm.yaml" || die "Helm 3 and 4 render $values differently"
 }

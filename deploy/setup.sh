@@ -185,10 +185,17 @@ build_sidecar() {
 }
 
 build_snapshotter() {
-  local version=$ZPOD_CSI_SNAPSHOTTER_VERSION crds
-  build_sidecar "$1" external-snapshotter/v8 "$version" csi-snapshotter snapshot-controller
-  crds=$(GOFLAGS=-mod=mod go list -C "$1" -m -f '{{.Dir}}' github.com/kubernetes-csi/external-snapshotter/client/v8)/config/crd
-  install -D -m 644 -t "$1/crds" "$crds/"snapshot.storage.k8s.io_*.yaml
+  build_sidecar "$1" external-snapshotter/v8 "$ZPOD_CSI_SNAPSHOTTER_VERSION" csi-snapshotter snapshot-controller
+}
+
+# The definitions of snapshots and of groups of them, beside the programs, which were there before those of groups were.
+snapshot_crds() {
+  local place=$cache/tools/csi-snapshotter-$ZPOD_CSI_SNAPSHOTTER_VERSION module=github.com/kubernetes-csi/external-snapshotter
+  local crds=$place/crds/groupsnapshot.storage.k8s.io_volumegroupsnapshots.yaml
+  if [ ! -f "$crds" ]; then
+    crds=$(GOFLAGS=-mod=mod GOWORK=off go list -C "$place" -m -f '{{.Dir}}' $module/client/v8)/config/crd
+    install -D -m 644 -t "$place/crds" "$crds/"{snapshot,groupsnapshot}.storage.k8s.io_*.yaml
+  fi
 }
 
 build_helm() {
@@ -220,6 +227,7 @@ kubernetes() {
   version=$ZPOD_CSI_RESIZER_VERSION
   tool csi-resizer "$version" build_sidecar external-resizer/v2 "$version" csi-resizer
   tool csi-snapshotter "$ZPOD_CSI_SNAPSHOTTER_VERSION" build_snapshotter
+  snapshot_crds
   tool helm "$ZPOD_HELM_VERSION" build_helm
   tool helm3 "$ZPOD_HELM3_VERSION" build_helm3
   tool helm-docs "$ZPOD_HELM_DOCS_VERSION" build_helm_docs

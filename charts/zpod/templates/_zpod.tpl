@@ -20,6 +20,11 @@ image: {{ printf "%s:%s" .image.repository (.image.tag | default .root.Chart.App
 imagePullPolicy: {{ .image.pullPolicy }}
 {{- end }}
 
+{{/* Whether groups of snapshots can be had. csi-snapshotter waits for ever for a kind that the cluster doesn't know. */}}
+{{- define "zpod.groupSnapshots" -}}
+{{- and .Values.snapshotter.enabled .Values.snapshotter.groupSnapshots (.Capabilities.APIVersions.Has "groupsnapshot.storage.k8s.io/v1") -}}
+{{- end }}
+
 {{/* The least that a container can run with. Those on the nodes are root, since kubelet's sockets and directories are
 root's; without capabilities, that is an owner and no more. */}}
 {{- define "zpod.unprivileged" -}}
