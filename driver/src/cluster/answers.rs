@@ -67,10 +67,9 @@ pub(super) fn said_now<K: Kept>(object: &K, kind: &str) -> bool {
 /// What the node said, as an error.
 pub(super) fn refusal<K: Kept>(object: &K, kind: &str, node: &str) -> VolumeError {
     match condition(object, kind) {
-        Some(condition) => VolumeError::NodeRefused {
-            no_room: condition.reason == super::reasons::NO_ROOM,
-            reason: condition.message,
-        },
+        Some(condition) => {
+            VolumeError::NodeRefused { no_room: condition.reason == super::reasons::NO_ROOM, reason: condition.message }
+        }
         None => VolumeError::NodeRefused {
             reason: format!("node {node} refused {}, and did not say why", object.name_any()),
             no_room: false,

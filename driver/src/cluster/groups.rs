@@ -39,7 +39,10 @@ async fn look(catalog: &KubeCatalog<ZfsSnapshot>) -> Result<(), CatalogError> {
     }
     let now = Timestamp::now();
     for (id, members) in groups.iter().filter(|(_, members)| is_left_behind(members, now)) {
-        tracing::warn!(group = id, "a group snapshot is not whole, and nobody goes on with it: what there is of it is removed");
+        tracing::warn!(
+            group = id,
+            "a group snapshot is not whole, and nobody goes on with it: what there is of it is removed"
+        );
         for member in members {
             catalog.destroy(member).await?;
         }
@@ -54,7 +57,8 @@ fn is_left_behind(members: &[ZfsSnapshot], now: Timestamp) -> bool {
         let phase = member.status.as_ref().and_then(|status| status.phase);
         matches!(phase, Some(SnapshotPhase::Copying | SnapshotPhase::Ready))
     };
-    let whole = members.len() == usize::try_from(size).unwrap_or_default() && members.iter().all(|member| copied(&member));
+    let whole =
+        members.len() == usize::try_from(size).unwrap_or_default() && members.iter().all(|member| copied(&member));
     let ending = members.iter().any(|member| member.spec.destroy);
     let since = members.iter().filter_map(|member| {
         let ended = member.metadata.deletion_timestamp.as_ref().map(|time| time.0);
@@ -85,7 +89,8 @@ mod tests {
     fn only_a_group_that_is_not_whole_for_long_is_left_behind() {
         let (ready, marked) = (Some(SnapshotPhase::Ready), Some(SnapshotPhase::Marked));
         let now = Timestamp::from_second(1_000_000).unwrap();
-        let old = |phases: &[Option<SnapshotPhase>]| phases.iter().map(|phase| member(*phase, 3600)).collect::<Vec<_>>();
+        let old =
+            |phases: &[Option<SnapshotPhase>]| phases.iter().map(|phase| member(*phase, 3600)).collect::<Vec<_>>();
         assert!(!is_left_behind(&old(&[ready, ready]), now));
         assert!(!is_left_behind(&old(&[ready, Some(SnapshotPhase::Copying)]), now), "a full copy takes its time");
         assert!(is_left_behind(&old(&[ready]), now), "one of two");

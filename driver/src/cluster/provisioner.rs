@@ -9,9 +9,7 @@ use kube::{Api, Client};
 use zpod_kubernetes::crd::{Phase, ZfsSnapshot, ZfsVolume};
 use zpod_kubernetes::{CLAIM_UID, DESTROYED, EXPANDED, Kept as _, KubeCatalog, MODIFIED, READY};
 use zpod_storage::backing::Outcome;
-use zpod_storage::catalog::{
-    Catalog as _, CatalogError, Created, Phase as RecordPhase, SnapshotPhase, Source, Volume,
-};
+use zpod_storage::catalog::{Catalog as _, CatalogError, Created, Phase as RecordPhase, SnapshotPhase, Source, Volume};
 use zpod_storage::crash;
 use zpod_volume::{Bytes, VolumeAttributes, VolumeId};
 
@@ -242,10 +240,8 @@ impl Provision for ClusterProvisioner {
                 has_taken_over(object, &wanted, generation) || said_since(object, MODIFIED, generation)
             })
         };
-        let object = self
-            .wait(id, &volume.node, "modified", answered)
-            .await?
-            .ok_or_else(|| self.not_found(&id.to_string()))?;
+        let object =
+            self.wait(id, &volume.node, "modified", answered).await?.ok_or_else(|| self.not_found(&id.to_string()))?;
         if said_since(&object, MODIFIED, generation) {
             return Err(refusal(&object, MODIFIED, &volume.node));
         }

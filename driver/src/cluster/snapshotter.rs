@@ -64,7 +64,8 @@ impl ClusterSnapshotter {
         what: &'static str,
         answered: fn(&ZfsSnapshot) -> bool,
     ) -> Result<ZfsSnapshot, VolumeError> {
-        let done = move |object: Option<&ZfsSnapshot>| object.is_none_or(|object| is_leaving(object) || answered(object));
+        let done =
+            move |object: Option<&ZfsSnapshot>| object.is_none_or(|object| is_leaving(object) || answered(object));
         let wanted = Wanted { node: &snapshot.node, what, within: self.patience };
         wait(&self.snapshots, snapshot.id, wanted, done)
             .await?

@@ -26,7 +26,13 @@ const RETRY_SCRUB: Duration = Duration::from_secs(30);
 
 /// Carries out what the ZfsVolumes of this node ask for, as long as it runs: makes devices, makes room, sets attributes,
 /// scrubs, destroys. `changed` is told when room was taken or given back.
-pub async fn reconcile_volumes(client: Client, node: String, volumes: NodeVolumes, provisioner: Provisioner, changed: Arc<Notify>) {
+pub async fn reconcile_volumes(
+    client: Client,
+    node: String,
+    volumes: NodeVolumes,
+    provisioner: Provisioner,
+    changed: Arc<Notify>,
+) {
     let catalog = KubeCatalog::of_node(client.clone(), &node);
     let work = Volumes { node: node.clone(), provisioner, volumes, catalog, changed, scrubbed: Mutex::default() };
     run(client, node, work).await;

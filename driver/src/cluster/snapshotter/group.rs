@@ -9,8 +9,8 @@
 use std::collections::BTreeSet;
 
 use futures_util::future::join_all;
-use zpod_kubernetes::crd::{SnapshotPhase, ZfsSnapshot};
 use zpod_kubernetes::READY;
+use zpod_kubernetes::crd::{SnapshotPhase, ZfsSnapshot};
 use zpod_storage::catalog::Snapshot;
 use zpod_storage::crash;
 use zpod_volume::{GroupId, VolumeId};
@@ -99,7 +99,11 @@ impl ClusterSnapshotter {
         let mut silent = None;
         for (member, answer) in members.iter().zip(answers) {
             match answer {
-                Ok(object) if is_leaving(&object) || phase(&object) == Some(SnapshotPhase::Refused) || said_now(&object, READY) => {
+                Ok(object)
+                    if is_leaving(&object)
+                        || phase(&object) == Some(SnapshotPhase::Refused)
+                        || said_now(&object, READY) =>
+                {
                     return Err(self.failed(request, member.volume, refusal(&object, READY, &member.node)));
                 }
                 Ok(object) => objects.push(object),
