@@ -2,12 +2,15 @@
 
 mod capability;
 mod controller;
+mod group;
 mod identity;
 mod node;
 mod request;
+mod snapshot;
 mod status;
 
 pub use controller::ControllerService;
+pub use group::GroupControllerService;
 pub use identity::IdentityService;
 pub use node::NodeService;
 pub use status::to_status;

@@ -11,10 +11,11 @@ use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use zpod_proto::csi::controller_server::ControllerServer;
+use zpod_proto::csi::group_controller_server::GroupControllerServer;
 use zpod_proto::csi::identity_server::IdentityServer;
 use zpod_proto::csi::node_server::NodeServer;
 
-use crate::csi::{ControllerService, IdentityService, NodeService};
+use crate::csi::{ControllerService, GroupControllerService, IdentityService, NodeService};
 
 /// How long running calls get to finish when the process is told to end. Longer than any of them takes; each of them
 /// can be cut short without harm.
@@ -98,6 +99,8 @@ pub struct Services {
     pub identity: IdentityService,
     /// Of the controller.
     pub controller: Option<ControllerService>,
+    /// Of the controller too.
+    pub groups: Option<GroupControllerService>,
     /// Of the node.
     pub node: Option<NodeService>,
 }
@@ -116,6 +119,7 @@ pub async fn serve(
     let server = Server::builder()
         .add_service(IdentityServer::new(services.identity))
         .add_optional_service(services.controller.map(ControllerServer::new))
+        .add_optional_service(services.groups.map(GroupControllerServer::new))
         .add_optional_service(services.node.map(NodeServer::new))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             let _ = told.wait_for(|ended| *ended).await;

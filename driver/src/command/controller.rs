@@ -8,8 +8,8 @@ use clap::Parser;
 use kube::Client;
 
 use super::{EndpointOptions, Failure, MetricsOptions, main_of, told_to_end};
-use crate::cluster::{ClusterProvisioner, Election, Groups, Nodes, Orphans};
-use crate::csi::{ControllerService, IdentityService};
+use crate::cluster::{ClusterProvisioner, ClusterSnapshotter, Election, Groups, Nodes, Orphans};
+use crate::csi::{ControllerService, GroupControllerService, IdentityService};
 use crate::metrics;
 use crate::serve::{Services, Socket, serve};
 
@@ -48,13 +48,16 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let client = zpod_kubernetes::connect().await?;
     tokio::spawn(lead(client.clone(), options.namespace, options.identity, orphans));
     let nodes = Arc::new(Nodes::watch(client.clone()));
-    let provisioner = ClusterProvisioner::new(client, nodes, Duration::from_secs(options.node_timeout));
+    let patience = Duration::from_secs(options.node_timeout);
+    let snapshots = Arc::new(ClusterSnapshotter::new(client.clone(), patience));
+    let provisioner = ClusterProvisioner::new(client, nodes, patience);
     let endpoint = options.endpoint.endpoint;
     let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), endpoint = %endpoint.display(), "serving");
     let services = Services {
         identity: IdentityService::new(Arc::new(provisioner.clone())),
-        controller: Some(ControllerService::new(Arc::new(provisioner))),
+        controller: Some(ControllerService::new(Arc::new(provisioner), snapshots.clone())),
+        groups: Some(GroupControllerService::new(snapshots)),
         node: None,
     };
     serve(socket, services, end).await?;

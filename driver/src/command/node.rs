@@ -90,7 +90,8 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
     let _admin = match options.admin_address {
         Some(address) => {
-            let (admin, tokens) = (Admin::new(volumes.clone(), doctor), Tokens::new(client.clone(), &options.namespace));
+            let (admin, tokens) =
+                (Admin::new(volumes.clone(), doctor), Tokens::new(client.clone(), &options.namespace));
             let server = AdminServer::https(address, admin, tokens).await;
             Some(server.map_err(|error| format!("--admin-address {address}: {error}"))?)
         }
@@ -112,6 +113,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let services = Services {
         identity: IdentityService::new(context.clone()),
         controller: None,
+        groups: None,
         node: Some(NodeService::new(volumes.clone())),
     };
     let name = context.node().to_owned();

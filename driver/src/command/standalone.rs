@@ -10,11 +10,11 @@ use zpod_storage::catalog::dir;
 
 use super::{DoctorOptions, EndpointOptions, Failure, NodeOptions, main_of, told_to_end};
 use crate::admin::{Admin, AdminServer, Doctor};
-use crate::csi::{ControllerService, IdentityService, NodeService};
+use crate::csi::{ControllerService, GroupControllerService, IdentityService, NodeService};
 use crate::guest::Monitor;
 use crate::kata::DirectVolumes;
 use crate::serve::{Services, Socket, endpoint_path, serve};
-use crate::volumes::{Context, NodeVolumes, Provisioner};
+use crate::volumes::{Context, NodeVolumes, Provisioner, Snapshotter};
 
 /// CSI driver whose ZFS pools live inside each pod's Kata guest: the whole driver on one machine, without a cluster.
 #[derive(Debug, Clone, Parser)]
@@ -71,9 +71,12 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         devices = %context.location().display(),
         "serving"
     );
+    let snapshots = Arc::new(Snapshotter::new(context.clone()));
+    let provisioner = Provisioner::new(context.clone()).telling(volumes.clone());
     let services = Services {
-        identity: IdentityService::new(context.clone()),
-        controller: Some(ControllerService::new(Arc::new(Provisioner::new(context).telling(volumes.clone())))),
+        identity: IdentityService::new(context),
+        controller: Some(ControllerService::new(Arc::new(provisioner), snapshots.clone())),
+        groups: Some(GroupControllerService::new(snapshots)),
         node: Some(NodeService::new(volumes)),
     };
     serve(socket, services, end).await?;

@@ -1,27 +1,36 @@
+use std::collections::BTreeSet;
+
 use zpod_proto::csi::VolumeCapability;
 use zpod_proto::csi::volume_capability::AccessType;
 use zpod_proto::csi::volume_capability::access_mode::Mode;
+use zpod_volume::VolumeMode;
 
 use crate::volumes::{MountOptions, VolumeError};
 
 /// How a volume is to be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Access {
-    /// Mount options; `read_only` as the mode and the flags say.
+    /// A file system or a block device.
+    pub(super) mode: VolumeMode,
+    /// Mount options; `read_only` as the mode and the flags say. A block device has none but that.
     pub(super) options: MountOptions,
 }
 
 /// Reads one capability.
 pub(super) fn parse(capability: Option<&VolumeCapability>) -> Result<Access, VolumeError> {
     let capability = capability.ok_or_else(|| VolumeError::invalid("volume_capability", "is missing"))?;
-    let mount = match &capability.access_type {
-        Some(AccessType::Mount(mount)) => mount,
-        Some(AccessType::Block(_)) => {
-            let reason = "volumeMode: Block is not supported yet: a zpod volume is a ZFS dataset mounted in the guest; use \
-                          volumeMode: Filesystem";
-            return Err(VolumeError::invalid("volume_capability.block", reason));
+    let (volume_mode, mut options) = match &capability.access_type {
+        Some(AccessType::Mount(mount)) => {
+            let options = MountOptions::parse(&mount.fs_type, &mount.mount_flags, &mount.volume_mount_group)?;
+            (VolumeMode::Filesystem, options)
         }
-        None => return Err(VolumeError::invalid("volume_capability.access_type", "is missing; mount is supported")),
+        Some(AccessType::Block(_)) => (VolumeMode::Block, MountOptions::default()),
+        None => {
+            return Err(VolumeError::invalid(
+                "volume_capability.access_type",
+                "is missing; mount and block are supported",
+            ));
+        }
     };
     let field = "volume_capability.access_mode";
     let mode = capability.access_mode.as_ref().ok_or_else(|| VolumeError::invalid(field, "is missing"))?.mode();
@@ -37,17 +46,24 @@ pub(super) fn parse(capability: Option<&VolumeCapability>) -> Result<Access, Vol
             return Err(VolumeError::invalid(field, reason));
         }
     };
-    let mut options = MountOptions::parse(&mount.fs_type, &mount.mount_flags, &mount.volume_mount_group)?;
     options.read_only |= reads_only;
-    Ok(Access { options })
+    Ok(Access { mode: volume_mode, options })
 }
 
-/// Reads all capabilities of a volume. There must be one at least.
-pub(super) fn parse_all(capabilities: &[VolumeCapability]) -> Result<(), VolumeError> {
-    if capabilities.is_empty() {
-        return Err(VolumeError::invalid("volume_capabilities", "is missing"));
+/// Reads all capabilities of a volume, of which there must be one at least: what it is to be.
+pub(super) fn parse_all(capabilities: &[VolumeCapability]) -> Result<VolumeMode, VolumeError> {
+    let mut modes = BTreeSet::new();
+    for capability in capabilities {
+        modes.insert(parse(Some(capability))?.mode == VolumeMode::Block);
     }
-    capabilities.iter().try_for_each(|capability| parse(Some(capability)).map(drop))
+    match (modes.pop_first(), modes.pop_first()) {
+        (None, _) => Err(VolumeError::invalid("volume_capabilities", "is missing")),
+        (Some(block), None) => Ok(if block { VolumeMode::Block } else { VolumeMode::Filesystem }),
+        (Some(_), Some(_)) => {
+            let reason = "ask for mount and for block; a volume is made as one or the other";
+            Err(VolumeError::invalid("volume_capabilities", reason))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -79,14 +95,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_a_block_device_is_refused_with_the_reason() {
-        let block =
-            VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..mount(Mode::SingleNodeWriter) };
+    fn what_is_missing_is_refused_with_the_reason_and_a_volume_is_one_thing_only() {
+        let block = VolumeCapability {
+            access_type: Some(AccessType::Block(BlockVolume {})),
+            ..mount(Mode::SingleNodeReaderOnly)
+        };
         let no_type = VolumeCapability { access_type: None, ..mount(Mode::SingleNodeWriter) };
         let no_mode = VolumeCapability { access_mode: None, ..mount(Mode::SingleNodeWriter) };
         for (capability, want) in [
             (None, "volume_capability: is missing"),
-            (Some(&block), "volumeMode: Block is not supported yet"),
             (Some(&no_type), "access_type: is missing"),
             (Some(&no_mode), "access_mode: is missing"),
         ] {
@@ -94,6 +111,8 @@ mod tests {
             assert!(error.contains(want), "{error}");
         }
         assert!(parse_all(&[]).is_err());
+        assert!(parse(Some(&block)).unwrap().options.read_only);
+        assert_eq!(parse_all(&[block.clone(), block.clone()]).unwrap(), VolumeMode::Block);
         assert!(parse_all(&[mount(Mode::SingleNodeWriter), block]).is_err());
     }
 }

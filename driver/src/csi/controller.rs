@@ -7,37 +7,44 @@ use zpod_proto::csi::controller_service_capability::rpc::Type as Rpc;
 use zpod_proto::csi::controller_service_capability::{Rpc as RpcCapability, Type as CapabilityType};
 use zpod_proto::csi::list_volumes_response::{Entry, VolumeStatus};
 use zpod_proto::csi::validate_volume_capabilities_response::Confirmed;
-use zpod_proto::csi::{self, ControllerServiceCapability, VolumeCondition};
-use zpod_storage::catalog::{Condition, Volume};
+use zpod_proto::csi::volume_content_source::{SnapshotSource, Type as SourceType, VolumeSource};
+use zpod_proto::csi::{self, ControllerServiceCapability, VolumeCondition, VolumeContentSource};
+use zpod_storage::catalog::{Condition, Source, Volume};
 use zpod_volume::{DiskLayout, VolumeId, VolumeParameters};
 
 use super::request::{self, int, topology};
-use super::{answer, capability};
-use crate::volumes::{CreateRequest, Provision, Room, VolumeError};
+use super::{answer, capability, snapshot};
+use crate::volumes::{CreateRequest, Provision, Room, Snapshots, VolumeError};
 
 /// The most entries a page of ListVolumes has: about 200 KiB, far below gRPC's limit of 4 MiB.
-const MAX_PAGE: usize = 1000;
+pub(super) const MAX_PAGE: usize = 1000;
 
-const CAPABILITIES: [Rpc; 7] = [
+const CAPABILITIES: [Rpc; 12] = [
     Rpc::CreateDeleteVolume,
     Rpc::ListVolumes,
     Rpc::GetCapacity,
+    Rpc::CreateDeleteSnapshot,
+    Rpc::ListSnapshots,
+    Rpc::CloneVolume,
     Rpc::ExpandVolume,
     Rpc::GetVolume,
     Rpc::VolumeCondition,
     Rpc::SingleNodeMultiWriter,
+    Rpc::ModifyVolume,
+    Rpc::GetSnapshot,
 ];
 
-/// Makes, deletes, grows and lists volumes.
+/// Makes, deletes, grows, changes and lists volumes and snapshots.
 #[derive(Debug)]
 pub struct ControllerService {
     provisioner: Arc<dyn Provision>,
+    snapshots: Arc<dyn Snapshots>,
 }
 
 impl ControllerService {
     /// The service of this process.
-    pub fn new(provisioner: Arc<dyn Provision>) -> Self {
-        Self { provisioner }
+    pub fn new(provisioner: Arc<dyn Provision>, snapshots: Arc<dyn Snapshots>) -> Self {
+        Self { provisioner, snapshots }
     }
 
     /// An id. One that is not in our form is of no volume of ours.
@@ -48,20 +55,19 @@ impl ControllerService {
 
     async fn create(&self, request: csi::CreateVolumeRequest) -> Result<csi::CreateVolumeResponse, VolumeError> {
         request::name(&request.name)?;
-        capability::parse_all(&request.volume_capabilities)?;
+        let mode = capability::parse_all(&request.volume_capabilities)?;
         let range = request::range(request.capacity_range.as_ref())?;
-        if request.volume_content_source.is_some() {
-            let reason = "volumes from snapshots or other volumes are not supported yet";
-            return Err(VolumeError::invalid("volume_content_source", reason));
-        }
-        let parameters = parameters(&request.parameters, &request.mutable_parameters)?;
+        let parameters = parameters(&request.parameters)?;
+        let not_found = |id: &str| self.provisioner.not_found(id);
         let volume = self.provisioner.create(CreateRequest {
             range,
             parameters,
             nodes: request::nodes(request.accessibility_requirements.as_ref()),
             labels: request::labels(&request.parameters),
+            attributes: request::attributes(&request.mutable_parameters)?,
+            mode,
+            source: request::source(request.volume_content_source.as_ref(), not_found)?,
             name: request.name,
-            ..CreateRequest::default()
         });
         Ok(csi::CreateVolumeResponse { volume: Some(describe(&volume.await?)) })
     }
@@ -84,9 +90,13 @@ impl ControllerService {
             return Err(VolumeError::invalid("volume_capabilities", "is missing"));
         }
         let volume = self.provisioner.get(id?).await?;
-        let fits = capability::parse_all(&request.volume_capabilities).and_then(|()| {
-            let parameters = parameters(&request.parameters, &request.mutable_parameters)?;
-            let differs = !request.parameters.is_empty() && parameters != volume.parameters;
+        let fits = capability::parse_all(&request.volume_capabilities).and_then(|mode| {
+            if mode != volume.mode {
+                let reason = "ask for another volumeMode than the volume was made for";
+                return Err(VolumeError::invalid("volume_capabilities", reason));
+            }
+            request::attributes(&request.mutable_parameters)?;
+            let differs = !request.parameters.is_empty() && parameters(&request.parameters)? != volume.parameters;
             let reason = "differ from those the volume was made with";
             if differs { Err(VolumeError::invalid("parameters", reason)) } else { Ok(()) }
         });
@@ -105,9 +115,7 @@ impl ControllerService {
     }
 
     async fn list(&self, request: csi::ListVolumesRequest) -> Result<csi::ListVolumesResponse, VolumeError> {
-        let limit = usize::try_from(request.max_entries)
-            .map_err(|_| VolumeError::invalid("max_entries", format!("{} is negative", request.max_entries)))?;
-        let limit = if limit == 0 { MAX_PAGE } else { limit.min(MAX_PAGE) };
+        let limit = request::limit(request.max_entries, MAX_PAGE)?;
         let from = Some(request.starting_token).filter(|token| !token.is_empty());
         let page = self.provisioner.list(from, limit).await?;
         let entries = page.volumes.iter().map(|volume| Entry {
@@ -118,7 +126,7 @@ impl ControllerService {
     }
 
     async fn capacity(&self, request: csi::GetCapacityRequest) -> Result<csi::GetCapacityResponse, VolumeError> {
-        parameters(&request.parameters, &HashMap::new())?;
+        parameters(&request.parameters)?;
         let topology = request.accessible_topology.as_ref();
         let node = topology.and_then(request::node_of);
         let elsewhere = node.is_none() && topology.is_some_and(|topology| !topology.segments.is_empty());
@@ -151,6 +159,15 @@ impl ControllerService {
         })
     }
 
+    async fn modify(
+        &self,
+        request: csi::ControllerModifyVolumeRequest,
+    ) -> Result<csi::ControllerModifyVolumeResponse, VolumeError> {
+        let id = self.volume_id(&request.volume_id)?;
+        self.provisioner.modify(id, request::attributes(&request.mutable_parameters)?).await?;
+        Ok(csi::ControllerModifyVolumeResponse {})
+    }
+
     async fn get(&self, id: &str) -> Result<csi::ControllerGetVolumeResponse, VolumeError> {
         let volume = self.provisioner.get(self.volume_id(id)?).await?;
         Ok(csi::ControllerGetVolumeResponse {
@@ -163,15 +180,7 @@ impl ControllerService {
     }
 }
 
-fn parameters(
-    given: &HashMap<String, String>,
-    mutable: &HashMap<String, String>,
-) -> Result<VolumeParameters, VolumeError> {
-    if let Some(key) = mutable.keys().min() {
-        let reason =
-            format!("{key:?} is not known: parameters that change later (VolumeAttributesClass) are not supported yet");
-        return Err(VolumeError::invalid("mutable_parameters", reason));
-    }
+fn parameters(given: &HashMap<String, String>) -> Result<VolumeParameters, VolumeError> {
     Ok(VolumeParameters::parse(given.iter().map(|(key, value)| (key.as_str(), value.as_str())))?)
 }
 
@@ -180,9 +189,18 @@ fn describe(volume: &Volume) -> csi::Volume {
         capacity_bytes: int(volume.capacity.0),
         volume_id: volume.id.to_string(),
         volume_context: HashMap::new(),
-        content_source: None,
+        content_source: volume.source.map(content_source),
         accessible_topology: vec![topology(&volume.node)],
     }
+}
+
+/// CSI 1.12, Volume: a volume that was made from something says so.
+fn content_source(source: Source) -> VolumeContentSource {
+    let source = match source {
+        Source::Snapshot(id) => SourceType::Snapshot(SnapshotSource { snapshot_id: id.to_string() }),
+        Source::Volume(id) => SourceType::Volume(VolumeSource { volume_id: id.to_string() }),
+    };
+    VolumeContentSource { r#type: Some(source) }
 }
 
 fn condition(volume: &Volume) -> VolumeCondition {
@@ -275,37 +293,42 @@ impl Controller for ControllerService {
 
     async fn create_snapshot(
         &self,
-        _: Request<csi::CreateSnapshotRequest>,
+        request: Request<csi::CreateSnapshotRequest>,
     ) -> Result<Response<csi::CreateSnapshotResponse>, Status> {
-        Err(unimplemented("CreateSnapshot", "snapshots are not supported yet"))
+        let (request, not_found) = (request.into_inner(), |id: &str| self.provisioner.not_found(id));
+        let name = request.name.clone();
+        answer("CreateSnapshot", &name, snapshot::create(self.snapshots.as_ref(), not_found, request)).await
     }
 
     async fn delete_snapshot(
         &self,
-        _: Request<csi::DeleteSnapshotRequest>,
+        request: Request<csi::DeleteSnapshotRequest>,
     ) -> Result<Response<csi::DeleteSnapshotResponse>, Status> {
-        Err(unimplemented("DeleteSnapshot", "snapshots are not supported yet"))
+        let id = request.into_inner().snapshot_id;
+        answer("DeleteSnapshot", &id, snapshot::delete(self.snapshots.as_ref(), &id)).await
     }
 
     async fn list_snapshots(
         &self,
-        _: Request<csi::ListSnapshotsRequest>,
+        request: Request<csi::ListSnapshotsRequest>,
     ) -> Result<Response<csi::ListSnapshotsResponse>, Status> {
-        Err(unimplemented("ListSnapshots", "snapshots are not supported yet"))
+        answer("ListSnapshots", "", snapshot::list(self.snapshots.as_ref(), request.into_inner())).await
     }
 
     async fn get_snapshot(
         &self,
-        _: Request<csi::GetSnapshotRequest>,
+        request: Request<csi::GetSnapshotRequest>,
     ) -> Result<Response<csi::GetSnapshotResponse>, Status> {
-        Err(unimplemented("GetSnapshot", "snapshots are not supported yet"))
+        let id = request.into_inner().snapshot_id;
+        answer("GetSnapshot", &id, snapshot::get(self.snapshots.as_ref(), &id)).await
     }
 
     async fn controller_modify_volume(
         &self,
-        _: Request<csi::ControllerModifyVolumeRequest>,
+        request: Request<csi::ControllerModifyVolumeRequest>,
     ) -> Result<Response<csi::ControllerModifyVolumeResponse>, Status> {
-        Err(unimplemented("ControllerModifyVolume", "VolumeAttributesClass is not supported yet"))
+        let request = request.into_inner();
+        answer("ControllerModifyVolume", &request.volume_id.clone(), self.modify(request)).await
     }
 }
 

@@ -47,6 +47,7 @@ impl Identity for IdentityService {
         let kinds = [
             service(ServiceType::ControllerService),
             service(ServiceType::VolumeAccessibilityConstraints),
+            service(ServiceType::GroupControllerService),
             Type::VolumeExpansion(VolumeExpansion { r#type: ExpansionType::Online.into() }),
         ];
         let capabilities = kinds.into_iter().map(|kind| PluginCapability { r#type: Some(kind) }).collect();

@@ -1,9 +1,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 
-use zpod_proto::csi::{CapacityRange as WireRange, Topology, TopologyRequirement};
-use zpod_storage::catalog::PodRef;
-use zpod_volume::{Bytes, VolumeId};
+use zpod_proto::csi::volume_content_source::Type as SourceType;
+use zpod_proto::csi::{CapacityRange as WireRange, Topology, TopologyRequirement, VolumeContentSource};
+use zpod_storage::catalog::{PodRef, Source};
+use zpod_volume::{Bytes, VolumeAttributes, VolumeId};
 
 use crate::guest::clean;
 use crate::volumes::{CapacityRange, Context, TOPOLOGY_KEY, VolumeError};
@@ -67,6 +68,42 @@ pub(super) fn range(range: Option<&WireRange>) -> Result<CapacityRange, VolumeEr
         return Err(VolumeError::invalid("capacity_range", reason));
     }
     Ok(CapacityRange { required, limit })
+}
+
+/// How many entries a page of a list has. Zero stands for "as many as there are", which a message has no room for.
+pub(super) fn limit(max_entries: i32, most: usize) -> Result<usize, VolumeError> {
+    match usize::try_from(max_entries) {
+        Ok(0) => Ok(most),
+        Ok(limit) => Ok(limit.min(most)),
+        Err(_) => Err(VolumeError::invalid("max_entries", format!("{max_entries} is negative"))),
+    }
+}
+
+/// What a VolumeAttributesClass says. Keys of Kubernetes' sidecars are passed over.
+pub(super) fn attributes(mutable: &HashMap<String, String>) -> Result<VolumeAttributes, VolumeError> {
+    let ours = mutable.iter().filter(|(key, _)| !key.starts_with("csi.storage.k8s.io/"));
+    Ok(VolumeAttributes::parse(ours.map(|(key, value)| (key.as_str(), value.as_str())))?)
+}
+
+/// What a volume is to be made from.
+pub(super) fn source(
+    source: Option<&VolumeContentSource>,
+    not_found: impl Fn(&str) -> VolumeError,
+) -> Result<Option<Source>, VolumeError> {
+    let Some(source) = source else { return Ok(None) };
+    match &source.r#type {
+        Some(SourceType::Snapshot(snapshot)) => {
+            let id = &snapshot.snapshot_id;
+            required("volume_content_source.snapshot.snapshot_id", id)?;
+            id.parse().map(|id| Some(Source::Snapshot(id))).map_err(|_| super::snapshot::unknown(id))
+        }
+        Some(SourceType::Volume(volume)) => {
+            let id = &volume.volume_id;
+            required("volume_content_source.volume.volume_id", id)?;
+            id.parse().map(|id| Some(Source::Volume(id))).map_err(|_| not_found(id))
+        }
+        None => Err(VolumeError::invalid("volume_content_source", "names neither a snapshot nor a volume")),
+    }
 }
 
 /// The nodes that a requirement allows, the preferred ones first; `None` for any.
