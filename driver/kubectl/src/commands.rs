@@ -1,21 +1,41 @@
 //! One file for each command.
 
+mod doctor;
 #[cfg(test)]
 pub(crate) mod fake;
+mod helper;
 mod props;
+mod receive;
 mod scrub;
+mod send;
 mod snapshots;
 mod status;
 mod top;
+mod transfer;
 
 use crate::Failure;
+use crate::admin::{Admin, Line};
 use crate::cluster::Cluster;
 use crate::options::{Command, Options, Props};
+use transfer::Way;
 
 /// Runs what was asked for.
 pub(crate) async fn run(options: Options) -> Result<(), Failure> {
     let Options { global, command } = options;
     let format = global.output;
+    if let Some(socket) = global.admin_endpoint {
+        let line = Line::Unix(socket);
+        return match command {
+            Command::Doctor(options) => doctor::of_socket(&Admin::new(line), &options, format).await,
+            Command::Props(Props::Get(options)) => props::of_socket(&Admin::new(line), &options, format).await,
+            Command::Send(options) => send::run(Way::Socket(line), &options, format).await,
+            Command::Receive(options) => receive::run(Way::Socket(line), &options, format).await,
+            _ => Err(Failure::usage(
+                "this command reads and writes objects, and a zpod without a cluster has none",
+                "on one machine there are doctor, props get, send and receive",
+            )),
+        };
+    }
     let cluster = Cluster::connect(&global).await?;
     match command {
         Command::Status(options) => status::run(&cluster, &options, format).await,
@@ -24,6 +44,8 @@ pub(crate) async fn run(options: Options) -> Result<(), Failure> {
         Command::Props(Props::Get(options)) => props::get(&cluster, &options, format).await,
         Command::Props(Props::Set(options)) => props::set(&cluster, &options, format).await,
         Command::Snapshots(options) => snapshots::run(&cluster, &options, format).await,
-        _ => Err(Failure::failed("not there yet", "")),
+        Command::Doctor(options) => doctor::run(&cluster, &options, format).await,
+        Command::Send(options) => send::run(Way::Cluster(&cluster), &options, format).await,
+        Command::Receive(options) => receive::run(Way::Cluster(&cluster), &options, format).await,
     }
 }

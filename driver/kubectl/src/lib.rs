@@ -10,6 +10,7 @@
 //! 0 done; 1 failed; 2 wrong arguments; 3 no such thing; 4 `doctor` found something broken; 5 waited too long; 130 ended
 //! by a signal.
 
+mod admin;
 mod cluster;
 mod commands;
 mod failure;
@@ -31,7 +32,12 @@ pub fn run() -> ExitCode {
     let options = Options::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let done = match runtime {
-        Ok(runtime) => runtime.block_on(commands::run(options)),
+        Ok(runtime) => {
+            let done = runtime.block_on(commands::run(options));
+            // A read of stdin that nobody waits for any more must not keep the process.
+            runtime.shutdown_background();
+            done
+        }
         Err(error) => Err(Failure::failed(format!("no threads: {error}"), "")),
     };
     match done {

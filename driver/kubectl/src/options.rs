@@ -32,7 +32,8 @@ pub(crate) struct Global {
     /// The namespace that zpod is installed in.
     #[arg(long, global = true, env = "ZPOD_NAMESPACE", default_value = "zpod-system")]
     pub(crate) zpod_namespace: String,
-    /// The admin socket of `zpod --standalone` on this machine, instead of a cluster. Volumes are then named by their ids.
+    /// The admin socket of `zpod --standalone` on this machine, instead of a cluster. Volumes are then named by their
+    /// ids.
     #[arg(long, global = true, env = "ZPOD_ADMIN_ENDPOINT", value_name = "unix:///PATH", value_parser = socket)]
     pub(crate) admin_endpoint: Option<PathBuf>,
 }

@@ -61,7 +61,7 @@ pub enum AdminError {
     Busy(VolumeId),
     /// The body of the request broke off.
     #[error(
-        "the stream broke off after {bytes} bytes: {reason}; what was received is kept,\
+        "the stream broke off after {bytes} bytes: {reason}; what was received is kept, \
          `kubectl zpod receive --resume` goes on"
     )]
     Broken {

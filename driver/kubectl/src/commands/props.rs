@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use zpod_kubernetes::crd::ZfsVolume;
 use zpod_volume::{PropertyKind, VolumeAttributes};
 
+use crate::admin::{Admin, Line};
 use crate::cluster::Cluster;
 use crate::options::{Format, PropsGet, PropsSet};
 use crate::output::show;
@@ -43,8 +44,29 @@ pub(super) struct Found {
 
 pub(super) async fn get(cluster: &Cluster, options: &PropsGet, format: Format) -> Result<(), Failure> {
     let volume = cluster.volume(&options.volume).await?;
-    let id = volume.metadata.name.clone().unwrap_or_default();
-    show_properties(id, properties(&volume), &options.keys, format)
+    let name = volume.metadata.name.clone().unwrap_or_default();
+    let properties = match (options.live, name.parse()) {
+        (true, Ok(id)) => {
+            let admin = Admin::new(Line::to_node(cluster, &volume.spec.node_name).await?);
+            as_they_are(admin.properties(id).await?)
+        }
+        _ => properties(&volume),
+    };
+    show_properties(name, properties, &options.keys, format)
+}
+
+/// Without a cluster: as the guest says.
+pub(super) async fn of_socket(admin: &Admin, options: &PropsGet, format: Format) -> Result<(), Failure> {
+    let id = options.volume.parse().map_err(|_| {
+        Failure::usage(format!("{} is not the id of a volume", options.volume), "on one machine, volumes have ids only")
+    })?;
+    let properties = as_they_are(admin.properties(id).await?);
+    show_properties(options.volume.clone(), properties, &options.keys, format)
+}
+
+fn as_they_are(said: zpod_admin::Properties) -> Vec<Property> {
+    let of = |source| move |(key, value)| Property { key, value, source, current: None };
+    said.dataset.into_iter().map(of("dataset")).chain(said.pool.into_iter().map(of("pool"))).collect()
 }
 
 /// Shows those that were asked for.

@@ -27,9 +27,6 @@ mod tests {
     fn columns_are_as_wide_as_their_widest_cell_and_no_cell_breaks_out() {
         let rows = [["a", "1"], ["longer", "2"], ["e\tvil\n", "\u{1b}[2J"]];
         let text = table(&["NAME", "N"], rows.map(|row| row.map(str::to_owned).to_vec()));
-        assert_eq!(
-            text,
-            "NAME     N\na        1\nlonger   2\ne vil     [2J\n".replace("e vil     [2J", "e vil     [2J")
-        );
+        assert_eq!(text, "NAME     N\na        1\nlonger   2\ne vil     [2J\n");
     }
 }

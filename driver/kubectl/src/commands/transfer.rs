@@ -1,0 +1,114 @@
+//! What `send` and `receive` share: the way to a guest that runs the volume.
+
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
+use zpod_kubernetes::crd::ZfsVolume;
+use zpod_volume::VolumeId;
+
+use super::helper::Helper;
+use crate::admin::{Admin, Line, Trouble};
+use crate::cluster::Cluster;
+use crate::options::HelperOptions;
+use crate::{Failure, Kind, progress};
+
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// A volume whose guest can be asked.
+pub(super) struct Reached {
+    pub(super) admin: Admin,
+    pub(super) id: VolumeId,
+}
+
+/// Who is asked: a cluster, or one machine.
+pub(super) enum Way<'a> {
+    Cluster(&'a Cluster),
+    Socket(Line),
+}
+
+/// Does the work on a volume that runs. Where no pod has it, one is made for that time, and removed whatever happens.
+pub(super) async fn with_guest<F: Future<Output = Result<(), Failure>>>(
+    way: Way<'_>,
+    name: &str,
+    options: &HelperOptions,
+    allowed: impl Fn(&ZfsVolume) -> Result<(), Failure>,
+    work: impl FnOnce(Reached) -> F,
+) -> Result<(), Failure> {
+    let cluster = match way {
+        Way::Socket(line) => {
+            let id = name.parse().map_err(|_| {
+                Failure::usage(format!("{name} is not the id of a volume"), "on one machine, volumes have ids only")
+            })?;
+            let admin = Admin::new(line);
+            admin.send_points(id).await?;
+            return until_signal(work(Reached { admin, id })).await;
+        }
+        Way::Cluster(cluster) => cluster,
+    };
+    let volume = match cluster.volume(name).await {
+        // Not bound yet: its first pod makes it, and that may be ours.
+        Err(failure) if failure.kind == Kind::NotFound && cluster.claim(name).await.is_ok_and(|c| unbound(&c)) => None,
+        volume => Some(volume?),
+    };
+    if let Some(volume) = &volume {
+        allowed(volume)?;
+        if volume.status.as_ref().is_some_and(|status| status.publication.is_some()) {
+            let reached = reach(cluster, volume, options.helper_timeout).await?;
+            return until_signal(work(reached)).await;
+        }
+    }
+    if options.no_helper {
+        let what = format!("no pod uses {name}, and only a running guest can open its pool");
+        return Err(Failure::failed(what, "start its pod, or leave --no-helper out: a pod is made for that time then"));
+    }
+    let claim = match volume.as_ref().map(|volume| volume.spec.claim.as_ref()) {
+        Some(Some(claim)) => (claim.namespace.clone(), claim.name.clone()),
+        Some(None) => return Err(Failure::failed(format!("volume {name} has no claim that a pod could use"), "")),
+        None => (cluster.namespace.clone(), name.to_owned()),
+    };
+    let helper = Helper::new(cluster, claim.0, claim.1, options);
+    let done = until_signal(async {
+        let volume = helper.start().await?;
+        work(reach(cluster, &volume, options.helper_timeout).await?).await
+    })
+    .await;
+    helper.remove().await;
+    done
+}
+
+fn unbound(claim: &k8s_openapi::api::core::v1::PersistentVolumeClaim) -> bool {
+    claim.spec.as_ref().and_then(|spec| spec.volume_name.as_deref()).unwrap_or_default().is_empty()
+}
+
+/// The way to the guest, once it answers: it may be starting.
+async fn reach(cluster: &Cluster, volume: &ZfsVolume, patience: Duration) -> Result<Reached, Failure> {
+    let name = volume.metadata.name.clone().unwrap_or_default();
+    let id = name.parse().map_err(|_| Failure::failed(format!("{name} is not the id of a volume"), ""))?;
+    let admin = Admin::new(Line::to_node(cluster, &volume.spec.node_name).await?);
+    let bar = progress::waiting("waiting for the guest");
+    let begun = Instant::now();
+    loop {
+        match admin.send_points(id).await {
+            Ok(_) => break,
+            Err(Trouble::NotNow(_)) if begun.elapsed() < patience => tokio::time::sleep(LOOK_EVERY).await,
+            Err(trouble) => {
+                bar.finish_and_clear();
+                return Err(trouble.into());
+            }
+        }
+    }
+    bar.finish_and_clear();
+    Ok(Reached { admin, id })
+}
+
+/// Ends the work at Ctrl-C, so that what was made for it can be removed.
+async fn until_signal(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let signals = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+    let (Ok(mut interrupt), Ok(mut terminate)) = signals else { return work.await };
+    tokio::select! {
+        done = work => done,
+        _ = interrupt.recv() => Err(Failure::new(Kind::Interrupted, "interrupted", "")),
+        _ = terminate.recv() => Err(Failure::new(Kind::Interrupted, "told to end", "")),
+    }
+}
