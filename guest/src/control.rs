@@ -1,5 +1,7 @@
 //! The control service: what the node asks of this guest over vsock. Parses, calls, maps.
 
+mod transfer;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +28,7 @@ use crate::volumes::attributes::Attributes;
 use crate::volumes::status::{DETAIL_AGE, Snapshot};
 
 /// Longest message that is taken.
-const MESSAGE: usize = 64 << 10;
+const MESSAGE: usize = 512 << 10;
 /// How often a watched state is looked at, and how often it is sent when it stays the same.
 const LOOK: Duration = Duration::from_secs(1);
 const REPEAT: Duration = Duration::from_secs(30);
@@ -224,15 +226,22 @@ impl<M: Machine> Guest for Control<M> {
         Ok(Response::new(PropertiesResponse { dataset, pool }))
     }
 
-    async fn send_points(&self, _: Request<SendPointsRequest>) -> Result<Response<SendPointsResponse>, Status> {
-        Err(Status::unimplemented("SendPoints"))
+    async fn send_points(&self, request: Request<SendPointsRequest>) -> Result<Response<SendPointsResponse>, Status> {
+        transfer::send_points(&self.volumes, id(&request.into_inner().volume_id)?).await.map(Response::new)
     }
 
-    async fn send(&self, _: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
-        Err(Status::unimplemented("Send"))
+    async fn send(&self, request: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
+        let request = request.into_inner();
+        let stream = transfer::send(&self.volumes, id(&request.volume_id)?, &request).await?;
+        Ok(Response::new(stream))
     }
 
-    async fn receive(&self, _: Request<Streaming<ReceiveRequest>>) -> Result<Response<ReceiveResponse>, Status> {
-        Err(Status::unimplemented("Receive"))
+    async fn receive(
+        &self,
+        request: Request<Streaming<ReceiveRequest>>,
+    ) -> Result<Response<ReceiveResponse>, Status> {
+        let mut stream = request.into_inner();
+        let first = stream.message().await?.ok_or_else(|| Status::invalid_argument("the first message is missing"))?;
+        transfer::receive(&self.volumes, id(&first.volume_id)?, first.data, stream).await.map(Response::new)
     }
 }

@@ -216,6 +216,14 @@ pub enum VolumeError {
         /// What is wrong.
         reason: String,
     },
+    /// A request that the volume, as it is now, is not ready for.
+    #[error("volume {id}: {reason}")]
+    Refused {
+        /// The volume.
+        id: VolumeId,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// No such volume here.
     #[error("volume {id} is not in use in this guest")]
     NotHere {
@@ -273,6 +281,7 @@ impl VolumeError {
             | Self::NoRoom { .. }
             | Self::NoMark { .. }
             | Self::Differs { .. }
+            | Self::Refused { .. }
             | Self::Stuck { .. } => Code::FailedPrecondition,
             Self::NoDataset { .. } => Code::DataLoss,
             Self::WrongKey { .. } => Code::PermissionDenied,

@@ -14,6 +14,7 @@ use zpod_volume::{Bytes, Encryption, PoolName, VolumeId, gpt};
 use crate::key::Key;
 
 mod linux;
+pub mod streams;
 #[cfg(test)]
 pub(crate) mod simulated;
 
@@ -207,7 +208,7 @@ impl Fault {
 
 /// The machine.
 #[async_trait]
-pub trait Machine: Send + Sync + 'static {
+pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// Returns once ZFS can be used.
     async fn zfs_ready(&self) -> Result<(), Fault>;
 

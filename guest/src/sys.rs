@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io;
 
 use rustix::ioctl::{Getter, Opcode, Setter, ioctl, opcode};
+use rustix::mount::MountPropagationFlags;
+use tokio::process::Command;
 use zpod_volume::Bytes;
 
 /// `BLKPG`, `_IO(0x12, 105)` (include/uapi/linux/blkpg.h).
@@ -83,4 +85,18 @@ pub fn dataset_of(device: &File) -> io::Result<String> {
     let name = unsafe { ioctl(device, Getter::<BLKZNAME, [u8; DATASET_NAME]>::new()) }?;
     let length = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
     String::from_utf8(name[..length].to_vec()).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Gives a program mounts of its own: those there are, followed when they go, while its own changes stay its own.
+pub fn with_own_mounts(command: &mut Command) {
+    let alone = || {
+        // SAFETY: between fork and exec there is one thread, and it gives up nothing that others rely on: the
+        // descriptors stay shared with nobody.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }?;
+        let slaves = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        rustix::mount::mount_change(c"/", slaves)?;
+        Ok(())
+    };
+    // SAFETY: `alone` makes two system calls on constants; it takes no lock and allocates nothing.
+    unsafe { command.pre_exec(alone) };
 }

@@ -36,6 +36,7 @@ mod release;
 mod restore;
 mod resume;
 pub mod status;
+pub mod stream;
 mod unlock;
 #[cfg(test)]
 mod tests;
@@ -115,6 +116,10 @@ struct State {
 struct Volume {
     id: VolumeId,
     gate: tokio::sync::Mutex<()>,
+    /// Held by the one stream that is being received.
+    receiving: tokio::sync::Mutex<()>,
+    /// Streams listen to it: what is sent cuts them off.
+    transfers: watch::Sender<()>,
     state: Mutex<State>,
     progress: Progress,
     keyring: Keyring,
@@ -159,7 +164,7 @@ impl<M: Machine> Volumes<M> {
 
     fn volume(&self, id: VolumeId) -> Arc<Volume> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Volume { id, gate: Default::default(), state: Mutex::default(), progress: Progress::default(), keyring: Keyring::default() };
+        let new = || Volume { id, gate: Default::default(), receiving: Default::default(), transfers: Default::default(), state: Mutex::default(), progress: Progress::default(), keyring: Keyring::default() };
         Arc::clone(table.entry(id).or_insert_with(|| Arc::new(new())))
     }
 

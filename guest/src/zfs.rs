@@ -18,6 +18,7 @@ use crate::key::Key;
 use crate::machine::{Fault, PoolReport, PoolState, Properties, Scrub};
 
 mod json;
+mod stream;
 
 /// What most commands get. They take a fraction of a second, some seconds under emulation.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -56,14 +57,7 @@ impl Tools {
         self.run_with(tool, arguments, None, deadline).await
     }
 
-    /// The same with something to read on the standard input. That is never part of an error.
-    async fn run_with<S: AsRef<OsStr>>(
-        &self,
-        tool: &str,
-        arguments: &[S],
-        input: Option<&[u8]>,
-        deadline: Duration,
-    ) -> Result<Vec<u8>, Fault> {
+    fn command<S: AsRef<OsStr>>(&self, tool: &str, arguments: &[S]) -> Command {
         let program = self.directory.join(tool);
         let mut command = match &self.loader {
             Some((loader, libraries)) => {
@@ -76,6 +70,18 @@ impl Tools {
         command.args(arguments).env_clear().env("LC_ALL", "C").env("PATH", &self.directory);
         // Device ids come from udev, which is not here: an import would wait 3 s for them (measured: 3.5 s, else 0.4 s).
         command.env("ZFS_VDEV_DEVID_OPT_OUT", "YES");
+        command
+    }
+
+    /// The same with something to read on the standard input. That is never part of an error.
+    async fn run_with<S: AsRef<OsStr>>(
+        &self,
+        tool: &str,
+        arguments: &[S],
+        input: Option<&[u8]>,
+        deadline: Duration,
+    ) -> Result<Vec<u8>, Fault> {
+        let mut command = self.command(tool, arguments);
         command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let name = || {

@@ -1,5 +1,7 @@
 //! The machine as it is.
 
+mod streams;
+
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;

@@ -581,3 +581,30 @@ impl Machine for SimMachine {
         Ok(())
     }
 }
+
+#[async_trait]
+impl streams::Streams for SimMachine {
+    async fn send_points(&self, _dataset: &str) -> Result<Vec<streams::SendPoint>, Fault> {
+        self.look(|_, _| Ok(Vec::new()))
+    }
+
+    async fn resume_token(&self, _dataset: &str) -> Result<Option<String>, Fault> {
+        self.look(|_, _| Ok(None))
+    }
+
+    async fn forget_receive(&self, _dataset: &str) -> Result<(), Fault> {
+        self.step("forget receive", |_, _| Ok(()))
+    }
+
+    async fn estimate(&self, _dataset: &str, _what: &streams::What) -> Result<u64, Fault> {
+        self.look(|_, _| Ok(0))
+    }
+
+    async fn send(&self, _dataset: &str, _what: &streams::What) -> Result<streams::Outward, Fault> {
+        Err(Fault::new("not simulated"))
+    }
+
+    async fn receive(&self, _dataset: &str) -> Result<streams::Inward, Fault> {
+        Err(Fault::new("not simulated"))
+    }
+}

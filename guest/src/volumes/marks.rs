@@ -26,6 +26,10 @@ impl<M: Machine> Volumes<M> {
         let there = self.machine.snapshots(&dataset).await.map_err(failed)?;
         let step = if there.iter().any(|name| name == mark.as_str()) { Step::Unchanged } else { Step::Changed };
         if step == Step::Changed {
+            if active.is_block() {
+                // What containers have written lies in the kernel's cache first, as with any disk.
+                self.machine.flush_volume(&dataset).await.map_err(failed)?;
+            }
             self.machine.snapshot(&dataset, mark.as_str()).await.map_err(failed)?;
         }
         // The snapshot is on the disk; what the tools and the labels say of it is too when this returns.

@@ -47,6 +47,7 @@ impl<M: Machine> Volumes<M> {
     pub(super) async fn close(&self, volume: &Volume) {
         let Some(active) = volume.state().active.clone() else { return };
         let pool = &active.request.spec.pool;
+        super::stream::cut_off(volume).await;
         // Even if the export fails, everything is on the disk by then.
         if let Err(fault) = self.machine.sync(pool).await {
             tracing::error!(volume = %volume.id, "writing out the pool failed: {fault}");

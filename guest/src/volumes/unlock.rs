@@ -144,10 +144,12 @@ impl<M: Machine> Volumes<M> {
             true => self.machine.load_key(&dataset, key, true).await.map_err(failed),
             false => Ok(false),
         };
-        let step = if look(&keys.key).await? {
+        // For the same reason the one that is in use is not tried, and neither is another one then.
+        let in_use = |key: &Key| volume.keyring.uses(token, key);
+        let step = if !keys.previous.as_ref().is_some_and(in_use) && look(&keys.key).await? {
             Step::Unchanged
         } else if let Some(previous) = &keys.previous
-            && look(previous).await?
+            && (in_use(previous) || look(previous).await?)
         {
             self.machine.change_key(&dataset, &keys.key).await.map_err(failed)?;
             tracing::info!(volume = %id, "its key was changed");

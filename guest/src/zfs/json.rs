@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use zpod_volume::PoolName;
 
+use crate::machine::streams::SendPoint;
 use crate::machine::{Fault, LastScrub, PoolReport, PoolState, Properties, ScrubState};
 
 #[derive(Deserialize)]
@@ -130,6 +131,22 @@ pub(super) fn snapshots(output: &[u8], dataset: &str) -> Result<Vec<String>, Fau
     Ok(datasets.datasets.keys().filter_map(name).collect())
 }
 
+/// The snapshots of a dataset, oldest first. What the tool says of one is in its properties, its transaction group too.
+pub(super) fn send_points(output: &[u8], dataset: &str) -> Result<Vec<SendPoint>, Fault> {
+    let datasets: Datasets = parse(output)?;
+    let point = |(full, listed): (String, Listed)| {
+        let name = full.strip_prefix(dataset)?.strip_prefix('@')?.to_owned();
+        let properties = properties(listed);
+        let get = |key: &str| properties.get(key).map_or(0, |value| number(value));
+        let (guid, created) = (get("guid"), get("creation"));
+        let point = SendPoint { name, guid, created, referenced: get("referenced"), used: get("used") };
+        Some((get("createtxg"), point))
+    };
+    let mut points: Vec<_> = datasets.datasets.into_iter().filter_map(point).collect();
+    points.sort_by_key(|(txg, _)| *txg);
+    Ok(points.into_iter().map(|(_, point)| point).collect())
+}
+
 pub(super) fn report(output: &[u8], pool: &PoolName) -> Result<PoolReport, Fault> {
     let status: Status = pool_named(output, pool)?;
     let mut report = PoolReport {
@@ -201,6 +218,18 @@ mod tests {
             "p/data@a":{"properties":{}}}}"#;
         assert_eq!(snapshots(list.as_bytes(), "p/data").unwrap(), ["a", "b"]);
         assert_eq!(snapshots(br#"{"datasets":{}}"#, "p/data").unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn send_points_come_in_the_order_in_which_they_were_taken() {
+        let list = r#"{"datasets":{
+            "p/data@zpod-send-a":{"name":"p/data@zpod-send-a","properties":{"guid":{"value":"17446744073709551615"},
+            "creation":{"value":"1763900000"},"createtxg":{"value":"90"},"referenced":{"value":"5"},"used":{"value":"1"}}},
+            "p/data@zpod-send-b":{"properties":{"createtxg":{"value":"12"}}},"p/data2@x":{"properties":{}}}}"#;
+        let points = send_points(list.as_bytes(), "p/data").unwrap();
+        assert_eq!(points.iter().map(|point| point.name.as_str()).collect::<Vec<_>>(), ["zpod-send-b", "zpod-send-a"]);
+        assert_eq!((points[1].guid, points[1].created), (17_446_744_073_709_551_615, 1_763_900_000));
+        assert_eq!((points[1].referenced, points[1].used), (5, 1));
     }
 
     #[test]

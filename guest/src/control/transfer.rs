@@ -1,0 +1,75 @@
+//! Streams over the control channel. Their backpressure is that of the connection: a message is made once the one before
+//! it is on its way.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::Status;
+use zpod_proto::guest::{ReceiveRequest, ReceiveResponse, SendPoint, SendPointsResponse, SendRequest, SendResponse};
+use zpod_volume::VolumeId;
+
+use crate::machine::Machine;
+use crate::volumes::{Volumes, stream};
+
+/// Send points that are told.
+const POINTS: usize = 1024;
+
+pub(super) async fn send_points<M: Machine>(volumes: &Volumes<M>, id: VolumeId) -> Result<SendPointsResponse, Status> {
+    let (points, token) = volumes.send_points(id).await?;
+    let points = points.into_iter().take(POINTS).map(|point| SendPoint {
+        name: point.name,
+        guid: point.guid,
+        created: point.created,
+        referenced_bytes: point.referenced,
+        used_bytes: point.used,
+    });
+    Ok(SendPointsResponse { points: points.collect(), resume_token: token.unwrap_or_default() })
+}
+
+pub(super) async fn send<M: Machine>(
+    volumes: &Arc<Volumes<M>>,
+    id: VolumeId,
+    request: &SendRequest,
+) -> Result<ReceiverStream<Result<SendResponse, Status>>, Status> {
+    let what = stream::what(id, &request.snapshot, &request.from, &request.resume_token)?;
+    let mut sending = volumes.send(id, &what).await?;
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let begin = SendResponse { data: Vec::new(), estimated_bytes: sending.estimated };
+        if sender.send(Ok(begin)).await.is_err() {
+            return;
+        }
+        loop {
+            // Nobody reads any more: dropped, it ends.
+            let next = tokio::select! {
+                next = sending.next() => next,
+                () = sender.closed() => return,
+            };
+            let message = match next {
+                Ok(None) => return,
+                Ok(Some(data)) => Ok(SendResponse { data, estimated_bytes: 0 }),
+                Err(error) => {
+                    tracing::warn!("{error}");
+                    Err(error.into())
+                }
+            };
+            if sender.send(message).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(ReceiverStream::new(receiver))
+}
+
+pub(super) async fn receive<M: Machine>(
+    volumes: &Volumes<M>,
+    id: VolumeId,
+    first: Vec<u8>,
+    rest: impl Stream<Item = Result<ReceiveRequest, Status>> + Send + Unpin,
+) -> Result<ReceiveResponse, Status> {
+    let rest = rest.map(|message| message.map(|message| message.data).map_err(|status| status.message().to_owned()));
+    let received = volumes.receive(id, tokio_stream::once(Ok(first)).chain(rest)).await?;
+    Ok(ReceiveResponse { snapshot: received.snapshot, bytes: received.bytes })
+}
