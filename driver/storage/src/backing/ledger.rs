@@ -164,17 +164,23 @@ impl Ledger {
         borrowed: u64,
         free: u64,
     ) -> Result<(), Bytes> {
-        let lender = self.entries.get(&source).map(|entry| entry.promise.lending(promise.shares()));
-        let before = self.reserved(kept).unwrap_or_default();
-        let more = self.kept_for(promise).saturating_sub(before);
-        let lent = lender.map_or(0, |lender| self.kept_for(lender));
-        let lent = lent.saturating_sub(self.reserved(source).unwrap_or_default());
-        self.afford(more.saturating_add(lent), free)?;
+        self.afford(self.needed_to_copy(kept, promise, source), free)?;
         self.set(kept, promise, |entry| entry.borrowed = borrowed);
-        if let Some(lender) = lender {
+        if let Some(lender) = self.lender(source, promise) {
             self.set(source, lender, |_| {});
         }
         Ok(())
+    }
+
+    /// What that takes from what can be promised.
+    pub(super) fn needed_to_copy(&self, kept: Kept, promise: Promise, source: Kept) -> u64 {
+        let more = |kept, promise| self.kept_for(promise).saturating_sub(self.reserved(kept).unwrap_or_default());
+        more(kept, promise).saturating_add(self.lender(source, promise).map_or(0, |lender| more(source, lender)))
+    }
+
+    /// What the source of a copy is promised from then on.
+    fn lender(&self, source: Kept, copy: Promise) -> Option<Promise> {
+        self.entries.get(&source).map(|entry| entry.promise.lending(copy.shares()))
     }
 
     fn afford(&self, more: u64, free: u64) -> Result<(), Bytes> {

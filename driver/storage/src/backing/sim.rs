@@ -229,8 +229,9 @@ impl SimBacking {
         }
         state.measure();
         let (free, borrowed) = (state.free(), if state.shares { bytes } else { 0 });
+        let needed = state.ledger.needed_to_copy(to, promise(bytes), from);
         let reserved = state.ledger.reserve_copy(to, promise(bytes), from, borrowed, free);
-        reserved.map_err(|available| self.no_room(Bytes(bytes), available))?;
+        reserved.map_err(|available| self.no_room(Bytes(needed), available))?;
         Ok(contents)
     }
 }

@@ -88,11 +88,8 @@ impl FileBacking {
         let held = self.held_by(source)?;
         let promise = wanted(held);
         let borrowed = if source.shares { held } else { 0 };
-        let bytes = match promise {
-            Promise::Partition { size, .. } => size,
-            Promise::Copy { bytes, .. } => Bytes(bytes),
-        };
-        self.reserve_by(bytes, |ledger, free| ledger.reserve_copy(kept, promise, source.kept, borrowed, free))?;
+        let needed = self.ledger().needed_to_copy(kept, promise, source.kept);
+        self.reserve_by(Bytes(needed), |ledger, free| ledger.reserve_copy(kept, promise, source.kept, borrowed, free))?;
         crash::point("copy: room promised");
         if source.shares {
             self.lend(source.kept, &source.file).map_err(|error| self.fail_on(source.kept, "share", error))?;
