@@ -82,7 +82,8 @@ impl Transfers {
             // A guest that refuses says so before the end.
             answer = &mut call => answer,
             pumped = &mut pump => {
-                // Cut short, the call is dropped and the guest hears of a reset: never of an end.
+                // Cut short, the call is dropped: the guest's answer is not waited for. It may take the reset for an end, as
+                // hyper does; a ZFS stream has an end of its own, with a checksum, and is no whole one without.
                 pumped?;
                 call.await
             }

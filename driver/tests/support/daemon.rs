@@ -50,7 +50,7 @@ impl Node {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("zpod.log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_zpod"));
         command.args(["--standalone", "--node-name", "node-1", "--overprovision", "20"]);
-        command.arg("--endpoint").arg(&socket);
+        command.arg("--endpoint").arg(&socket).arg("--admin-endpoint").arg(self.path("admin.sock"));
         for (option, name) in [
             ("--state-dir", "state"),
             ("--backing-dir", "volumes"),

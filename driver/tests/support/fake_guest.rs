@@ -1,5 +1,8 @@
 //! A sandbox that is none: the sockets of a shim and of a VMM, and a guest that answers as the test wants.
 
+#[path = "streams.rs"]
+mod streams;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -40,6 +43,8 @@ pub(crate) struct State {
     /// The key that the volumes' contents are encrypted with, and what came so far.
     pub(crate) key: Mutex<Vec<u8>>,
     pub(crate) provided: Mutex<Vec<ProvideKeyRequest>>,
+    /// What was sent and received.
+    pub(crate) passed: streams::Passed,
 }
 
 /// A sandbox; gone when dropped.
@@ -223,19 +228,24 @@ impl Guest for Service {
         Ok(Response::new(ProvideKeyResponse { changed }))
     }
 
-    async fn properties(&self, _: Request<PropertiesRequest>) -> Result<Response<PropertiesResponse>, Status> {
-        Err(Status::unimplemented(""))
+    async fn properties(&self, request: Request<PropertiesRequest>) -> Result<Response<PropertiesResponse>, Status> {
+        self.deaf().await;
+        let dataset = [("compression", "zstd"), ("volume", &request.into_inner().volume_id), ("bad key", "x")];
+        let dataset = dataset.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        Ok(Response::new(PropertiesResponse { dataset, ..PropertiesResponse::default() }))
     }
 
     async fn send_points(&self, _: Request<SendPointsRequest>) -> Result<Response<SendPointsResponse>, Status> {
-        Err(Status::unimplemented(""))
+        let resume_token = self.state.passed.resume_token.lock().unwrap().clone();
+        let point = SendPoint { name: "zpod-send-a\u{1b}".into(), guid: u64::MAX, ..SendPoint::default() };
+        Ok(Response::new(SendPointsResponse { points: vec![point], resume_token }))
     }
 
-    async fn send(&self, _: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
-        Err(Status::unimplemented(""))
+    async fn send(&self, request: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
+        streams::send(&self.state, request.get_ref())
     }
 
-    async fn receive(&self, _: Request<Streaming<ReceiveRequest>>) -> Result<Response<ReceiveResponse>, Status> {
-        Err(Status::unimplemented(""))
+    async fn receive(&self, request: Request<Streaming<ReceiveRequest>>) -> Result<Response<ReceiveResponse>, Status> {
+        streams::receive(&self.state, request).await
     }
 }
