@@ -1,10 +1,14 @@
 //! Scenarios in real guests. One program, so that two guests can run at any time: see `zpod_e2e::slot`.
 
+mod attributes;
 mod block;
 mod busy;
+mod clones;
 mod disk;
+mod encryption;
 mod fail_closed;
 mod growth;
+mod image;
 mod lifecycle;
 mod pod;
 mod refusals;
