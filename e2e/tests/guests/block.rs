@@ -7,8 +7,8 @@ use uuid::Uuid;
 use zpod_e2e::shim::Device;
 use zpod_e2e::workdir::Workdir;
 use zpod_e2e::{Container, Sandbox};
-use zpod_proto::guest::GrowRequest;
-use zpod_volume::{Bytes, Create, DiskLayout, VolumeSpec};
+use zpod_proto::guest::{GrowRequest, MarkRequest, UnmarkRequest};
+use zpod_volume::{Bytes, Create, DiskLayout, Mark, VolumeSpec};
 
 use crate::disk::{DEVICE, Disk, pod};
 
@@ -66,6 +66,28 @@ async fn a_block_device_keeps_what_was_written_and_is_shared_and_grows() -> Resu
     assert_eq!(second.sh("app", BYTES).await?, size.0.to_string());
     assert!(second.volume_status().await?.used_bytes > 24 << 20);
     second.stop().await
+}
+
+#[tokio::test]
+async fn a_copy_of_a_block_device_has_what_was_on_it_at_the_mark_also_beside_the_first() -> Result<()> {
+    let dir = Workdir::new()?;
+    let volume = Disk::new(dir.path(), "pvc-origin", SIZE)?;
+    let mut pod = pod(&dir).await?;
+    pod.run(volume.container("app")).await?;
+    // Not flushed by the writer: marking it does.
+    pod.sh("app", "e2e fill /dev/xvda 25165824").await?;
+    let marked = sum(&mut pod, "app").await?;
+    let mark: Mark = format!("zpod-mark-{}", Uuid::new_v4().simple()).parse()?;
+    let volume_id = volume.spec.id.to_string();
+    let request = MarkRequest { volume_id: volume_id.clone(), mark: mark.to_string() };
+    pod.control().await?.mark(request).await?;
+    pod.sh("app", "dd if=/dev/zero of=/dev/xvda bs=1M count=2 conv=fsync 2>/dev/null").await?;
+    let copy = volume.copy(dir.path(), "pvc-copy", Some(mark.clone()))?;
+    pod.control().await?.unmark(UnmarkRequest { volume_id, mark: mark.to_string() }).await?;
+    pod.run(copy.container("copy")).await?;
+    assert_eq!(sum(&mut pod, "copy").await?, marked);
+    assert_ne!(sum(&mut pod, "app").await?, marked);
+    pod.stop().await
 }
 
 #[tokio::test]

@@ -12,3 +12,4 @@ mod image;
 mod lifecycle;
 mod pod;
 mod refusals;
+mod send;
