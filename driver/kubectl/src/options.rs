@@ -204,7 +204,7 @@ pub(crate) struct Send {
     /// The snapshot to send: taken now where it is not there. Named after the time, if it is not given.
     #[arg(long, value_name = "NAME", conflicts_with = "resume")]
     pub(crate) snapshot: Option<SendName>,
-    /// Go on where a receive broke off: what `kubectl zpod receive` shows then.
+    /// Go on where a receive broke off: what `kubectl zpod receive --token` shows.
     #[arg(long, value_name = "TOKEN")]
     pub(crate) resume: Option<ResumeToken>,
     /// List what was sent and received before, and send nothing.
@@ -219,9 +219,12 @@ pub(crate) struct Receive {
     /// A PersistentVolumeClaim, or the id of a volume. Bound or not; what is in it is replaced.
     #[arg(value_name = "PVC|VOLUME")]
     pub(crate) volume: String,
-    /// Go on where it broke off. Without anything to read: show the token for `kubectl zpod send --resume`.
+    /// Go on where it broke off: what is read is what `kubectl zpod send --resume` sends.
     #[arg(long)]
     pub(crate) resume: bool,
+    /// Show where it broke off, for `kubectl zpod send --resume`, and receive nothing.
+    #[arg(long, conflicts_with = "resume")]
+    pub(crate) token: bool,
     #[command(flatten)]
     pub(crate) helper: HelperOptions,
 }
@@ -290,6 +293,7 @@ mod tests {
             "send data-db-0 --from monday --snapshot tuesday",
             "send data-db-0 --resume 1-ab-cd",
             "receive copy --resume",
+            "receive copy --token",
             "send 2d0f3c1e-8f5a-5d2a-9c4b-0123456789ab --admin-endpoint unix:///run/zpod/admin.sock",
         ] {
             parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));

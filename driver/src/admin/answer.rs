@@ -62,7 +62,7 @@ pub enum AdminError {
     /// The body of the request broke off.
     #[error(
         "the stream broke off after {bytes} bytes: {reason}; what was received is kept, \
-         `kubectl zpod receive --resume` goes on"
+         `kubectl zpod receive --token` has the token to go on with"
     )]
     Broken {
         /// What had been read.

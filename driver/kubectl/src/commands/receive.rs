@@ -19,13 +19,13 @@ use crate::{Failure, progress};
 const CHUNK: usize = 256 << 10;
 
 pub(super) async fn run(way: Way<'_>, options: &Receive, format: Format) -> Result<(), Failure> {
-    let to_read = !std::io::stdin().is_terminal();
-    if !to_read && !options.resume {
+    if !options.token && std::io::stdin().is_terminal() {
         return Err(Failure::usage(
             "there is nothing to read: stdin is a terminal",
-            "read a file (< backup.zfs) or another volume (kubectl zpod send ... |); --resume alone shows where it broke off",
+            "read a file (< backup.zfs) or another volume (kubectl zpod send ... |); --token shows where it broke off",
         ));
     }
+    let token = options.token;
     let resume = options.resume;
     let name = &options.volume;
     with_guest(
@@ -35,8 +35,8 @@ pub(super) async fn run(way: Way<'_>, options: &Receive, format: Format) -> Resu
         |volume| free(volume, name),
         |reached| async move {
             let points = reached.admin.send_points(reached.id).await?;
-            if !to_read {
-                return show(format, &points, || where_it_broke_off(&points, name));
+            if token {
+                return where_it_broke_off(&points, name, format);
             }
             check(&points, resume, name)?;
             let bar = progress::bytes(format!("receiving into {name}"), None);
@@ -47,7 +47,7 @@ pub(super) async fn run(way: Way<'_>, options: &Receive, format: Format) -> Resu
                 let text = failure.to_string();
                 let what = text.trim_end().trim_start_matches("error: ").to_owned();
                 let remedy =
-                    format!("`kubectl zpod receive {name} --resume`, at a terminal, shows whether and how to go on");
+                    format!("if it broke off, `kubectl zpod receive {name} --token` has the token to go on with");
                 Failure::new(failure.kind, what, remedy)
             })?;
             show(format, &received, || {
@@ -76,8 +76,8 @@ fn check(points: &SendPoints, resume: bool, name: &str) -> Result<(), Failure> {
         (Some(_), false) => Err(Failure::failed(
             format!("a receive into {name} broke off before"),
             format!(
-                "go on with it: kubectl zpod send SOURCE --resume \"$(kubectl zpod receive {name} --resume </dev/tty)\" \
-                     | kubectl zpod receive {name} --resume; or receive into a new claim"
+                "go on: kubectl zpod send SOURCE --resume \"$(kubectl zpod receive {name} --token)\" | kubectl zpod receive \
+                 {name} --resume; or receive into a new claim"
             ),
         )),
         (None, true) => Err(Failure::failed(
@@ -89,16 +89,10 @@ fn check(points: &SendPoints, resume: bool, name: &str) -> Result<(), Failure> {
 }
 
 /// The token alone, so that a shell can pass it on.
-fn where_it_broke_off(points: &SendPoints, name: &str) -> String {
+fn where_it_broke_off(points: &SendPoints, name: &str, format: Format) -> Result<(), Failure> {
     match &points.resume_token {
-        Some(token) => {
-            eprintln!("go on with: kubectl zpod send SOURCE --resume TOKEN | kubectl zpod receive {name} --resume");
-            format!("{token}\n")
-        }
-        None => {
-            eprintln!("no receive into {name} broke off");
-            String::new()
-        }
+        Some(token) => show(format, points, || format!("{token}\n")),
+        None => Err(Failure::not_found(format!("no receive into {name} broke off"), "")),
     }
 }
 
@@ -154,6 +148,7 @@ mod tests {
         assert!(check(&broken, true, "copy").is_ok());
         assert!(check(&SendPoints::default(), true, "copy").is_err());
         assert!(check(&SendPoints::default(), false, "copy").is_ok());
-        assert_eq!(where_it_broke_off(&broken, "copy"), "1-ab\n");
+        assert!(where_it_broke_off(&broken, "copy", Format::Table).is_ok());
+        assert_eq!(where_it_broke_off(&SendPoints::default(), "copy", Format::Table).unwrap_err().kind.code(), 3);
     }
 }

@@ -73,7 +73,7 @@ async fn write(mut stream: Incoming, estimate: Option<u64>) -> Result<u64, Failu
             bar.abandon();
             let what = format!("the stream broke off after {sent} bytes: {}", with_causes(&error));
             let remedy = "the log of zpod-node says why. A volume that was receiving it has kept what came: `kubectl zpod \
-                          receive PVC --resume` shows how to go on. A file has to be written anew";
+                          receive PVC --token` has the token to go on with. A file has to be written anew";
             Failure::failed(what, remedy)
         })?;
         if let Some(data) = frame.data_ref() {
