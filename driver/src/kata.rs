@@ -1,10 +1,13 @@
-//! What Kata Containers expects and offers on the host: direct volumes, and a socket for each sandbox.
+//! What Kata Containers expects and offers on the host: direct volumes, block devices, and a socket for each sandbox.
 
+mod device_target;
 mod direct_volume;
+mod loop_device;
 mod sandbox;
 mod target;
 
 pub use direct_volume::{DirectVolume, DirectVolumes};
+pub use loop_device::LoopDevice;
 pub use sandbox::{AgentUrl, Sandbox, SandboxError, discover};
 pub use target::{MAX_TARGET_BYTES, TargetPath};
 

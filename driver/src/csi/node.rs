@@ -67,6 +67,7 @@ impl NodeService {
         let request = PublishRequest {
             id,
             target,
+            mode: access.mode,
             read_only: request.readonly || access.options.read_only,
             fs_group: access.options.fs_group,
             flags: access.options.flags,

@@ -122,7 +122,7 @@ impl TargetPath {
         }
     }
 
-    fn occupied(&self, reason: &'static str) -> KataError {
+    pub(super) fn occupied(&self, reason: &'static str) -> KataError {
         KataError::Occupied { path: self.0.clone(), reason }
     }
 

@@ -6,8 +6,9 @@ use uuid::Uuid;
 use zpod_storage::backing::{BackingError, Exclusive, Outcome};
 use zpod_storage::catalog::{PodRef, Publication, Volume};
 use zpod_storage::crash;
-use zpod_volume::{MountFlag, VolumeId, VolumeSpec};
+use zpod_volume::{MountFlag, VolumeId, VolumeMode, VolumeSpec};
 
+use super::block::{check_mode, remove_target};
 use super::context::{blocking, device_spec, to_the_end};
 use super::keys::{self, KeyPair, Keys};
 use super::observer::Observer;
@@ -39,6 +40,8 @@ pub struct PublishRequest {
     pub id: VolumeId,
     /// Where the pod's mount is to appear.
     pub target: PathBuf,
+    /// A directory, or a block device.
+    pub mode: VolumeMode,
     /// Read-only.
     pub read_only: bool,
     /// The group that owns the volume.
@@ -54,8 +57,16 @@ pub struct PublishRequest {
 impl PublishRequest {
     /// A writable publication without options.
     pub fn new(id: VolumeId, target: &Path) -> Self {
-        let target = target.to_owned();
-        Self { id, target, read_only: false, fs_group: None, flags: Vec::new(), pod: None, keys: None }
+        Self {
+            id,
+            target: target.to_owned(),
+            mode: VolumeMode::Filesystem,
+            read_only: false,
+            fs_group: None,
+            flags: Vec::new(),
+            pod: None,
+            keys: None,
+        }
     }
 }
 
@@ -151,6 +162,7 @@ impl NodeVolumes {
             return Ok(Outcome::Unchanged);
         }
         let volume = self.context.ready(request.id).await?;
+        check_mode(&volume, request.mode)?;
         check_keys(volume.id, volume.parameters.encryption.is_some(), request.keys.as_ref())?;
         let Some(publication) = self.context.publication(&volume) else {
             return self.publish_anew(volume, &target, request).await;
@@ -168,9 +180,9 @@ impl NodeVolumes {
 
     /// Whether everything that the request asks for is there already. It then brings its key, and nothing else.
     async fn stands(&self, request: &PublishRequest, target: &TargetPath) -> Result<bool, VolumeError> {
-        let Some((_, token)) =
-            self.context.published.observed(request.id).filter(|(volume, _)| volume.target == request.target)
-        else {
+        let known = self.context.published.observed(request.id);
+        let here = known.filter(|(volume, _)| volume.target == request.target && request.mode.is_filesystem());
+        let Some((_, token)) = here else {
             return Ok(false);
         };
         let (direct, target) = (self.direct.clone(), target.clone());
@@ -254,6 +266,10 @@ impl NodeVolumes {
         };
         let table_capacity = volume.capacity;
         let record = Volume { written, table_capacity, publication: Some(publication.clone()), ..volume };
+        let proof = match record.mode {
+            VolumeMode::Block => self.leave_note(&record, &publication, proof).await?,
+            VolumeMode::Filesystem => proof,
+        };
         let volume = self.context.catalog.update(record).await?;
         self.context.published.insert(&volume, &publication);
         // Held until the record keeps others out; let go before the shim may open the device.
@@ -268,6 +284,9 @@ impl NodeVolumes {
         publication: &Publication,
         target: &TargetPath,
     ) -> Result<Outcome, VolumeError> {
+        if volume.mode == VolumeMode::Block {
+            return self.install_device(volume, target).await;
+        }
         let id = volume.id;
         let device = self.context.with_backing(move |backing| backing.device(id)).await?;
         let entry = DirectVolume { device, spec: volume_spec(volume, publication), discard: discard(volume) };
@@ -297,16 +316,19 @@ impl NodeVolumes {
     /// Takes back a publication that failed half way. No pod was told of it, and nobody may come to unpublish it: it
     /// must not keep other pods out, also when something foreign at the target path is why it failed.
     async fn take_back(&self, volume: Volume, target: &TargetPath) -> Result<(), VolumeError> {
-        let (direct, target, id) = (self.direct.clone(), target.clone(), volume.id);
+        let (direct, target, id, mode) = (self.direct.clone(), target.clone(), volume.id, volume.mode);
         blocking(move || {
             // Without the entry no virtual machine finds the device, whatever is left of the rest.
             direct.remove(&target)?;
-            if let Err(error) = target.remove_placeholder() {
+            if let Err(error) = remove_target(&target, Some(mode)) {
                 tracing::warn!(volume = %id, "target path is left as it is: {error}");
             }
             Ok(())
         })
         .await?;
+        if mode == VolumeMode::Block {
+            self.detach_device(id).await?;
+        }
         crash::point("publish: taken back");
         self.context.catalog.update(Volume { publication: None, ..volume }).await?;
         self.forget(id);
@@ -315,10 +337,16 @@ impl NodeVolumes {
 
     /// Removes entry, placeholder and record of a publication, in that order.
     async fn withdraw(&self, volume: Option<Volume>, id: VolumeId, target: &Path) -> Result<Outcome, VolumeError> {
-        let (direct, given) = (self.direct.clone(), target.to_owned());
-        let mut outcome = blocking(move || remove(&direct, &given)).await?;
+        let (direct, given, mode) = (self.direct.clone(), target.to_owned(), volume.as_ref().map(|volume| volume.mode));
+        let mut outcome = blocking(move || remove(&direct, &given, mode)).await?;
         crash::point("unpublish: target gone");
         let here = |publication: &Publication| publication.target_path == target;
+        if mode == Some(VolumeMode::Block)
+            && volume.as_ref().is_some_and(|volume| volume.publication.as_ref().is_none_or(here))
+            && self.detach_device(id).await? == Outcome::Changed
+        {
+            outcome = Outcome::Changed;
+        }
         if let Some(volume) = volume.filter(|volume| volume.publication.as_ref().is_some_and(here)) {
             self.context.catalog.update(Volume { publication: None, ..volume }).await?;
             outcome = Outcome::Changed;
@@ -339,6 +367,10 @@ impl NodeVolumes {
     /// Writes the entry of a published volume again, if there is one, from the record as it is now.
     pub(super) async fn refresh_entry(&self, volume: &Volume) -> Result<(), VolumeError> {
         let Some(publication) = self.context.publication(volume).cloned() else { return Ok(()) };
+        if volume.mode == VolumeMode::Block {
+            // There is none, and its note is written while nobody has the device.
+            return Ok(());
+        }
         let id = volume.id;
         let device = self.context.with_backing(move |backing| backing.device(id)).await?;
         let entry = DirectVolume { device, spec: volume_spec(volume, &publication), discard: discard(volume) };
@@ -368,7 +400,7 @@ impl NodeVolumes {
     }
 }
 
-fn remove(direct: &DirectVolumes, target: &Path) -> Result<Outcome, VolumeError> {
+fn remove(direct: &DirectVolumes, target: &Path, mode: Option<VolumeMode>) -> Result<Outcome, VolumeError> {
     let target = match TargetPath::resolve(target) {
         Ok(target) => target,
         // A parent that is gone has taken the target with it; the entry can only have had this name.
@@ -381,7 +413,7 @@ fn remove(direct: &DirectVolumes, target: &Path) -> Result<Outcome, VolumeError>
     };
     let removed = direct.remove(&target)?;
     crash::point("unpublish: direct volume removed");
-    let unmounted = target.remove_placeholder()?;
+    let unmounted = remove_target(&target, mode)?;
     Ok(if removed == Outcome::Unchanged { unmounted } else { removed })
 }
 

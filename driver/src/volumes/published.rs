@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use zpod_storage::catalog::{Condition, Publication, Volume};
-use zpod_volume::{Bytes, DiskLayout, VolumeId};
+use zpod_volume::{Bytes, DiskLayout, VolumeId, VolumeMode};
 
 use super::observer::Observed;
 use super::scrubs::{Candidate, Scrubs};
@@ -28,6 +28,7 @@ struct Entry {
     token: Option<Uuid>,
     /// There once it is published, not only reserved.
     observed: Option<Arc<Observed>>,
+    block: bool,
     initialized: bool,
     partition: Bytes,
     condition: Option<Condition>,
@@ -79,6 +80,7 @@ impl Published {
             target: target.to_owned(),
             token: None,
             observed: None,
+            block: false,
             initialized: false,
             partition: Bytes(0),
             condition: None,
@@ -96,6 +98,7 @@ impl Published {
             target: publication.target_path.clone(),
             token: Some(publication.token),
             observed: Some(Arc::new(Observed::new(volume, publication))),
+            block: volume.mode == VolumeMode::Block,
             initialized: volume.initialized,
             partition: volume.layout().partition,
             condition: volume.condition.clone(),
@@ -143,6 +146,11 @@ impl Published {
             Some(super::Look { volume: entry.observed.clone()?, heard })
         };
         entries.values().filter_map(look).collect()
+    }
+
+    /// Whether a volume is published as a block device.
+    pub(super) fn is_block(&self, id: VolumeId) -> bool {
+        self.entries().get(&id).is_some_and(|entry| entry.block)
     }
 
     /// What was heard of a volume.

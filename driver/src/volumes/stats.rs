@@ -5,6 +5,7 @@ use uuid::Uuid;
 use zpod_storage::catalog::Condition;
 use zpod_volume::{Bytes, VolumeId};
 
+use super::block::is_meant;
 use super::observer::Observed;
 use super::publish::NodeVolumes;
 use super::{Context, VolumeError};
@@ -43,7 +44,7 @@ impl NodeVolumes {
                 }
             }
         };
-        if volume.target != path {
+        if !is_meant(&volume.target, path, context.published.is_block(id)) {
             return Err(self.not_published(id, path));
         }
         let mut stats = self.said_or_known(&volume, token).await;
@@ -95,7 +96,7 @@ fn past_the_partition(excess: Bytes) -> String {
 impl Stats {
     fn new(report: &VolumeReport) -> Self {
         let of = |usage: crate::guest::Usage| [usage.total, usage.used, usage.available];
-        let inodes = (report.inodes.total > 0).then(|| of(report.inodes));
+        let inodes = (report.inodes.total > 0 && !report.block).then(|| of(report.inodes));
         Self { bytes: of(report.bytes), inodes, condition: condition_of(report) }
     }
 }

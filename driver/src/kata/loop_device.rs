@@ -1,0 +1,173 @@
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use zpod_storage::backing::Outcome;
+use zpod_storage::crash;
+
+use super::KataError;
+
+mod ioctl;
+
+const CONTROL: &str = "/dev/loop-control";
+const DEVICES: &str = "/sys/block";
+/// Somebody else may take the free device first.
+const TRIES: u32 = 64;
+
+/// The loop device of an image: what a pod gets as a block device has to be one on the host too.
+///
+/// # Design
+/// Which image a device has is asked of the kernel each time and never remembered: by the image's file, not by its path,
+/// which is another one in each mount namespace and gone where that is gone. A device that is detached while somebody
+/// has it open (kubelet lays a loop device of its own on top) goes with the last of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// The device of an image, attached now where there is none. Never partitioned on the host: nothing there reads what
+    /// the guest wrote. Writes go past the host's page cache where the file system lets them.
+    ///
+    /// # Errors
+    /// When the operating system refuses.
+    pub fn attach(image: &Path) -> Result<(Self, Outcome), KataError> {
+        if let Some((device, file)) = attached(image)?.into_iter().next() {
+            // One that was to go with its last user stays.
+            let status = ioctl::status(&file).map_err(KataError::os("look at", &device.path))?;
+            if status.autoclear() {
+                ioctl::stay(&file, status).map_err(KataError::os("keep", &device.path))?;
+            }
+            return Ok((device, Outcome::Unchanged));
+        }
+        let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+        let backing = open(image).map_err(KataError::io("open", image))?;
+        let control = open(Path::new(CONTROL)).map_err(KataError::io("open", Path::new(CONTROL)))?;
+        for _ in 0..TRIES {
+            let number =
+                ioctl::free(&control).map_err(KataError::os("ask for a free device at", Path::new(CONTROL)))?;
+            crash::point("loop device found");
+            let path = PathBuf::from(format!("/dev/loop{number}"));
+            let device = open(&path).map_err(KataError::io("open", &path))?;
+            match ioctl::configure(&device, &backing) {
+                Ok(()) => return Ok((Self { path }, Outcome::Changed)),
+                Err(Errno::BUSY) => {}
+                Err(error) => return Err(KataError::os("attach the volume's image to", &path)(error)),
+            }
+        }
+        Err(KataError::io("find a free loop device at", Path::new(CONTROL))(io::ErrorKind::ResourceBusy.into()))
+    }
+
+    /// Keeps the guest's discards from the image, which would punch holes into it.
+    ///
+    /// # Errors
+    /// When the operating system refuses.
+    pub fn forbid_discards(&self) -> Result<(), KataError> {
+        let name = self.path.file_name().unwrap_or(OsStr::new(""));
+        let path = Path::new(DEVICES).join(name).join("queue/discard_max_bytes");
+        fs::write(&path, "0").map_err(KataError::io("write", &path))
+    }
+
+    /// Detaches every device of an image: at once, or with their last users. An image that is gone has none.
+    ///
+    /// # Errors
+    /// When the operating system refuses.
+    pub fn detach(image: &Path) -> Result<Outcome, KataError> {
+        let mut outcome = Outcome::Unchanged;
+        for (device, file) in attached(image)? {
+            match ioctl::detach(&file) {
+                Ok(()) => outcome = Outcome::Changed,
+                // It has gone by itself.
+                Err(Errno::NXIO) => {}
+                Err(error) => return Err(KataError::os("detach", &device.path)(error)),
+            }
+            drop(file);
+            crash::point("loop device detached");
+        }
+        Ok(outcome)
+    }
+
+    /// The device's node.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// The devices that have this image, open.
+fn attached(image: &Path) -> Result<Vec<(LoopDevice, File)>, KataError> {
+    let (Some(name), Ok(found)) = (image.file_name(), fs::metadata(image)) else { return Ok(Vec::new()) };
+    let entries = fs::read_dir(DEVICES).map_err(KataError::io("read", Path::new(DEVICES)))?;
+    let mut devices = Vec::new();
+    for entry in entries.flatten() {
+        let device = entry.file_name();
+        // There is a path here only while a file is attached; its last part is the same in every mount namespace.
+        let Ok(backing) = fs::read_to_string(entry.path().join("loop/backing_file")) else { continue };
+        if Path::new(backing.trim_end_matches('\n')).file_name() != Some(name) {
+            continue;
+        }
+        let path = Path::new("/dev").join(&device);
+        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(KataError::io("open", &path))?;
+        match ioctl::status(&file) {
+            Ok(status) if status.is_of(found.dev(), found.ino()) => devices.push((LoopDevice { path }, file)),
+            Ok(_) | Err(Errno::NXIO) => {}
+            Err(error) => return Err(KataError::os("look at", &path)(error)),
+        }
+    }
+    Ok(devices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt as _;
+
+    fn image(dir: &Path, name: &str) -> PathBuf {
+        let path = dir.join(name);
+        File::create(&path).unwrap().set_len(4 << 20).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_device_is_attached_once_found_again_under_any_path_and_detached() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path(), "a-volume-of-the-loop-test.img");
+        let (device, outcome) = LoopDevice::attach(&path).unwrap();
+        assert_eq!(outcome, Outcome::Changed);
+        assert_eq!(LoopDevice::attach(&path).unwrap(), (device.clone(), Outcome::Unchanged));
+        let file = OpenOptions::new().read(true).write(true).open(device.path()).unwrap();
+        file.write_all_at(b"through the device", 4096).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        assert_eq!(&fs::read(&path).unwrap()[4096..4114], b"through the device");
+        device.forbid_discards().unwrap();
+
+        // Another image of that name is another image.
+        let elsewhere = tempfile::tempdir().unwrap();
+        let other = image(elsewhere.path(), "a-volume-of-the-loop-test.img");
+        assert_eq!(LoopDevice::detach(&other).unwrap(), Outcome::Unchanged);
+        fs::create_dir(dir.path().join("moved")).unwrap();
+        let moved = dir.path().join("moved/a-volume-of-the-loop-test.img");
+        fs::rename(&path, &moved).unwrap();
+        assert_eq!(LoopDevice::detach(&moved).unwrap(), Outcome::Changed);
+        assert_eq!(LoopDevice::detach(&moved).unwrap(), Outcome::Unchanged);
+        assert_eq!(LoopDevice::detach(&path).unwrap(), Outcome::Unchanged);
+    }
+
+    #[test]
+    fn a_device_that_somebody_has_open_goes_with_him_unless_it_is_wanted_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path(), "a-busy-volume-of-the-loop-test.img");
+        let (device, _) = LoopDevice::attach(&path).unwrap();
+        let user = File::open(device.path()).unwrap();
+        assert_eq!(LoopDevice::detach(&path).unwrap(), Outcome::Changed);
+        assert_eq!(attached(&path).unwrap().len(), 1, "it is there as long as it is open");
+        assert_eq!(LoopDevice::attach(&path).unwrap(), (device.clone(), Outcome::Unchanged));
+        drop(user);
+        assert_eq!(attached(&path).unwrap().len(), 1, "and stays");
+        assert_eq!(LoopDevice::detach(&path).unwrap(), Outcome::Changed);
+        assert_eq!(attached(&path).unwrap().len(), 0);
+    }
+}
