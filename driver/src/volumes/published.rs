@@ -33,6 +33,8 @@ struct Entry {
     partition: Bytes,
     condition: Option<Condition>,
     heard: Option<Heard>,
+    /// Its guest fell silent.
+    silence: Option<Silence>,
     recorded: Option<Instant>,
     grown: Option<Instant>,
     scrubs: Scrubs,
@@ -43,6 +45,15 @@ struct Entry {
 pub(super) struct Heard {
     /// The guest.
     pub(super) guest: GuestClient,
+    /// Its last words on this volume.
+    pub(super) report: VolumeReport,
+}
+
+/// A guest that can't be heard any more, and what it said last.
+#[derive(Debug, Clone)]
+pub(super) struct Silence {
+    /// Since when.
+    pub(super) since: Instant,
     /// Its last words on this volume.
     pub(super) report: VolumeReport,
 }
@@ -85,6 +96,7 @@ impl Published {
             partition: Bytes(0),
             condition: None,
             heard: None,
+            silence: None,
             recorded: None,
             grown: None,
             scrubs: Scrubs::default(),
@@ -103,6 +115,7 @@ impl Published {
             partition: volume.layout().partition,
             condition: volume.condition.clone(),
             heard: None,
+            silence: None,
             recorded: None,
             grown: None,
             scrubs: Scrubs::of(volume),
@@ -185,8 +198,24 @@ impl Published {
         if grow {
             entry.grown = Some(now);
         }
+        entry.silence = None;
         entry.heard = Some(Heard { guest: guest.clone(), report: report.clone() });
         Note::Believed { volume, first, changed, grow }
+    }
+
+    /// The silence of a guest that has had a volume.
+    pub(super) fn silence(&self, id: VolumeId) -> Option<Silence> {
+        self.entries().get(&id)?.silence.clone()
+    }
+
+    /// Notes that a sandbox can't be heard any more.
+    pub(super) fn lost(&self, sandbox: &str) {
+        let since = Instant::now();
+        for entry in self.entries().values_mut() {
+            if let Some(heard) = entry.heard.take_if(|heard| heard.guest.sandbox() == sandbox) {
+                entry.silence = Some(Silence { since, report: heard.report });
+            }
+        }
     }
 
     /// Forgets what this sandbox said of volumes other than these.

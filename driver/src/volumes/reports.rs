@@ -42,7 +42,7 @@ impl Listener for NodeVolumes {
     }
 
     fn lost(&self, sandbox: &str) {
-        self.context.published.keep_only(sandbox, &[]);
+        self.context.published.lost(sandbox);
     }
 }
 

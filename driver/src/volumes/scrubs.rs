@@ -1,8 +1,11 @@
 //! Scrubs: reading every block of a pool and mending what is damaged, while its pod runs.
 //!
 //! # Design
-//! The guest of a volume scrubs it; the node says when: on demand, and when the StorageClass's `scrubInterval` has passed
-//! since the last scrub's end, by the pool's own word, or since the guest was first heard where there never was one.
+//! The guest of a volume scrubs it; the node says when: on demand; when the StorageClass's `scrubInterval` has passed
+//! since the last scrub's end, by the pool's own word, or since the guest was first heard where there never was one; and
+//! once when a pool says that its data is damaged. ZFS says so too of writes that failed until the pool was resumed and
+//! are whole since then, and only a scrub lets it forget them.
+//!
 //! A scrub reads all that is on the disk, and the volumes of a node share its disks: so few run at once, and the others
 //! wait for their turn.
 //!
@@ -50,6 +53,8 @@ pub(super) struct Scrubs {
     seen: Option<Instant>,
     /// Since when its guest has said that one runs.
     running: Option<Instant>,
+    /// Since when its guest has said that data is damaged.
+    damaged: Option<Instant>,
     /// Somebody wants one, and waits for its turn.
     wanted: bool,
     asked: Option<Asked>,
@@ -89,6 +94,10 @@ impl Scrubs {
             Some(ScrubState::Running) => _ = self.running.get_or_insert(now.at),
             _ => self.running = None,
         }
+        match report.data_errors {
+            0 => self.damaged = None,
+            _ => _ = self.damaged.get_or_insert(now.at),
+        }
     }
 
     /// Whether it has the disks for itself.
@@ -115,10 +124,14 @@ impl Scrubs {
                 None => self.seen.is_some_and(|seen| since(seen) >= every),
             };
             let asked = self.asked.is_some_and(|asked| !asked.failed && since(asked.at) < every);
-            // A scrub that somebody paused is theirs to resume.
-            passed && !asked && state(report) != Some(ScrubState::Paused)
+            passed && !asked
         };
-        self.wanted || self.every.is_some_and(by_interval)
+        // Damage that a scrub has found already is there to stay.
+        let news = report.scrub.is_none_or(|scrub| scrub.errors == 0);
+        let by_damage = |damaged| news && self.asked.is_none_or(|asked| asked.failed || asked.at < damaged);
+        let by_itself = self.every.is_some_and(by_interval) || self.damaged.is_some_and(by_damage);
+        // A scrub that somebody paused is theirs to resume.
+        self.wanted || by_itself && state(report) != Some(ScrubState::Paused)
     }
 
     fn ask(&mut self, report: &VolumeReport, now: Moment) {
@@ -342,6 +355,24 @@ mod tests {
         assert_eq!(turn(&mut all, 3 * DAY), None);
         all[0].scrubs.wanted = true;
         assert_eq!(turn(&mut all, 3 * DAY), Some(all[0].id));
+    }
+
+    #[tokio::test]
+    async fn damage_that_no_scrub_has_found_yet_is_looked_at_once_without_an_interval_too() {
+        let mut all = [known("a", None, Some(BEFORE))];
+        assert_eq!(turn(&mut all, DAY), None);
+        all[0].heard.report.data_errors = 13;
+        assert_eq!(turn(&mut all, 2 * DAY), Some(all[0].id));
+        // It was none: what failed has been written since.
+        (all[0].heard.report.data_errors, all[0].heard.report.scrub) = (0, Some(finished(1002 * 86400)));
+        assert_eq!(turn(&mut all, 3 * DAY), None);
+        all[0].heard.report.data_errors = 1;
+        assert_eq!(turn(&mut all, 4 * DAY), Some(all[0].id));
+        all[0].heard.report.scrub = Some(Scrub { errors: 1, ..finished(1004 * 86400) });
+        assert_eq!(turn(&mut all, 9 * DAY), None);
+        // To a zpod that has just begun it is no news either.
+        all[0].scrubs = Scrubs::default();
+        assert_eq!(turn(&mut all, 10 * DAY), None);
     }
 
     #[tokio::test]

@@ -1,5 +1,6 @@
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 use zpod_storage::catalog::Condition;
@@ -8,6 +9,7 @@ use zpod_volume::{Bytes, VolumeId};
 use super::block::is_meant;
 use super::observer::Observed;
 use super::publish::NodeVolumes;
+use super::published::Silence;
 use super::{Context, VolumeError};
 use crate::guest::{Health, VolumeReport};
 
@@ -24,6 +26,9 @@ pub struct Stats {
 
 /// What is said of a volume that nobody has reported on.
 pub(super) const SILENT: &str = "no guest has reported on this volume since it was published";
+
+/// A guest may be silent for so long before that is a matter for somebody: pods end.
+const TOO_LONG: Duration = Duration::from_secs(60);
 
 impl NodeVolumes {
     /// Usage and condition of a published volume: fresh from its guest, or what the guest said last.
@@ -65,6 +70,9 @@ impl NodeVolumes {
     async fn said_or_known(&self, volume: &Observed, token: Uuid) -> Stats {
         let (context, id) = (&self.context, volume.id);
         let Some(heard) = context.published.heard(id) else {
+            if let Some(silence) = context.published.silence(id) {
+                return Stats::before(&silence);
+            }
             let capacity = volume.capacity;
             let allocated = context.with_backing(move |backing| backing.allocated(id)).await.unwrap_or(Bytes(0));
             let used = allocated.min(capacity).0;
@@ -94,6 +102,20 @@ fn past_the_partition(excess: Bytes) -> String {
 }
 
 impl Stats {
+    /// What was known before a guest fell silent.
+    fn before(silence: &Silence) -> Self {
+        let mut stats = Self::new(&silence.report);
+        let silent = silence.since.elapsed();
+        stats.condition.abnormal |= silent >= TOO_LONG;
+        stats.condition.message = format!(
+            "the guest that has the volume can't be heard for {} s: it has ended, it hangs, or its virtual machine was \
+             stopped, as QEMU does when the node's file system is full; what follows was known before: {}",
+            silent.as_secs(),
+            stats.condition.message
+        );
+        stats
+    }
+
     fn new(report: &VolumeReport) -> Self {
         let of = |usage: crate::guest::Usage| [usage.total, usage.used, usage.available];
         let inodes = (report.inodes.total > 0 && !report.block).then(|| of(report.inodes));
