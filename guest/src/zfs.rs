@@ -169,7 +169,7 @@ impl Tools {
         properties: &[(String, String)],
         encryption: Option<(Encryption, &Key)>,
     ) -> Result<(), Fault> {
-        let (mut settings, size) = (settings(properties), size.map(|size| size.0.to_string()));
+        let (mut settings, size) = (settings(properties), size.map(|size| whole_blocks(size).to_string()));
         if let Some((cipher, key)) = encryption {
             settings.push(format!("encryption={}", cipher.as_str()));
             settings.extend(key_properties(key));
@@ -318,7 +318,17 @@ fn key_properties(key: &Key) -> [String; 2] {
 }
 
 fn settings(properties: &[(String, String)]) -> Vec<String> {
-    properties.iter().map(|(key, value)| format!("{key}={value}")).collect()
+    let setting = |(key, value): &(String, String)| match (key.as_str(), value.parse()) {
+        ("volsize", Ok(bytes)) => format!("volsize={}", whole_blocks(Bytes(bytes))),
+        _ => format!("{key}={value}"),
+    };
+    properties.iter().map(setting).collect()
+}
+
+/// The size of a block device that holds so much: ZFS refuses one that is no multiple of its blocks, which have 128 KiB at
+/// most.
+fn whole_blocks(size: Bytes) -> u64 {
+    size.round_up(128 << 10).0
 }
 
 /// Reads all of it and keeps the first part: a tool that is not read blocks.
@@ -331,4 +341,17 @@ async fn bounded(from: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
         let _ = tokio::io::copy(&mut head.into_inner(), &mut tokio::io::sink()).await;
     }
     kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_device_has_whole_blocks() {
+        let of = |key: &str, value: &str| settings(&[(key.to_owned(), value.to_owned())]).remove(0);
+        assert_eq!(of("volsize", "1000000000"), "volsize=1000079360");
+        assert_eq!(of("volsize", "1073741824"), "volsize=1073741824");
+        assert_eq!(of("refquota", "1000000000"), "refquota=1000000000");
+    }
 }

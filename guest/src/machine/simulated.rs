@@ -449,6 +449,10 @@ impl Machine for SimMachine {
 
     async fn set_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
         self.pool_step(format!("set {properties:?}"), pool_of(dataset), |pool, _| {
+            let kept = properties.iter().any(|(key, value)| key == "refreservation" && value != "none");
+            if kept && pool.snapshots.iter().any(|(name, _)| name.starts_with("zpod-mark")) {
+                return Err(Fault::new("out of space: the snapshot has it"));
+            }
             pool.datasets.get_mut(dataset).unwrap().extend(properties.iter().cloned());
             Ok(())
         })
@@ -477,6 +481,10 @@ impl Machine for SimMachine {
         self.pool_step("snapshot".into(), pool_of(dataset), |pool, _| {
             if pool.snapshots.iter().any(|(there, _)| there == name) {
                 return Err(Fault::new("dataset already exists"));
+            }
+            // The worst case: all of the pool is kept, and filled.
+            if pool.datasets[dataset].get("refreservation").is_some_and(|kept| kept != "none") {
+                return Err(Fault::new("out of space"));
             }
             pool.snapshots.push((name.to_owned(), pool.data.clone()));
             Ok(())
@@ -604,7 +612,22 @@ impl streams::Streams for SimMachine {
         Err(Fault::new("not simulated"))
     }
 
-    async fn receive(&self, _dataset: &str) -> Result<streams::Inward, Fault> {
+    async fn receive(&self, _dataset: &str, _new: bool) -> Result<streams::Inward, Fault> {
         Err(Fault::new("not simulated"))
+    }
+
+    async fn rename(&self, dataset: &str, to: &str) -> Result<(), Fault> {
+        self.pool_step(format!("rename to {to}"), pool_of(dataset), |pool, _| {
+            let properties = pool.datasets.remove(dataset).ok_or_else(|| Fault::new("no such dataset"))?;
+            pool.datasets.insert(to.into(), properties);
+            Ok(())
+        })
+    }
+
+    async fn destroy(&self, dataset: &str) -> Result<(), Fault> {
+        self.pool_step(format!("destroy {dataset}"), pool_of(dataset), |pool, _| {
+            pool.datasets.remove(dataset);
+            Ok(())
+        })
     }
 }

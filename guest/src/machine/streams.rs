@@ -77,6 +77,13 @@ pub trait Streams {
     /// Begins to send, with encrypted contents as they are on the disk.
     async fn send(&self, dataset: &str, what: &What) -> Result<Outward, Fault>;
 
-    /// Begins to receive into a dataset that is there; what is in it is replaced at the end of the stream, at once.
-    async fn receive(&self, dataset: &str) -> Result<Inward, Fault>;
+    /// Begins to receive into a dataset that is there: what is in it is replaced at the end of the stream, at once. Or
+    /// into a new one.
+    async fn receive(&self, dataset: &str, new: bool) -> Result<Inward, Fault>;
+
+    /// Gives a dataset another name in its pool. One that is mounted stays so.
+    async fn rename(&self, dataset: &str, to: &str) -> Result<(), Fault>;
+
+    /// Destroys a dataset and its snapshots.
+    async fn destroy(&self, dataset: &str) -> Result<(), Fault>;
 }

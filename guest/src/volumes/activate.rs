@@ -6,6 +6,7 @@ use zpod_volume::{Bytes, Create, DiskLayout, Origin, VolumeId};
 
 use super::bounds::Bounds;
 use super::marks::remove_marks;
+use super::restore::Copies;
 use super::{Active, Request, Volume, progress::Progress};
 use crate::disk;
 use crate::error::VolumeError;
@@ -20,8 +21,8 @@ pub(super) struct Activation<'a, M> {
     pub(super) progress: &'a Progress,
     /// The largest of the pod's volumes.
     pub(super) arc_max: Option<Bytes>,
-    /// Held while a copy gets a GUID of its own.
-    pub(super) copies: &'a tokio::sync::Mutex<()>,
+    /// Copies of this guest that get a GUID of their own.
+    pub(super) copies: &'a Copies,
 }
 
 /// How a pool came to be there.
@@ -64,10 +65,12 @@ impl<M: Machine> Activation<'_, M> {
         let quota = match opened {
             Opened::Made => Bounds::of(spec).bound(),
             Opened::Found => {
+                self.end_swap().await?;
                 let now = self.dataset().await?;
                 self.unlock(&now).await?;
                 let quota = self.settle(&device, &now).await?;
                 self.remove_leftover_marks(&now).await;
+                self.keep(&now).await;
                 quota
             }
             Opened::Copied => self.adopt(&disk, &device).await?,
@@ -202,13 +205,12 @@ impl<M: Machine> Activation<'_, M> {
     async fn import(&self, device: &Path) -> Result<(), Fault> {
         self.progress.stage("importing its pool");
         let pool = &self.request.spec.pool;
-        match self.machine.import(pool, pool, device).await {
-            // A copy of this very pool may be here, and have its GUID for as long as `copies` is held.
-            Err(_) if self.copies.try_lock().is_err() => {
-                let _alone = self.copies.lock().await;
-                self.machine.import(pool, pool, device).await
-            }
-            result => result,
+        let copies = self.copies.done();
+        let Err(fault) = self.machine.import(pool, pool, device).await else { return Ok(()) };
+        // A copy of this very pool may have been in the way.
+        match self.copies.since(copies).await {
+            Some(_alone) => self.machine.import(pool, pool, device).await,
+            None => Err(fault),
         }
     }
 
@@ -284,16 +286,21 @@ impl<M: Machine> Activation<'_, M> {
             let set = self.machine.set_dataset(&dataset, &changes).await;
             set.map_err(self.failed("setting its properties"))?;
         }
-        // Neither is worth a pod that does not start.
+        // Not worth a pod that does not start; so below.
         if let Some(reason) = bounds.refused {
             tracing::warn!(volume = %self.id, "{reason}");
         }
-        if let Some(kept) = bounds.then
-            && let Err(fault) = self.machine.set_dataset(&dataset, &[kept]).await
+        Ok(bounds.bound)
+    }
+
+    /// Keeps the space for the volume that its spec says.
+    pub(super) async fn keep(&self, now: &Properties) {
+        let spec = &self.request.spec;
+        if let Some(kept) = Bounds::of(spec).changes(now).then
+            && let Err(fault) = self.machine.set_dataset(&spec.dataset(), &[kept]).await
         {
             tracing::warn!(volume = %self.id, "the space that is to be kept for it is not there: {fault}");
         }
-        Ok(bounds.bound)
     }
 
     /// Removes marks that the node or a guest left behind: nobody copies the disk of a volume that is being brought up.

@@ -71,7 +71,7 @@ impl Keyring {
         held.and_then(|held| held.keys.as_ref()).is_some_and(|keys| keys.key == *key)
     }
 
-    fn keys(&self, token: Uuid) -> Option<Keys> {
+    pub(super) fn keys(&self, token: Uuid) -> Option<Keys> {
         self.slot().held.as_ref().filter(|held| held.token == token)?.keys.clone()
     }
 

@@ -9,6 +9,8 @@
 //! old contents or the new ones, and a file system may even be mounted meanwhile: the kernel holds up what is going on in
 //! it and goes on with the new contents. Files that were open are lost to those who had them.
 //!
+//! All of an encrypted volume ZFS can't replace that way: [`swap`] does.
+//!
 //! Neither holds the volume's gate, so that containers come and go meanwhile. When the pool is to be exported, streams
 //! are cut off.
 
@@ -23,6 +25,7 @@ use crate::machine::streams::{Inward, Outward, SendPoint, What};
 use crate::machine::{Fault, Machine, Step};
 
 mod header;
+mod swap;
 
 use header::Header;
 
@@ -124,7 +127,13 @@ impl<M: Machine> Volumes<M> {
         let dataset = active.request.spec.dataset();
         let mut points = self.machine.send_points(&dataset).await.map_err(failed)?;
         points.retain(|point| is_point(&point.name));
-        Ok((points, self.machine.resume_token(&dataset).await.map_err(failed)?))
+        let token = self.machine.resume_token(&dataset).await.map_err(failed)?;
+        match token {
+            None if self.has_new(&active).await.map_err(failed)? => {
+                Ok((points, self.machine.resume_token(&swap::new_dataset(&active)).await.map_err(failed)?))
+            }
+            token => Ok((points, token)),
+        }
     }
 
     /// Begins to send a volume. The snapshot is taken unless it is there.
@@ -190,10 +199,14 @@ impl<M: Machine> Volumes<M> {
         }
         let header = Header::decode(&begun).map_err(|error| refused(error.to_string()))?;
         self.fits(id, &active, &header).await?;
-        let dataset = active.request.spec.dataset();
-        let flow = self.machine.receive(&dataset).await.map_err(failed)?;
+        let apart = header.full && header.encrypted;
+        let dataset = if apart { swap::new_dataset(&active) } else { active.request.spec.dataset() };
+        let flow = self.machine.receive(&dataset, apart).await.map_err(failed)?;
         let bytes = pump(flow, begun, &mut chunks, &mut stopped).await.map_err(failed)?;
-        self.received(&volume).await?;
+        match apart {
+            true => self.swap(&volume).await?,
+            false => self.received(&volume).await?,
+        }
         tracing::info!(volume = %id, "received {}: {bytes} bytes", header.snapshot);
         Ok(Received { snapshot: header.snapshot, bytes })
     }
@@ -207,18 +220,18 @@ impl<M: Machine> Volumes<M> {
             let (stream, volume) = (kind(header.block), kind(active.is_block()));
             return refused(format!("the stream is that of {stream}, the volume is {volume}"));
         }
+        let wanted = active.request.spec.encryption.is_some();
+        if header.encrypted != wanted {
+            let called = |encrypted| if encrypted { "encrypted" } else { "not encrypted" };
+            return refused(format!("the stream is {}, the volume is {}", called(header.encrypted), called(wanted)));
+        }
+        if header.full && header.encrypted {
+            return self.fits_apart(id, active, header).await;
+        }
         let dataset = active.request.spec.dataset();
         let token = self.machine.resume_token(&dataset).await.map_err(failed)?;
         if header.resuming && token.is_none() {
             return refused("the stream goes on with one that broke off, and none is waiting for more here".into());
-        }
-        if header.full && (header.encrypted || active.request.spec.encryption.is_some()) {
-            // `recv_begin_check_existing_impl`: two keys would have to be known at once.
-            return refused(
-                "ZFS can't replace all of an encrypted volume, or have an encrypted stream replace all of one; receive \
-                 into encrypted volumes works from a send point on that both sides have"
-                    .into(),
-            );
         }
         if header.full && !header.resuming {
             let there = self.machine.snapshots(&dataset).await.map_err(failed)?;

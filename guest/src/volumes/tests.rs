@@ -6,6 +6,7 @@ use zpod_volume::{Create, DiskLayout, Headroom, MountFlag};
 
 mod keys;
 mod restore;
+mod swap;
 
 const WAIT: Duration = Duration::from_secs(60);
 

@@ -88,7 +88,7 @@ impl<M: Machine> Activation<'_, M> {
 }
 
 /// Whether a key is of the dataset's format. ZFS reads one of another format as something else.
-fn fits(now: &Properties, key: &Key) -> bool {
+pub(super) fn fits(now: &Properties, key: &Key) -> bool {
     now.get("keyformat").is_some_and(|format| format == key.format().as_str())
 }
 

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 
-use super::{DEADLINE, ERROR_TEXT, Tools, bounded, json};
+use super::{DEADLINE, ERROR_TEXT, IMPORT_DEADLINE, Tools, bounded, json};
 use crate::machine::Fault;
 use crate::machine::streams::{Flow, Inward, Outward, SendPoint, What};
 use crate::sys;
@@ -80,13 +80,25 @@ impl Tools {
         Ok(Flow { data: Box::new(data), end: end("zfs send", child) })
     }
 
+    /// Gives a dataset another name. `-u`: nothing is unmounted or mounted.
+    pub async fn rename(&self, dataset: &str, to: &str) -> Result<(), Fault> {
+        self.run("zfs", &["rename", "-u", dataset, to], DEADLINE).await.map(drop)
+    }
+
+    /// Destroys a dataset and its snapshots.
+    pub async fn destroy(&self, dataset: &str) -> Result<(), Fault> {
+        self.run("zfs", &["destroy", "-r", dataset], IMPORT_DEADLINE).await.map(drop)
+    }
+
     /// Begins to receive. `-s`: what came before a break is kept. `-F`: what was written since the last snapshot goes.
     /// `-u`: nothing is mounted.
     ///
     /// The tool unmounts a file system that is received in full, though the kernel needs no such thing: it puts the new
     /// contents below the mounts there are. It has mounts of its own to do so.
-    pub fn receive(&self, dataset: &str) -> Result<Inward, Fault> {
-        let mut command = self.command("zfs", &["receive", "-s", "-F", "-u", dataset]);
+    pub fn receive(&self, dataset: &str, new: bool) -> Result<Inward, Fault> {
+        let replace = (!new).then_some("-F");
+        let all: Vec<_> = ["receive", "-s", "-u"].into_iter().chain(replace).chain([dataset]).collect();
+        let mut command = self.command("zfs", &all);
         command.stdin(Stdio::piped()).stdout(Stdio::null());
         sys::with_own_mounts(&mut command);
         let mut child = spawn(command)?;

@@ -28,7 +28,15 @@ impl Streams for LinuxMachine {
         self.tools.send(dataset, what)
     }
 
-    async fn receive(&self, dataset: &str) -> Result<Inward, Fault> {
-        self.tools.receive(dataset)
+    async fn receive(&self, dataset: &str, new: bool) -> Result<Inward, Fault> {
+        self.tools.receive(dataset, new)
+    }
+
+    async fn rename(&self, dataset: &str, to: &str) -> Result<(), Fault> {
+        self.tools.rename(dataset, to).await
+    }
+
+    async fn destroy(&self, dataset: &str) -> Result<(), Fault> {
+        self.tools.destroy(dataset).await
     }
 }
