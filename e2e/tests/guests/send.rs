@@ -9,8 +9,10 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::Code;
 use zpod_e2e::workdir::Workdir;
 use zpod_e2e::{Container, Sandbox};
-use zpod_proto::guest::{ReceiveRequest, ReceiveResponse, SendPointsRequest, SendPointsResponse, SendRequest};
-use zpod_volume::{Bytes, VolumeId};
+use zpod_proto::guest::{
+    ProvideKeyRequest, ReceiveRequest, ReceiveResponse, SendPointsRequest, SendPointsResponse, SendRequest,
+};
+use zpod_volume::{Bytes, Encryption, VolumeId};
 
 use crate::disk::{Disk, pod};
 
@@ -176,5 +178,53 @@ async fn a_block_device_is_sent_and_what_does_not_fit_is_refused_before_anything
     receive(&pod, to.spec.id, tokio_stream::iter(sent.parts)).await?;
     assert_eq!(pod.sh("to", sum).await?, pod.sh("from", sum).await?);
     assert_eq!(pod.sh("to", "blockdev --getsize64 /dev/xvda").await?, Bytes::mib(300).0.to_string());
+    pod.stop().await
+}
+
+#[tokio::test]
+async fn an_encrypted_volume_is_sent_as_it_is_on_the_disk_and_opens_with_its_own_key_only() -> Result<()> {
+    let dir = Workdir::new()?;
+    let mut disks =
+        [file_system(&dir, "secret-from")?, file_system(&dir, "secret-to")?, file_system(&dir, "secret-other")?];
+    let mut pod = pod(&dir).await?;
+    let mut control = pod.control().await?;
+    let containers = ["from", "to", "other"];
+    for ((disk, container), byte) in disks.iter_mut().zip(containers).zip([7, 7, 8]) {
+        disk.spec.encryption = Some(Encryption::Aes256Gcm);
+        let (volume_id, token) = (disk.spec.id.to_string(), disk.spec.token.to_string());
+        let key = ProvideKeyRequest { volume_id, token, key: vec![byte; 32], previous_key: Vec::new() };
+        control.provide_key(key).await?;
+        pod.run(Container::new(container, [disk.mount(&dir, "/data")?])).await?;
+    }
+    let [from, to, other] = &disks;
+    pod.sh("from", "echo one > /data/one.txt; e2e fill /data/blob 8388608; : > /data/records").await?;
+    pod.sh("to", "echo old > /data/old.txt").await?;
+    let sent = send(&pod, from.spec.id, "zpod-send-1", "", "").await?;
+    let half = sent.parts[..sent.parts.len() / 2].to_vec();
+    receive(&pod, to.spec.id, tokio_stream::iter(half)).await.expect_err("it was not whole");
+    let token = points(&pod, to.spec.id).await?.resume_token;
+    ensure!(!token.is_empty(), "nothing was kept");
+    let rest = send(&pod, from.spec.id, "", "", &token).await?;
+    receive(&pod, to.spec.id, tokio_stream::iter(rest.parts)).await?;
+    // Who has it mounted goes on with the old contents until the container ends.
+    assert_eq!(pod.sh("to", "cat /data/*.txt").await?, "old");
+    pod.run(Container::new("next", [to.mount(&dir, "/data")?])).await?;
+    assert_eq!(pod.sh("next", FILES).await?, pod.sh("from", FILES).await?);
+    assert_eq!(pod.sh("next", "df -P -B1 /data | awk 'NR==2{print $2}'").await?, SIZE.0.to_string());
+
+    let wrong = receive(&pod, other.spec.id, tokio_stream::iter(sent.parts)).await.expect_err("it has another key");
+    println!("{wrong}");
+    assert!(wrong.code() == Code::FailedPrecondition && wrong.message().contains("encryptionKey"), "{wrong}");
+    pod.sh("other", "echo fine > /data/still.txt").await?;
+
+    pod.sh("from", "echo two > /data/two.txt").await?;
+    let change = send(&pod, from.spec.id, "zpod-send-2", "zpod-send-1", "").await?;
+    receive(&pod, to.spec.id, tokio_stream::iter(change.parts)).await?;
+    assert_eq!(pod.sh("next", FILES).await?, pod.sh("from", FILES).await?);
+    // Imported anew it has the received contents alone.
+    pod.remove("to").await?;
+    pod.remove("next").await?;
+    pod.run(Container::new("last", [to.mount(&dir, "/data")?])).await?;
+    assert_eq!(pod.sh("last", FILES).await?, pod.sh("from", FILES).await?);
     pod.stop().await
 }
