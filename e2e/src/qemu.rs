@@ -20,6 +20,10 @@ use crate::slot::Slot;
 use crate::workdir::Workdir;
 use crate::{base_initrd, console, inputs, vsock};
 
+mod faults;
+
+pub use faults::Fault;
+
 /// Free PCIe root ports for disks, from this slot of the root bus on.
 const FIRST_PORT: usize = 0x10;
 const PORTS: usize = 9;
@@ -83,6 +87,7 @@ pub struct Guest {
     dir: Workdir,
     _slot: Slot,
     boot: Boot,
+    reports_errors: bool,
     /// When QEMU was started.
     pub power_on: Instant,
 }
@@ -170,7 +175,17 @@ impl Guest {
         let qemu = Process::start(&inputs::qemu()?, arguments, &[], &dir.path().join("qemu.log"))?;
         let qmp = Qmp::connect(&dir.path().join("qmp.sock"), Duration::from_secs(10)).await;
         let qmp = qmp.with_context(|| format!("QEMU: {}", qemu.tail()))?;
-        Ok(Self { qmp, qemu, vsock_device, disks: BTreeMap::new(), dir, _slot: slot, boot, power_on })
+        Ok(Self {
+            qmp,
+            qemu,
+            vsock_device,
+            disks: BTreeMap::new(),
+            dir,
+            _slot: slot,
+            boot,
+            reports_errors: false,
+            power_on,
+        })
     }
 
     /// The unix socket of its hybrid vsock.
@@ -203,6 +218,12 @@ impl Guest {
         }
     }
 
+    /// Disks that are plugged in from now on tell the guest of every error, as cloud-hypervisor does. By itself QEMU stops
+    /// the virtual machine when the host's file system is full (`werror=enospc`).
+    pub fn report_errors(&mut self) {
+        self.reports_errors = true;
+    }
+
     /// Plugs a disk in while the guest runs, as runtime-rs does with a direct volume; gives its PCI path.
     ///
     /// # Errors
@@ -217,13 +238,20 @@ impl Guest {
         } else {
             "host_device"
         };
-        let file = json!({"driver": driver, "filename": device, "read-only": read_only});
+        // With a name of its own: something that fails can be put in between.
+        let file = json!({
+            "driver": driver, "node-name": format!("file{port}"), "filename": device, "read-only": read_only,
+        });
         let node_options = json!({"driver": "raw", "node-name": node, "read-only": read_only, "file": file});
         self.qmp.execute("blockdev-add", node_options).await?;
-        let device_options = json!({
+        let mut device_options = json!({
             "driver": "virtio-blk-pci", "id": id, "drive": node, "bus": format!("port{port}"), "addr": "00",
             "share-rw": true,
         });
+        if self.reports_errors {
+            device_options["werror"] = "report".into();
+            device_options["rerror"] = "report".into();
+        }
         if let Err(error) = self.qmp.execute("device_add", device_options).await {
             self.qmp.execute("blockdev-del", json!({"node-name": node})).await?;
             return Err(error);
@@ -237,14 +265,18 @@ impl Guest {
     /// # Errors
     /// When it is not plugged in, or the guest keeps it.
     pub async fn unplug(&mut self, device: &Path) -> Result<()> {
-        let port = self.disks.iter().find(|(_, plugged)| *plugged == device).map(|(port, _)| *port);
-        let port = port.with_context(|| format!("{} is not plugged in", device.display()))?;
+        let port = self.port(device)?;
         let id = format!("disk{port}");
         self.qmp.execute("device_del", json!({"id": id})).await?;
         self.qmp.device_deleted(&id, UNPLUG).await?;
         self.qmp.execute("blockdev-del", json!({"node-name": format!("node{port}")})).await?;
         self.disks.remove(&port);
         Ok(())
+    }
+
+    fn port(&self, device: &Path) -> Result<usize> {
+        let port = self.disks.iter().find(|(_, plugged)| *plugged == device).map(|(port, _)| *port);
+        port.with_context(|| format!("{} is not plugged in", device.display()))
     }
 
     /// SIGKILL, as at the end of every Kata pod, and as in a crash of its host.

@@ -341,6 +341,11 @@ impl Sandbox {
     pub fn guest(&self) -> &Guest {
         &self.guest
     }
+
+    /// The virtual machine, to be tampered with.
+    pub fn guest_mut(&mut self) -> &mut Guest {
+        &mut self.guest
+    }
 }
 
 impl Runtime {
