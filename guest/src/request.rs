@@ -109,6 +109,9 @@ pub enum RequestError {
         /// What is wrong with it.
         source: DecodeSpecError,
     },
+    /// A block device where a file system was to be mounted.
+    #[error("the storage for {0:?} is a volume of block devices (volumeMode: Block) and can't be mounted")]
+    BlockMounted(String),
     /// A device that the OCI spec does not have, or has twice, or not as a block device.
     #[error("the device {0:?} is not once among the OCI spec's block devices")]
     NoDevice(String),
@@ -184,8 +187,7 @@ impl CreateContainer {
     /// When it is not well-formed, or has a storage of our type that is not ours.
     pub fn decode(frame: &[u8]) -> Result<Self, RequestError> {
         Envelope::decode(frame)?;
-        let mut request =
-            Self { container: String::new(), volumes: Vec::new(), devices: Vec::new(), rewritten: None };
+        let mut request = Self { container: String::new(), volumes: Vec::new(), devices: Vec::new(), rewritten: None };
         let mut named = false;
         request.rewritten = wire::rewrite(frame, |field| match (field.number, field.bytes(frame)) {
             (3, Some(message)) => request.take_from(message, &mut named),
@@ -266,6 +268,7 @@ fn volume_storage(bytes: &[u8]) -> Result<Option<VolumeStorage>, RequestError> {
         _ => return Err(RequestError::ManySpecs(mount_point)),
     };
     match VolumeSpec::decode(value) {
+        Ok(spec) if !spec.mode.is_filesystem() => Err(RequestError::BlockMounted(mount_point)),
         Ok(spec) => Ok(Some(VolumeStorage {
             spec,
             mount_point,

@@ -65,6 +65,15 @@ async fn a_block_device_keeps_what_was_written_and_is_shared_and_grows() -> Resu
     // The spec is older than the growth: nothing shrinks.
     assert_eq!(second.sh("app", BYTES).await?, size.0.to_string());
     assert!(second.volume_status().await?.used_bytes > 24 << 20);
+    second.remove("app").await?;
+
+    // Published read-only: whatever the rules for devices say, nothing can be written.
+    volume.spec.read_only = true;
+    volume.publish()?;
+    second.run(volume.container("reader")).await?;
+    assert_eq!(sum(&mut second, "reader").await?, written);
+    let write = second.sh("reader", "dd if=/dev/zero of=/dev/xvda bs=1M count=1 conv=notrunc,fsync").await;
+    println!("a write to a read-only device: {:#}", write.expect_err("nothing may be written"));
     second.stop().await
 }
 

@@ -1,7 +1,7 @@
 use super::*;
 use proptest::prelude::*;
-use uuid::Uuid;
 use std::collections::BTreeMap;
+use uuid::Uuid;
 use zpod_proto::agent::{CreateContainerRequest, FsGroup, Mount, Spec};
 use zpod_proto::agent::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxResources};
 use zpod_proto::ttrpc::Request;
@@ -100,6 +100,15 @@ fn a_zfs_storage_that_is_not_ours_never_reaches_the_agent() {
         let error = CreateContainer::decode(&frame(&message, &[])).unwrap_err().to_string();
         assert!(error.contains(want) && error.contains("/run/pvc-1"), "{error}");
     }
+}
+
+#[test]
+fn a_block_device_is_never_mounted() {
+    let block = VolumeSpec { mode: zpod_volume::VolumeMode::Block, ..spec("pvc-1") };
+    let storage = Storage { options: vec![block.to_option()], ..zfs_storage("pvc-1") };
+    let message = CreateContainerRequest { storages: vec![storage], ..CreateContainerRequest::default() };
+    let error = CreateContainer::decode(&frame(&message, &[])).unwrap_err().to_string();
+    assert!(error.contains("/run/pvc-1") && error.contains("can't be mounted"), "{error}");
 }
 
 #[test]

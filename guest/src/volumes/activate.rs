@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use zpod_volume::{Bytes, Create, DiskLayout, Origin, VolumeId};
 
 use super::bounds::Bounds;
+use super::device;
 use super::marks::remove_marks;
 use super::restore::Copies;
 use super::{Active, Request, Volume, progress::Progress};
@@ -282,8 +283,9 @@ impl<M: Machine> Activation<'_, M> {
         let dataset = spec.dataset();
         let bounds = Bounds::of(spec).changes(now);
         let changes: Vec<_> = different(now, pairs(&spec.dataset_properties)).chain(bounds.first).collect();
-        if !changes.is_empty() {
-            let set = self.machine.set_dataset(&dataset, &changes).await;
+        let [before, after] = device::read_only(spec, now, !changes.is_empty());
+        for changes in [&before[..], &changes, &after[..]].into_iter().filter(|changes| !changes.is_empty()) {
+            let set = self.machine.set_dataset(&dataset, changes).await;
             set.map_err(self.failed("setting its properties"))?;
         }
         // Not worth a pod that does not start; so below.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use zpod_volume::VolumeId;
+use zpod_volume::{VolumeId, VolumeSpec};
 
 use super::{Active, Volumes};
 use crate::error::VolumeError;
@@ -44,6 +44,20 @@ impl<M: Machine> Volumes<M> {
     }
 }
 
+/// What to set, before anything else and after it, for a block device to be as writable as its publication is. A file
+/// system's mounts are read-only instead; a device that is can't be given another size.
+pub(super) fn read_only(spec: &VolumeSpec, now: &Properties, changes: bool) -> [Vec<(String, String)>; 2] {
+    let set = |value: &str| vec![("readonly".to_owned(), value.to_owned())];
+    let is = now.get("readonly").is_some_and(|value| value == "on");
+    match (spec.mode.is_filesystem(), is, spec.read_only) {
+        (true, ..) | (false, false, false) => [vec![], vec![]],
+        (false, true, false) => [set("off"), vec![]],
+        (false, false, true) => [vec![], set("on")],
+        (false, true, true) if changes => [set("off"), set("on")],
+        (false, true, true) => [vec![], vec![]],
+    }
+}
+
 /// Usage of a block device: its size, and what of it was written to.
 pub(super) fn usage(dataset: &Properties) -> Usage {
     let number = |key: &str| dataset.get(key).and_then(|value| value.parse::<u64>().ok()).unwrap_or(0);
@@ -51,4 +65,42 @@ pub(super) fn usage(dataset: &Properties) -> Usage {
     // What refers to the blocks counts too, and copies of them do: it can be more than the device holds.
     let used = number("referenced").min(total);
     Usage { total_bytes: total, used_bytes: used, available_bytes: total - used, ..Usage::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+    use zpod_volume::{Bytes, Create, VolumeMode};
+
+    #[test]
+    fn a_device_is_as_writable_as_its_publication_and_is_changed_while_it_is_writable() {
+        let new = VolumeSpec::new(VolumeId::from_name("a"), Uuid::nil(), Create::Never, Bytes::gib(1));
+        for (now, read_only, changes, want) in [
+            ("off", false, true, ["", ""]),
+            ("off", true, true, ["", "on"]),
+            ("on", false, false, ["off", ""]),
+            ("on", true, false, ["", ""]),
+            ("on", true, true, ["off", "on"]),
+        ] {
+            let block = VolumeSpec { mode: VolumeMode::Block, read_only, ..new.clone() };
+            let now = [("readonly".to_owned(), now.to_owned())].into();
+            let values = |spec: &VolumeSpec| {
+                super::read_only(spec, &now, changes).map(|set| set.first().map_or("", |(_, value)| value).to_owned())
+            };
+            assert_eq!(values(&block), want, "{now:?} {read_only} {changes}");
+            assert_eq!(values(&VolumeSpec { read_only, ..new.clone() }), ["", ""]);
+        }
+    }
+
+    #[test]
+    fn a_device_never_holds_more_than_its_size() {
+        let of = |size: u64, held: u64| {
+            let now = [("volsize", size), ("referenced", held)];
+            usage(&now.map(|(key, value)| (key.to_owned(), value.to_string())).into())
+        };
+        assert_eq!((of(100, 30).used_bytes, of(100, 30).available_bytes), (30, 70));
+        assert_eq!((of(100, 130).used_bytes, of(100, 130).available_bytes), (100, 0));
+        assert_eq!(of(100, 1).total_inodes, 0);
+    }
 }

@@ -31,6 +31,13 @@ impl<M: Machine> Volumes<M> {
         let (_, mut active) = self.known(id)?;
         let failed = |step: &'static str| move |fault: Fault| VolumeError::failed(id, step, fault);
 
+        if active.is_block() && active.request.spec.read_only {
+            let reason =
+                "it is a block device that is published read-only, which ZFS gives no other size; it grows when \
+                          it is next published writable"
+                    .to_owned();
+            return Err(VolumeError::Refused { id, reason });
+        }
         let disk = disk::find(&self.machine, id, disk::WAIT, |_| {}).await?;
         let largest = DiskLayout::largest_partition(disk.size);
         let now = active.partition;
