@@ -43,6 +43,14 @@ pub fn zpod() -> Result<PathBuf> {
     binary("ZPOD_BIN", "zpod", "make it with `cargo build -p zpod-driver --bin zpod`, or set ZPOD_BIN")
 }
 
+/// The plugin of kubectl: `ZPOD_KUBECTL`, or the one this build made.
+///
+/// # Errors
+/// When it is not there.
+pub fn kubectl_zpod() -> Result<PathBuf> {
+    binary("ZPOD_KUBECTL", "kubectl-zpod", "make it with `cargo build -p zpod-kubectl`, or set ZPOD_KUBECTL")
+}
+
 /// The agent stand-in.
 ///
 /// # Errors

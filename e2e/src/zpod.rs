@@ -22,6 +22,8 @@ pub(crate) async fn start(dir: &Path, csi: &mut Csi) -> Result<Process> {
         "--standalone".to_owned(),
         "--endpoint".to_owned(),
         format!("unix://{}", place("csi.sock")),
+        "--admin-endpoint".to_owned(),
+        format!("unix://{}", place("admin.sock")),
         "--node-name".to_owned(),
         "node-1".to_owned(),
         "--state-dir".to_owned(),
