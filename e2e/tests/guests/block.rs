@@ -78,6 +78,20 @@ async fn a_block_device_keeps_what_was_written_and_is_shared_and_grows() -> Resu
 }
 
 #[tokio::test]
+async fn a_block_device_can_be_filled_to_its_last_byte_and_written_over() -> Result<()> {
+    let dir = Workdir::new()?;
+    let volume = Disk::new(dir.path(), "pvc-full", SIZE)?;
+    let mut pod = pod(&dir).await?;
+    pod.run(volume.container("app")).await?;
+    for _ in 0..2 {
+        let written = pod.sh("app", &format!("e2e fill /dev/xvda {}", SIZE.0)).await?;
+        assert_eq!(written, SIZE.0.to_string());
+    }
+    println!("full: {:?}", pod.volume_status().await?);
+    pod.stop().await
+}
+
+#[tokio::test]
 async fn a_copy_of_a_block_device_has_what_was_on_it_at_the_mark_also_beside_the_first() -> Result<()> {
     let dir = Workdir::new()?;
     let volume = Disk::new(dir.path(), "pvc-origin", SIZE)?;

@@ -1,5 +1,7 @@
 //! A machine in memory, which can be killed before or after any step. Its disks live on.
 
+mod streams;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -587,47 +589,5 @@ impl Machine for SimMachine {
     async fn limit_arc(&self, limit: Option<Bytes>) -> Result<(), Fault> {
         self.kernel().arc = limit;
         Ok(())
-    }
-}
-
-#[async_trait]
-impl streams::Streams for SimMachine {
-    async fn send_points(&self, _dataset: &str) -> Result<Vec<streams::SendPoint>, Fault> {
-        self.look(|_, _| Ok(Vec::new()))
-    }
-
-    async fn resume_token(&self, _dataset: &str) -> Result<Option<String>, Fault> {
-        self.look(|_, _| Ok(None))
-    }
-
-    async fn forget_receive(&self, _dataset: &str) -> Result<(), Fault> {
-        self.step("forget receive", |_, _| Ok(()))
-    }
-
-    async fn estimate(&self, _dataset: &str, _what: &streams::What) -> Result<u64, Fault> {
-        self.look(|_, _| Ok(0))
-    }
-
-    async fn send(&self, _dataset: &str, _what: &streams::What) -> Result<streams::Outward, Fault> {
-        Err(Fault::new("not simulated"))
-    }
-
-    async fn receive(&self, _dataset: &str, _new: bool) -> Result<streams::Inward, Fault> {
-        Err(Fault::new("not simulated"))
-    }
-
-    async fn rename(&self, dataset: &str, to: &str) -> Result<(), Fault> {
-        self.pool_step(format!("rename to {to}"), pool_of(dataset), |pool, _| {
-            let properties = pool.datasets.remove(dataset).ok_or_else(|| Fault::new("no such dataset"))?;
-            pool.datasets.insert(to.into(), properties);
-            Ok(())
-        })
-    }
-
-    async fn destroy(&self, dataset: &str) -> Result<(), Fault> {
-        self.pool_step(format!("destroy {dataset}"), pool_of(dataset), |pool, _| {
-            pool.datasets.remove(dataset);
-            Ok(())
-        })
     }
 }

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio_stream::{Stream, StreamExt as _};
 use zpod_volume::VolumeId;
 
+use super::bounds::Bounds;
 use super::{Active, Volume, Volumes};
 use crate::error::VolumeError;
 use crate::machine::streams::{Inward, Outward, SendPoint, What};
@@ -159,7 +160,8 @@ impl<M: Machine> Volumes<M> {
                 if active.is_block() {
                     self.machine.flush_volume(&dataset).await.map_err(failed("writing out its block device"))?;
                 }
-                self.machine.snapshot(&dataset, snapshot).await.map_err(failed("taking the snapshot to be sent"))?;
+                let taken = self.take_point(&active, snapshot).await;
+                taken.map_err(failed("taking the snapshot to be sent"))?;
             }
         }
         // A guess, which must not keep anybody from sending.
@@ -170,6 +172,25 @@ impl<M: Machine> Volumes<M> {
         let flow = self.machine.send(&dataset, what).await.map_err(failed("sending it"))?;
         tracing::info!(volume = %id, "sending {what:?}, about {estimated} bytes");
         Ok(Sending { id, flow, stopped, estimated })
+    }
+
+    /// Takes a snapshot to be sent. One of a volume that space is kept for needs as much free space as it has filled
+    /// (`dsl_dataset_snapshot_reserve_space`), which a pool hardly larger than the volume doesn't have: what is kept is
+    /// given up for it, and taken again where there is room beside the snapshot.
+    async fn take_point(&self, active: &Active, snapshot: &str) -> Result<(), Fault> {
+        let (spec, dataset) = (&active.request.spec, active.request.spec.dataset());
+        if spec.reservation.is_none() {
+            return self.machine.snapshot(&dataset, snapshot).await;
+        }
+        self.machine.set_dataset(&dataset, &[("refreservation".to_owned(), "none".to_owned())]).await?;
+        let taken = self.machine.snapshot(&dataset, snapshot).await;
+        let now = self.machine.dataset(&dataset).await?.unwrap_or_default();
+        if let Some(kept) = Bounds::of(spec).changes(&now).then
+            && let Err(fault) = self.machine.set_dataset(&dataset, &[kept]).await
+        {
+            tracing::warn!(volume = %spec.id, "no space is kept for it beside its send points: {fault}");
+        }
+        taken
     }
 
     /// Receives a stream into a volume.

@@ -1,0 +1,49 @@
+//! Streams of the simulated machine: it has none, but names of datasets can change.
+
+use async_trait::async_trait;
+
+use super::{SimMachine, pool_of};
+use crate::machine::Fault;
+use crate::machine::streams::{Inward, Outward, SendPoint, Streams, What};
+
+#[async_trait]
+impl Streams for SimMachine {
+    async fn send_points(&self, _dataset: &str) -> Result<Vec<SendPoint>, Fault> {
+        self.look(|_, _| Ok(Vec::new()))
+    }
+
+    async fn resume_token(&self, _dataset: &str) -> Result<Option<String>, Fault> {
+        self.look(|_, _| Ok(None))
+    }
+
+    async fn forget_receive(&self, _dataset: &str) -> Result<(), Fault> {
+        self.step("forget receive", |_, _| Ok(()))
+    }
+
+    async fn estimate(&self, _dataset: &str, _what: &What) -> Result<u64, Fault> {
+        self.look(|_, _| Ok(0))
+    }
+
+    async fn send(&self, _dataset: &str, _what: &What) -> Result<Outward, Fault> {
+        Err(Fault::new("not simulated"))
+    }
+
+    async fn receive(&self, _dataset: &str, _new: bool) -> Result<Inward, Fault> {
+        Err(Fault::new("not simulated"))
+    }
+
+    async fn rename(&self, dataset: &str, to: &str) -> Result<(), Fault> {
+        self.pool_step(format!("rename to {to}"), pool_of(dataset), |pool, _| {
+            let properties = pool.datasets.remove(dataset).ok_or_else(|| Fault::new("no such dataset"))?;
+            pool.datasets.insert(to.into(), properties);
+            Ok(())
+        })
+    }
+
+    async fn destroy(&self, dataset: &str) -> Result<(), Fault> {
+        self.pool_step(format!("destroy {dataset}"), pool_of(dataset), |pool, _| {
+            pool.datasets.remove(dataset);
+            Ok(())
+        })
+    }
+}
