@@ -82,7 +82,9 @@ impl MetricsOptions {
     async fn serve(&self, registry: Registry) -> Result<Option<Server>, Failure> {
         let Some(address) = self.metrics_address else { return Ok(None) };
         let server = crate::metrics::serve(address, registry).await;
-        Ok(Some(server.map_err(|error| format!("--metrics-address {address}: {error}"))?))
+        let server = server.map_err(|error| format!("--metrics-address {address}: {error}"))?;
+        tracing::info!(address = %server.address(), "metrics are served");
+        Ok(Some(server))
     }
 }
 

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use nix::unistd::{Whence, lseek};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use zpod_volume::DiskLayout;
 
 use crate::csi::Csi;
@@ -64,6 +66,21 @@ impl Node {
     /// See above.
     pub fn zpod_must_run(&mut self) -> Result<()> {
         self.zpod.as_mut().context("zpod was not started")?.must_run()
+    }
+
+    /// What zpod answers Prometheus.
+    ///
+    /// # Errors
+    /// When it doesn't.
+    pub async fn metrics(&self) -> Result<String> {
+        let log = fs::read_to_string(self.dir.path().join("zpod.log")).context("read zpod's log")?;
+        let said = log.lines().rev().find(|line| line.contains("metrics are served"));
+        let address = said.and_then(|line| line.rsplit_once("address=")).context("zpod serves no metrics")?.1.trim();
+        let mut stream = TcpStream::connect(address).await.with_context(|| format!("connect to {address}"))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: zpod\r\nconnection: close\r\n\r\n").await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.context("read metrics")?;
+        Ok(answer)
     }
 
     /// The end of zpod's log.

@@ -34,6 +34,8 @@ pub(crate) async fn start(dir: &Path, csi: &mut Csi) -> Result<Process> {
         place("direct-volumes"),
         "--kata-run-dir".to_owned(),
         place("kata"),
+        "--metrics-address".to_owned(),
+        "127.0.0.1:0".to_owned(),
     ];
     let filter = std::env::var("ZPOD_E2E_LOG").unwrap_or_else(|_| "info".to_owned());
     let mut process = Process::start(&inputs::zpod()?, arguments, &[("RUST_LOG", &filter)], &dir.join("zpod.log"))?;

@@ -8,11 +8,12 @@ use clap::Parser;
 use zpod_storage::backing::file::FileBacking;
 use zpod_storage::catalog::dir;
 
-use super::{DoctorOptions, EndpointOptions, Failure, NodeOptions, main_of, told_to_end};
+use super::{DoctorOptions, EndpointOptions, Failure, MetricsOptions, NodeOptions, main_of, told_to_end};
 use crate::admin::{Admin, AdminServer, Doctor};
 use crate::csi::{ControllerService, GroupControllerService, IdentityService, NodeService};
 use crate::guest::Monitor;
 use crate::kata::DirectVolumes;
+use crate::metrics::{self, NodeMetrics, VolumeMetrics};
 use crate::serve::{Services, Socket, endpoint_path, serve};
 use crate::volumes::{Context, NodeVolumes, Provisioner, Snapshotter};
 
@@ -27,6 +28,8 @@ struct Options {
     endpoint: EndpointOptions,
     #[command(flatten)]
     node: NodeOptions,
+    #[command(flatten)]
+    metrics: MetricsOptions,
     /// Where volumes are recorded.
     #[arg(long, default_value = "/var/lib/zpod/state")]
     state_dir: PathBuf,
@@ -48,13 +51,17 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         return Err("give --standalone; in a cluster, zpod-controller and zpod-node are what runs".into());
     }
     let (end, node) = (told_to_end()?, options.node);
-    let backing = FileBacking::open(&node.backing_dir, node.overprovision)?;
+    let backing = Arc::new(FileBacking::open(&node.backing_dir, node.overprovision)?);
     let doctor = Doctor::new(options.doctor.places(&node), backing.abilities());
     let (catalog, snapshots) = dir::open(&options.state_dir)?;
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     let context =
-        Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(snapshots), Arc::new(backing));
-    let volumes = NodeVolumes::load(context.clone(), direct).await?;
+        Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(snapshots), backing.clone());
+    let mut registry = metrics::registry();
+    NodeMetrics::register(&mut registry, context.node(), backing);
+    let told = VolumeMetrics::register(&mut registry, context.node());
+    let _metrics = options.metrics.serve(registry).await?;
+    let volumes = NodeVolumes::load(context.clone(), direct).await?.observed_by(told);
     tokio::spawn(volumes.clone().keep_scrubbing());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
     let admin = options.admin_endpoint.as_deref().map(|path| {

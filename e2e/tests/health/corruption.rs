@@ -18,6 +18,15 @@ const UNCACHED: (&str, &str) = ("primarycache", "metadata");
 /// zpod looks each 5 s whether a scrub is due, and the guest tells of errors each 30 s.
 const SCRUBBED: Duration = Duration::from_secs(180);
 
+const METRICS: Duration = Duration::from_secs(60);
+
+/// What the metrics count of errors of a kind, of the one volume there is.
+fn error_count(metrics: &str, kind: &str) -> Option<f64> {
+    let kind = format!("type=\"{kind}\"");
+    let line = metrics.lines().find(|line| line.starts_with("zpod_volume_errors_total{") && line.contains(&kind))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
 #[tokio::test]
 async fn with_two_copies_a_scheduled_scrub_heals_what_was_damaged_and_the_volume_tells_of_it() -> Result<()> {
     let mut node = Node::start().await?;
@@ -91,6 +100,15 @@ async fn without_a_second_copy_a_damaged_file_gives_eio_and_the_volume_turns_abn
     let said = condition(&stats).message;
     println!("{said}");
     assert!(said.contains("permanent errors"), "{said}");
+    // The metrics follow the guest's stream of reports, whose details are half a minute old at most.
+    let end = Instant::now() + METRICS;
+    while error_count(&node.metrics().await?, "data") != Some(1.0) {
+        ensure!(Instant::now() < end, "{}", node.metrics().await?);
+        sleep(Duration::from_secs(1)).await;
+    }
+    let metrics = node.metrics().await?;
+    println!("{} checksum errors by the metric", error_count(&metrics, "checksum").unwrap_or_default());
+    assert!(error_count(&metrics, "checksum") > Some(0.0), "{metrics}");
     let status = pod.zfs_tool("tools", "zpool status -v").await?;
     println!("{status}");
     assert!(status.contains("/file"), "{status}");
