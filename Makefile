@@ -20,7 +20,7 @@ kubernetes: ## also build what the test cluster is made of: Kubernetes, its CSI 
 	@deploy/setup.sh kubernetes
 
 build: setup ## zpod itself
-	@cargo build --quiet --release --locked -p zpod-driver -p zpod-installer
+	@cargo build --quiet --release --locked -p zpod-driver -p zpod-installer -p zpod-kubectl
 
 image: setup ## the guest: kernel and overlay, built once and cached
 	@cargo run --quiet --locked -p zpod-image -- build --out $(ZPOD_GUEST_IMAGE_DIR)
@@ -48,7 +48,7 @@ charts: kubernetes ## write what is generated of the chart: definitions, README,
 test: export ZPOD_BIN := $(TARGET)/debug/zpod
 test: lint chart image ## everything: lint, chart, unit, property, csi-sanity, crash, e2e in real guests and a cluster
 	cargo test --locked --workspace --exclude zpod-e2e --features zpod-driver/crash-points
-	cargo build --quiet --locked -p zpod-driver -p zpod-installer
+	cargo build --quiet --locked -p zpod-driver -p zpod-installer -p zpod-kubectl
 	cargo test --locked -p zpod-e2e
 
 bench: build image kubernetes ## measure; tables on the terminal, JSON in bench-results/
