@@ -181,6 +181,29 @@ async fn what_a_guest_reports_is_what_stats_and_conditions_say() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_silence_of_a_guest_is_told_with_what_was_known_before_until_it_is_heard_again() {
+    let mut world = World::new();
+    let (id, target, spec) = world.published("a").await;
+    let guest = world.guest("sandbox-1", Behaviour::Honest, vec![status(&spec)]);
+    world.heard(&id, &target, 12345).await;
+    drop(guest);
+    let deadline = Instant::now() + Duration::from_secs(15);
+    loop {
+        let (used, abnormal, message) = world.stats(&id, &target).await;
+        assert!(used == 12345 && !abnormal, "{message}");
+        if message.contains("can't be heard for") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{message}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let again = VolumeStatus { used_bytes: 777, ..status(&spec) };
+    let _guest = world.guest("sandbox-2", Behaviour::Honest, vec![again]);
+    world.heard(&id, &target, 777).await;
+    assert_eq!(world.stats(&id, &target).await.2, "the pool is healthy");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_running_guest_grows_its_volume_inside_the_headroom_and_is_not_asked_beyond() {
     let mut world = World::new();
     let (id, target, spec) = world.published("a").await;

@@ -147,3 +147,23 @@ pub(crate) fn condition_of(report: &VolumeReport) -> Condition {
         None => Condition { abnormal, message },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_guest_that_is_silent_for_long_is_abnormal_and_one_that_was_damaged_stays_so() {
+        let report = VolumeReport::online(VolumeId::from_name("a"));
+        let before = |seconds, report: &VolumeReport| {
+            let since = Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+            Stats::before(&Silence { since, report: report.clone() }).condition
+        };
+        assert!(!before(3, &report).abnormal);
+        let long = before(61, &report);
+        assert!(long.abnormal && long.message.contains("can't be heard for 61 s"), "{long:?}");
+        assert!(before(3, &VolumeReport { data_errors: 1, ..report }).abnormal);
+    }
+}
