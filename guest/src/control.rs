@@ -236,10 +236,7 @@ impl<M: Machine> Guest for Control<M> {
         Ok(Response::new(stream))
     }
 
-    async fn receive(
-        &self,
-        request: Request<Streaming<ReceiveRequest>>,
-    ) -> Result<Response<ReceiveResponse>, Status> {
+    async fn receive(&self, request: Request<Streaming<ReceiveRequest>>) -> Result<Response<ReceiveResponse>, Status> {
         let mut stream = request.into_inner();
         let first = stream.message().await?.ok_or_else(|| Status::invalid_argument("the first message is missing"))?;
         transfer::receive(&self.volumes, id(&first.volume_id)?, first.data, stream).await.map(Response::new)

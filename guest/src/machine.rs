@@ -14,9 +14,9 @@ use zpod_volume::{Bytes, Encryption, PoolName, VolumeId, gpt};
 use crate::key::Key;
 
 mod linux;
-pub mod streams;
 #[cfg(test)]
 pub(crate) mod simulated;
+pub mod streams;
 
 pub use linux::{LinuxMachine, ZfsLoaded};
 
