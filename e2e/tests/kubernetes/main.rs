@@ -5,6 +5,7 @@
 
 mod capacity;
 mod chart;
+mod kubectl;
 mod outage;
 mod refusals;
 mod restarts;
@@ -47,6 +48,10 @@ fn main() -> Result<ExitCode> {
         stage.trial(
             "a_volume_that_fills_is_told_of_on_its_claim_and_its_pod",
             running::a_volume_that_fills_is_told_of_on_its_claim_and_its_pod,
+        ),
+        stage.trial(
+            "a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl",
+            kubectl::a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl,
         ),
         stage.trial("the_scheduler_goes_where_the_room_is", capacity::the_scheduler_goes_where_the_room_is),
         // After all that use the chart: it looks for what they were refused, and uninstalls it.
