@@ -37,9 +37,9 @@ mod restore;
 mod resume;
 pub mod status;
 pub mod stream;
-mod unlock;
 #[cfg(test)]
 mod tests;
+mod unlock;
 
 use keyring::Keyring;
 use progress::Progress;
@@ -143,8 +143,7 @@ pub struct Volumes<M> {
     machine: M,
     bases: PathBuf,
     table: Mutex<BTreeMap<VolumeId, Arc<Volume>>>,
-    /// Held while a copy of another volume gets a GUID of its own.
-    copies: tokio::sync::Mutex<()>,
+    copies: restore::Copies,
 }
 
 impl<M: Machine> Volumes<M> {
@@ -164,7 +163,15 @@ impl<M: Machine> Volumes<M> {
 
     fn volume(&self, id: VolumeId) -> Arc<Volume> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Volume { id, gate: Default::default(), receiving: Default::default(), transfers: Default::default(), state: Mutex::default(), progress: Progress::default(), keyring: Keyring::default() };
+        let new = || Volume {
+            id,
+            gate: Default::default(),
+            receiving: Default::default(),
+            transfers: Default::default(),
+            state: Mutex::default(),
+            progress: Progress::default(),
+            keyring: Keyring::default(),
+        };
         Arc::clone(table.entry(id).or_insert_with(|| Arc::new(new())))
     }
 

@@ -59,6 +59,11 @@ impl Bounds {
         self.key
     }
 
+    /// What is set for nothing to be kept.
+    pub(super) fn nothing_kept() -> (String, String) {
+        (KEPT.to_owned(), "none".to_owned())
+    }
+
     /// What a dataset is made with. The size of a block device is no property at its creation.
     pub(super) fn at_creation(&self) -> Vec<(String, String)> {
         let quota = self.key.filter(|key| QUOTAS.contains(key)).map(|key| (key, self.capacity));
@@ -96,7 +101,7 @@ impl Bounds {
         let kept = number(now, KEPT);
         if kept > self.kept {
             changes.first.push(match self.kept {
-                0 => (KEPT.to_owned(), "none".to_owned()),
+                0 => Self::nothing_kept(),
                 kept => set(KEPT, kept),
             });
         }

@@ -5,10 +5,15 @@
 //! after a power failure, which is what ZFS is made for; the mark in it is older than the copy began, and so whole. A mark
 //! that a crash of the node or of the guest left behind goes at the next activation: by then no copy is being made of
 //! what this guest holds.
+//!
+//! A snapshot needs as much free space as the volume is to have kept for it and has filled
+//! (`dsl_dataset_snapshot_reserve_space`): of a pool that is hardly larger than the volume there is none to be taken. So
+//! nothing is kept while there is a mark.
 
 use zpod_volume::{Mark, VolumeId};
 
 use super::Volumes;
+use super::bounds::Bounds;
 use crate::error::VolumeError;
 use crate::machine::{Fault, Machine, Properties, Step};
 
@@ -30,6 +35,9 @@ impl<M: Machine> Volumes<M> {
                 // What containers have written lies in the kernel's cache first, as with any disk.
                 self.machine.flush_volume(&dataset).await.map_err(failed)?;
             }
+            if spec.reservation.is_some() {
+                self.machine.set_dataset(&dataset, &[Bounds::nothing_kept()]).await.map_err(failed)?;
+            }
             self.machine.snapshot(&dataset, mark.as_str()).await.map_err(failed)?;
         }
         // The snapshot is on the disk; what the tools and the labels say of it is too when this returns.
@@ -46,9 +54,18 @@ impl<M: Machine> Volumes<M> {
         let (volume, _) = self.known(id)?;
         let _gate = volume.gate.lock().await;
         let (_, active) = self.known(id)?;
-        let dataset = active.request.spec.dataset();
-        let removed = remove_marks(&self.machine, &dataset, |name| name == mark.as_str()).await;
-        let removed = removed.map_err(|fault| VolumeError::failed(id, "removing a mark", fault))?;
+        let (spec, failed) = (&active.request.spec, |fault| VolumeError::failed(id, "removing a mark", fault));
+        let dataset = spec.dataset();
+        let removed = remove_marks(&self.machine, &dataset, |name| name == mark.as_str()).await.map_err(failed)?;
+        if spec.reservation.is_some() {
+            let now = self.machine.dataset(&dataset).await.map_err(failed)?.unwrap_or_default();
+            // Where another mark still takes the room, the last one's end brings it back, or the next start.
+            if let Some(kept) = Bounds::of(spec).changes(&now).then
+                && let Err(fault) = self.machine.set_dataset(&dataset, &[kept]).await
+            {
+                tracing::warn!(volume = %id, "the space that is to be kept for it is not there yet: {fault}");
+            }
+        }
         Ok(if removed == 0 { Step::Unchanged } else { Step::Changed })
     }
 
@@ -86,6 +103,32 @@ mod tests {
     use super::*;
     use std::time::Duration;
     use zpod_volume::{Create, SnapshotId};
+
+    #[tokio::test(start_paused = true)]
+    async fn space_that_is_kept_for_a_volume_is_lent_to_its_marks() {
+        let volumes = guest(&disks(&["a"]));
+        let mut volume = wanted("a", Create::Fresh, "/m1");
+        volume.spec.reservation = Some(zpod_volume::Bytes::gib(1));
+        let id = volume.spec.id;
+        let _ = prepare(&volumes, "c1", volume.clone()).await.unwrap();
+        let kept = async || volumes.properties(id).await.unwrap().0["refreservation"].clone();
+        assert_eq!(kept().await, "1073741824");
+        let marks = ["s", "t"].map(|name| Mark::for_snapshot(SnapshotId::from_name(name)));
+        for mark in &marks {
+            volumes.mark(id, mark).await.unwrap();
+            assert_eq!(kept().await, "none");
+        }
+        for (mark, left) in marks.iter().zip(["none", "1073741824"]) {
+            volumes.unmark(id, mark).await.unwrap();
+            assert_eq!(kept().await, left);
+        }
+        // One that was left behind.
+        volumes.mark(id, &marks[0]).await.unwrap();
+        volumes.release_all().await;
+        volume.spec.create = Create::Never;
+        let _ = prepare(&volumes, "c1", volume).await.unwrap();
+        assert_eq!(kept().await, "1073741824");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_mark_is_taken_once_and_removed_once_and_nothing_else_with_it() {

@@ -8,7 +8,7 @@
 //! 2. the dataset is rolled back to the mark, where a guest ran while the copy was made;
 //! 3. size, properties and quota are set, and all of it is written out;
 //! 4. the journal says `Created`, for this volume;
-//! 5. marks are removed.
+//! 5. marks are removed, and space is kept for it.
 //!
 //! Until the fourth step is done no container has seen the volume, and each step before it can be repeated: a start that
 //! is cut short anywhere is begun again. From then on the disk is like any other, and nothing is ever rolled back again.
@@ -18,13 +18,38 @@
 //! any time, and nobody here knows a pool by its GUID.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use tokio::sync::{Mutex, MutexGuard};
 use zpod_volume::{Origin, PoolName};
 
 use super::activate::Activation;
 use crate::error::VolumeError;
 use crate::journal::Journal;
 use crate::machine::{Disk, Fault, Machine};
+
+/// Copies, which get a GUID of their own one at a time.
+#[derive(Debug, Default)]
+pub(super) struct Copies {
+    lock: Mutex<()>,
+    done: AtomicU64,
+}
+
+impl Copies {
+    /// How many there were.
+    pub(super) fn done(&self) -> u64 {
+        self.done.load(Ordering::SeqCst)
+    }
+
+    /// The right to be the next one, if one had, or has, its origin's GUID since there were so many.
+    pub(super) async fn since(&self, done: u64) -> Option<MutexGuard<'_, ()>> {
+        match self.lock.try_lock() {
+            Ok(_) if self.done() == done => None,
+            Ok(alone) => Some(alone),
+            Err(_) => Some(self.lock.lock().await),
+        }
+    }
+}
 
 impl<M: Machine> Activation<'_, M> {
     /// The first step, also where it was cut short in this machine or another.
@@ -37,7 +62,7 @@ impl<M: Machine> Activation<'_, M> {
     ) -> Result<(), VolumeError> {
         let pool = &self.request.spec.pool;
         self.progress.stage("waiting for another copy to get a GUID of its own");
-        let _alone = self.copies.lock().await;
+        let _alone = self.copies.lock.lock().await;
         if !imported {
             self.progress.stage("importing the pool it is a copy of");
             let result = match self.import_copy(device, origin).await {
@@ -52,7 +77,9 @@ impl<M: Machine> Activation<'_, M> {
                 cause,
             })?;
         }
-        self.machine.reguid(pool).await.map_err(self.failed("giving its pool a GUID of its own"))
+        let result = self.machine.reguid(pool).await;
+        self.copies.done.fetch_add(1, Ordering::SeqCst);
+        result.map_err(self.failed("giving its pool a GUID of its own"))
     }
 
     async fn import_copy(&self, device: &Path, origin: &Origin) -> Result<(), Fault> {
@@ -88,6 +115,10 @@ impl<M: Machine> Activation<'_, M> {
         self.machine.sync(&spec.pool).await.map_err(self.failed("writing out its pool"))?;
         self.write_journal(disk, Journal::Created).await?;
         self.remove_leftover_marks(&now).await;
+        if spec.reservation.is_some() {
+            // Only now there is room for it, without the marks.
+            self.keep(&self.dataset().await?).await;
+        }
         tracing::info!(volume = %self.id, "made from a copy of {:?}", origin.map(|origin| origin.volume));
         Ok(quota)
     }

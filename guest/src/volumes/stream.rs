@@ -182,7 +182,7 @@ impl<M: Machine> Volumes<M> {
         if spec.reservation.is_none() {
             return self.machine.snapshot(&dataset, snapshot).await;
         }
-        self.machine.set_dataset(&dataset, &[("refreservation".to_owned(), "none".to_owned())]).await?;
+        self.machine.set_dataset(&dataset, &[Bounds::nothing_kept()]).await?;
         let taken = self.machine.snapshot(&dataset, snapshot).await;
         let now = self.machine.dataset(&dataset).await?.unwrap_or_default();
         if let Some(kept) = Bounds::of(spec).changes(&now).then
