@@ -6,6 +6,7 @@ use kube::api::{Patch, PatchParams};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
+use zpod_kubernetes::MODIFIED;
 use zpod_kubernetes::crd::ZfsVolume;
 use zpod_volume::{PropertyKind, VolumeAttributes};
 
@@ -18,8 +19,6 @@ use crate::{Failure, progress};
 
 /// Owns what it sets in `spec.attributes`.
 const MANAGER: &str = "kubectl-zpod-props";
-/// The condition in which the node says that it can't take over an attribute.
-const MODIFIED: &str = "Modified";
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// A property.
