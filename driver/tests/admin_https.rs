@@ -37,7 +37,7 @@ fn api_server() -> Client {
 async fn serve(dir: &TempDir) -> AdminServer {
     let path = |name: &str| dir.path().join(name);
     std::fs::create_dir(path("volumes")).unwrap();
-    let backing = FileBacking::open(&path("volumes"), 1.0).unwrap();
+    let backing = FileBacking::open(path("volumes"), 1.0).unwrap();
     let places = Places {
         backing_dir: path("volumes"),
         direct_volume_dir: path("direct"),
@@ -45,7 +45,7 @@ async fn serve(dir: &TempDir) -> AdminServer {
         guest_dir: path("guest"),
     };
     let doctor = Doctor::new(places, backing.abilities());
-    let (catalog, snapshots) = dir::open(&path("state")).unwrap();
+    let (catalog, snapshots) = dir::open(path("state")).unwrap();
     let boot = Context::boot_id().unwrap();
     let context = Context::new("n1".into(), boot, Arc::new(catalog), Arc::new(snapshots), Arc::new(backing));
     let direct = DirectVolumes::open(&path("direct")).unwrap();
