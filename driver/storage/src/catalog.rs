@@ -2,7 +2,8 @@
 //!
 //! # Design
 //! A record is replaced whole, and only if it is still the one that was read ([`Volume::revision`]): two writers can't
-//! undo each other. Volumes and snapshots are kept alike ([`Record`]). Records are handed out one at a time or a page at a time; nothing needs all of them at once.
+//! undo each other. Volumes and snapshots are kept alike ([`Record`]). Records are handed out one at a time or a page at a
+//! time; nothing needs all of them at once.
 
 pub mod dir;
 

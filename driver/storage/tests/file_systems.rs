@@ -8,6 +8,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use zpod_storage::backing::file::{Fencing, FileBacking};
 use zpod_storage::backing::{Backing, BackingError, CopySource, Copying, DeviceSpec, Outcome};
@@ -261,8 +262,9 @@ fn fill(backing: &FileBacking, spec: &DeviceSpec, pattern: Pattern, byte: u8) {
     file.sync_all().unwrap_or_else(|error| panic!("{spec:?} {pattern:?}: {error}"));
 }
 
-/// Some file systems free what is removed a while later.
+/// Some file systems free what is removed a while later, and a refusal may stand on figures of up to a second ago.
 fn settle(dir: &Path) {
+    std::thread::sleep(Duration::from_millis(1100));
     for _ in 0..2 {
         rustix::fs::syncfs(File::open(dir).unwrap()).unwrap();
     }
