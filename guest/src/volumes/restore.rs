@@ -97,6 +97,8 @@ impl<M: Machine> Activation<'_, M> {
     pub(super) async fn adopt(&self, disk: &Disk, device: &Path) -> Result<u64, VolumeError> {
         let spec = &self.request.spec;
         let dataset = spec.dataset();
+        // The copy may show the moment in which what was received took the place of the contents.
+        self.end_swap().await?;
         self.unlock(&self.dataset().await?).await?;
         let origin = spec.origin.as_ref();
         if let Some((origin, mark)) = origin.and_then(|origin| Some((origin, origin.mark.as_ref()?))) {

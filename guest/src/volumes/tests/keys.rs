@@ -225,3 +225,23 @@ async fn a_volume_that_is_encrypted_against_its_spec_or_not_is_refused() {
     assert!(matches!(error, VolumeError::Differs { .. }), "{error}");
     assert_eq!(error.code(), tonic::Code::FailedPrecondition);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_of_a_volume_whose_contents_were_just_being_replaced_has_the_ones_before() {
+    let (running, source) = made().await;
+    running.release_all().await;
+    let disks = copied(&source, &["b"]);
+    {
+        // Between the two renames of a receive.
+        let mut all = disks.lock().unwrap();
+        let pool = all[0].pool.as_mut().unwrap();
+        let properties = pool.datasets.remove(&a(Create::Never).spec.dataset()).unwrap();
+        pool.datasets.insert(format!("{}/old", pool.name), properties);
+    }
+    let volumes = guest(&disks);
+    let b = encrypted(restored("b", None, "/m1"));
+    volumes.provide_key(b.spec.id, TOKEN, keys("one", None)).await.unwrap();
+    let _ = prepare(&volumes, "c1", b.clone()).await.unwrap();
+    assert_eq!((data(&disks).as_str(), count(&volumes, "rename")), ("secret", 1));
+    assert!(disks.lock().unwrap()[0].pool.as_ref().unwrap().datasets.contains_key(&b.spec.dataset()));
+}
