@@ -6,8 +6,8 @@ use anyhow::Result;
 use tonic::Code;
 use zpod_e2e::workdir::Workdir;
 use zpod_e2e::{Container, Sandbox};
-use zpod_proto::guest::{PropertiesRequest, QuotaMode, SetPropertiesRequest};
-use zpod_volume::{self as volume, Bytes, DiskLayout};
+use zpod_proto::guest::{MarkRequest, PropertiesRequest, QuotaMode, SetPropertiesRequest, UnmarkRequest};
+use zpod_volume::{self as volume, Bytes, DiskLayout, Mark, SnapshotId};
 
 use crate::disk::pod;
 use crate::image::Image;
@@ -115,6 +115,19 @@ async fn a_volume_in_use_takes_other_properties_quotas_and_reservations_and_keep
     let kept = Bytes::mib(128).0.to_string();
     check(&mut second, &image, &[("compression", "lz4"), ("sync", "always"), ("quota", capacity.as_str())]).await?;
     check(&mut second, &image, &[("refquota", "0"), ("refreservation", kept.as_str())]).await?;
+
+    // All of its capacity is kept for it, and most of it filled. There is room for a mark all the same.
+    let mut control = second.control().await?;
+    let volume_id = image.id();
+    let all = SetPropertiesRequest { volume_id, reservation_bytes: Some(SIZE.0), ..SetPropertiesRequest::default() };
+    control.set_properties(all).await?;
+    check(&mut second, &image, &[("refreservation", capacity.as_str())]).await?;
+    second.sh("app", "e2e fill /data/more 150000000; sync").await?;
+    let mark = Mark::for_snapshot(SnapshotId::from_name("s")).to_string();
+    control.mark(MarkRequest { volume_id: image.id(), mark: mark.clone() }).await?;
+    check(&mut second, &image, &[("refreservation", "0")]).await?;
+    control.unmark(UnmarkRequest { volume_id: image.id(), mark }).await?;
+    check(&mut second, &image, &[("refreservation", capacity.as_str())]).await?;
     second.remove("app").await?;
     (image.spec.reservation, image.spec.quota) = (None, volume::QuotaMode::Refquota);
     image.publish()?;

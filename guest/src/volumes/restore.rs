@@ -121,7 +121,9 @@ impl<M: Machine> Activation<'_, M> {
             // Only now there is room for it, without the marks.
             self.keep(&self.dataset().await?).await;
         }
-        tracing::info!(volume = %self.id, "made from a copy of {:?}", origin.map(|origin| origin.volume));
+        if let Some(origin) = origin {
+            tracing::info!(volume = %self.id, "its contents are a copy of volume {}'s", origin.volume);
+        }
         Ok(quota)
     }
 }
