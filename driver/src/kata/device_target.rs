@@ -104,7 +104,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("a-volume-of-the-target-test.img");
         File::create(&image).unwrap().set_len(1 << 20).unwrap();
-        let (device, _) = LoopDevice::attach(&image).unwrap();
+        let (device, _) = LoopDevice::attach(&image, true).unwrap();
         let target = TargetPath::resolve(&dir.path().join("device")).unwrap();
         // Killed before the mount.
         File::create(target.as_path()).unwrap();

@@ -30,11 +30,20 @@ pub struct LoopDevice {
 
 impl LoopDevice {
     /// The device of an image, attached now where there is none. Never partitioned on the host: nothing there reads what
-    /// the guest wrote. Writes go past the host's page cache where the file system lets them.
+    /// the guest wrote. Writes go past the host's page cache where the file system lets them. With `discards` those of the
+    /// guest may punch holes into the image.
     ///
     /// # Errors
     /// When the operating system refuses.
-    pub fn attach(image: &Path) -> Result<(Self, Outcome), KataError> {
+    pub fn attach(image: &Path, discards: bool) -> Result<(Self, Outcome), KataError> {
+        let (device, outcome) = Self::attach_any(image, discards)?;
+        if !discards {
+            device.forbid_discards()?;
+        }
+        Ok((device, outcome))
+    }
+
+    fn attach_any(image: &Path, discards: bool) -> Result<(Self, Outcome), KataError> {
         if let Some((device, file)) = attached(image)?.into_iter().next() {
             // One that was to go with its last user stays.
             let status = ioctl::status(&file).map_err(KataError::os("look at", &device.path))?;
@@ -51,9 +60,19 @@ impl LoopDevice {
                 ioctl::free(&control).map_err(KataError::os("ask for a free device at", Path::new(CONTROL)))?;
             crash::point("loop device found");
             let path = PathBuf::from(format!("/dev/loop{number}"));
-            let device = open(&path).map_err(KataError::io("open", &path))?;
-            match ioctl::configure(&device, &backing) {
-                Ok(()) => return Ok((Self { path }, Outcome::Changed)),
+            let file = open(&path).map_err(KataError::io("open", &path))?;
+            let device = Self { path: path.clone() };
+            match ioctl::configure(&file, &backing) {
+                // A device keeps that limit when it is detached, and the kernel never raises it again: another one then,
+                // or this one made anew.
+                Ok(()) if discards && device.forbids_discards()? => {
+                    ioctl::detach(&file).map_err(KataError::os("detach", &path))?;
+                    drop(file);
+                    if let Err(error) = ioctl::remove(&control, number) {
+                        tracing::debug!(device = %path.display(), %error, "not made anew");
+                    }
+                }
+                Ok(()) => return Ok((device, Outcome::Changed)),
                 Err(Errno::BUSY) => {}
                 Err(error) => return Err(KataError::os("attach the volume's image to", &path)(error)),
             }
@@ -62,13 +81,20 @@ impl LoopDevice {
     }
 
     /// Keeps the guest's discards from the image, which would punch holes into it.
-    ///
-    /// # Errors
-    /// When the operating system refuses.
-    pub fn forbid_discards(&self) -> Result<(), KataError> {
-        let name = self.path.file_name().unwrap_or(OsStr::new(""));
-        let path = Path::new(DEVICES).join(name).join("queue/discard_max_bytes");
+    fn forbid_discards(&self) -> Result<(), KataError> {
+        let path = self.queue("discard_max_bytes");
         fs::write(&path, "0").map_err(KataError::io("write", &path))
+    }
+
+    /// Whether discards that could reach the image are kept from it.
+    fn forbids_discards(&self) -> Result<bool, KataError> {
+        let read = |path: PathBuf| fs::read_to_string(&path).map_err(KataError::io("read", &path));
+        let none = |text: String| text.trim() == "0";
+        Ok(none(read(self.queue("discard_max_bytes"))?) && !none(read(self.queue("discard_max_hw_bytes"))?))
+    }
+
+    fn queue(&self, limit: &str) -> PathBuf {
+        Path::new(DEVICES).join(self.path.file_name().unwrap_or(OsStr::new(""))).join("queue").join(limit)
     }
 
     /// Detaches every device of an image: at once, or with their last users. An image that is gone has none.
@@ -134,15 +160,15 @@ mod tests {
     fn a_device_is_attached_once_found_again_under_any_path_and_detached() {
         let dir = tempfile::tempdir().unwrap();
         let path = image(dir.path(), "a-volume-of-the-loop-test.img");
-        let (device, outcome) = LoopDevice::attach(&path).unwrap();
+        let (device, outcome) = LoopDevice::attach(&path, false).unwrap();
         assert_eq!(outcome, Outcome::Changed);
-        assert_eq!(LoopDevice::attach(&path).unwrap(), (device.clone(), Outcome::Unchanged));
+        assert_eq!(LoopDevice::attach(&path, false).unwrap(), (device.clone(), Outcome::Unchanged));
+        assert!(device.forbids_discards().unwrap());
         let file = OpenOptions::new().read(true).write(true).open(device.path()).unwrap();
         file.write_all_at(b"through the device", 4096).unwrap();
         file.sync_all().unwrap();
         drop(file);
         assert_eq!(&fs::read(&path).unwrap()[4096..4114], b"through the device");
-        device.forbid_discards().unwrap();
 
         // Another image of that name is another image.
         let elsewhere = tempfile::tempdir().unwrap();
@@ -152,6 +178,10 @@ mod tests {
         let moved = dir.path().join("moved/a-volume-of-the-loop-test.img");
         fs::rename(&path, &moved).unwrap();
         assert_eq!(LoopDevice::detach(&moved).unwrap(), Outcome::Changed);
+        // It may well be the same device.
+        let (next, _) = LoopDevice::attach(&other, true).unwrap();
+        assert!(!next.forbids_discards().unwrap(), "{next:?} has kept the limit of another image");
+        assert_eq!(LoopDevice::detach(&other).unwrap(), Outcome::Changed);
         assert_eq!(LoopDevice::detach(&moved).unwrap(), Outcome::Unchanged);
         assert_eq!(LoopDevice::detach(&path).unwrap(), Outcome::Unchanged);
     }
@@ -160,11 +190,11 @@ mod tests {
     fn a_device_that_somebody_has_open_goes_with_him_unless_it_is_wanted_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = image(dir.path(), "a-busy-volume-of-the-loop-test.img");
-        let (device, _) = LoopDevice::attach(&path).unwrap();
+        let (device, _) = LoopDevice::attach(&path, true).unwrap();
         let user = File::open(device.path()).unwrap();
         assert_eq!(LoopDevice::detach(&path).unwrap(), Outcome::Changed);
         assert_eq!(attached(&path).unwrap().len(), 1, "it is there as long as it is open");
-        assert_eq!(LoopDevice::attach(&path).unwrap(), (device.clone(), Outcome::Unchanged));
+        assert_eq!(LoopDevice::attach(&path, true).unwrap(), (device.clone(), Outcome::Unchanged));
         drop(user);
         assert_eq!(attached(&path).unwrap().len(), 1, "and stays");
         assert_eq!(LoopDevice::detach(&path).unwrap(), Outcome::Changed);

@@ -67,11 +67,8 @@ impl NodeVolumes {
         let image = self.context.with_backing(move |backing| backing.device(id)).await?;
         let (target, discards) = (target.clone(), discard(volume));
         blocking(move || {
-            let (device, attached) = LoopDevice::attach(&image)?;
+            let (device, attached) = LoopDevice::attach(&image, discards)?;
             crash::point("publish: loop device attached");
-            if !discards {
-                device.forbid_discards()?;
-            }
             let mounted = target.mount_device(&device)?;
             crash::point("publish: device mounted");
             Ok(if mounted == Outcome::Unchanged { attached } else { mounted })

@@ -6,12 +6,13 @@ use std::os::fd::{AsFd, AsRawFd as _};
 use std::ptr;
 
 use rustix::io::{Errno, Result};
-use rustix::ioctl::{Ioctl, IoctlOutput, NoArg, Opcode, Setter, Updater, ioctl};
+use rustix::ioctl::{IntegerSetter, Ioctl, IoctlOutput, NoArg, Opcode, Setter, Updater, ioctl};
 
 const LOOP_CLR_FD: Opcode = 0x4C01;
 const LOOP_SET_STATUS64: Opcode = 0x4C04;
 const LOOP_GET_STATUS64: Opcode = 0x4C05;
 const LOOP_CONFIGURE: Opcode = 0x4C0A;
+const LOOP_CTL_REMOVE: Opcode = 0x4C81;
 const LOOP_CTL_GET_FREE: Opcode = 0x4C82;
 
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
@@ -105,6 +106,13 @@ unsafe impl Ioctl for GetFree {
 pub(super) fn free(control: impl AsFd) -> Result<i32> {
     // SAFETY: as `GetFree` says.
     unsafe { ioctl(control, GetFree) }
+}
+
+/// Forgets a device that has no file and that nobody has open.
+pub(super) fn remove(control: impl AsFd, number: i32) -> Result<()> {
+    let number = usize::try_from(number).map_err(|_| Errno::INVAL)?;
+    // SAFETY: the opcode takes the number as it is, and reads and writes no memory.
+    unsafe { ioctl(control, IntegerSetter::<LOOP_CTL_REMOVE>::new_usize(number)) }
 }
 
 /// Attaches a file. Direct I/O is left out by the kernel where the file can't have it.
