@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::admin::Places;
 use crate::metrics::{Registry, Server};
 use crate::serve::endpoint_path;
+use zpod_volume::Bytes;
 
 /// Two threads keep two cores busy; the work itself waits for the kernel and the network.
 const WORKERS: usize = 2;
@@ -40,6 +41,10 @@ pub struct NodeOptions {
     /// Where Kata's shims have the directories of their sandboxes. May be given more than once.
     #[arg(long, default_values = ["/run/kata", "/run/vc/sbs"])]
     pub kata_run_dir: Vec<PathBuf>,
+    /// The largest volume that a pod may have inline (CSI ephemeral volumes), which no quota of its namespace counts: a
+    /// number of bytes, or one with Ki, Mi, Gi or Ti behind it. 0: there are none.
+    #[arg(long, default_value = "16Gi")]
+    pub ephemeral_max_size: Bytes,
 }
 
 /// Where `kubectl zpod` finds the guest's kernel.

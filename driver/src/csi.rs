@@ -2,6 +2,7 @@
 
 mod capability;
 mod controller;
+mod ephemeral;
 mod group;
 mod identity;
 mod node;

@@ -14,6 +14,7 @@ mod capacity_range;
 mod clone;
 mod context;
 mod copies;
+mod ephemeral;
 mod error;
 mod expand;
 mod keys;
@@ -37,6 +38,7 @@ pub use capacity_range::{CapacityRange, DEFAULT_CAPACITY};
 pub(crate) use clone::Bounds;
 pub use context::{Context, Probe};
 pub use copies::Progress;
+pub use ephemeral::EphemeralVolume;
 pub use error::VolumeError;
 pub use keys::{KeyPair, Secret};
 #[allow(unused_imports, reason = "for the cluster's provisioner")]

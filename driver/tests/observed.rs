@@ -16,8 +16,8 @@ use fake_guest::{Behaviour, FakeGuest};
 use zpod_driver::guest::{Health, Monitor, VolumeReport};
 use zpod_driver::kata::DirectVolumes;
 use zpod_driver::volumes::{
-    CLAIM_NAME, Context, CreateRequest, NodeVolumes, Observed, Observer, PodCheck, Provision, Provisioner,
-    PublishRequest, VolumeError,
+    CLAIM_NAME, Context, CreateRequest, EphemeralVolume, NodeVolumes, Observed, Observer, PodCheck, Provision,
+    Provisioner, PublishRequest, VolumeError,
 };
 use zpod_proto::guest::{Health as WireHealth, VolumeStatus};
 use zpod_storage::backing::sim::SimBacking;
@@ -85,6 +85,10 @@ impl PodCheck for Only {
             }
         }
     }
+
+    async fn is_gone(&self, _: VolumeId, pod: &PodRef) -> Result<bool, VolumeError> {
+        Ok(pod.uid == "gone")
+    }
 }
 
 struct World {
@@ -107,7 +111,7 @@ impl World {
         let direct = DirectVolumes::open(&dir.path().join("direct-volumes")).unwrap();
         let notes = Arc::new(Notes::default());
         let node = NodeVolumes::load(context.clone(), direct).await.unwrap();
-        let node = node.observed_by(notes.clone()).checking_pods(Arc::new(Only("good")));
+        let node = node.observed_by(notes.clone()).checking_pods(Arc::new(Only("good"))).with_ephemeral(Bytes::gib(1));
         Self { dir, catalog, context, node, notes }
     }
 
@@ -162,6 +166,36 @@ async fn what_a_believed_guest_says_reaches_the_observer_and_stats_ask_no_catalo
     world.node.unpublish(id, target.clone()).await.unwrap();
     assert_eq!(*world.notes.withdrawn.lock().unwrap(), [id]);
     assert!(matches!(world.node.stats(id, &target).await, Err(VolumeError::NotPublished { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_inline_volume_ends_without_being_unpublished_only_when_its_pod_is_gone() {
+    let world = World::new().await;
+    let publish = async |handle: &str, uid: &str| {
+        let id = VolumeId::from_name(handle);
+        let pod = Some(PodRef { namespace: "ns".into(), name: "good".into(), uid: uid.into() });
+        let request = PublishRequest { pod, ..PublishRequest::new(id, &world.dir.path().join(handle)) };
+        let wanted = EphemeralVolume { handle: handle.into(), size: None, parameters: Default::default() };
+        world.node.publish_ephemeral(wanted, request).await.unwrap();
+        id
+    };
+    let (lives, gone) = (publish("lives", "u-1").await, publish("gone", "gone").await);
+    // One that a kill has left between being made and being published; and a claim's volume, which is nobody's to end.
+    let made = |name: &str, ephemeral| CreateRequest { name: name.into(), ephemeral, ..CreateRequest::default() };
+    let provisioner = Provisioner::new(world.context.clone());
+    let begun = provisioner.create(made("begun", true)).await.unwrap().id;
+    let claim = provisioner.create(made("claim", false)).await.unwrap().id;
+    let there = async |id| world.catalog.0.get(id).await.unwrap().is_some();
+
+    let idle = world.node.end_abandoned(&Default::default()).await.unwrap();
+    assert_eq!(idle, [begun].into(), "it may be published in this moment");
+    assert!(there(begun).await && !there(gone).await);
+    assert!(!world.dir.path().join("gone").exists(), "its target path is there");
+    let idle = world.node.end_abandoned(&idle).await.unwrap();
+    assert!(idle.is_empty() && !there(begun).await);
+    assert!(there(lives).await && there(claim).await);
+    world.node.unpublish(lives, world.dir.path().join("lives")).await.unwrap();
+    assert!(!there(lives).await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -59,6 +59,8 @@ async fn a_bad_volume_is_refused_with_the_field_and_what_is_allowed_and_nothing_
     let daemon = node.start(None);
     let mut calls = Calls::new(daemon.channel());
     let block = VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..capability() };
+    let neither = VolumeCapability { access_type: None, ..capability() };
+    let both = CreateVolumeRequest { volume_capabilities: vec![capability(), block], ..create() };
     let shared =
         VolumeCapability { access_mode: Some(AccessMode { mode: Mode::MultiNodeMultiWriter.into() }), ..capability() };
     let elsewhere = Topology { segments: map(&[("csi.zpod.storage/node", "node-2")]) };
@@ -67,7 +69,8 @@ async fn a_bad_volume_is_refused_with_the_field_and_what_is_allowed_and_nothing_
         (CreateVolumeRequest { name: String::new(), ..create() }, Code::InvalidArgument, "name: is missing"),
         (CreateVolumeRequest { name: "x".repeat(129), ..create() }, Code::InvalidArgument, "1 to 128 are allowed"),
         (CreateVolumeRequest { volume_capabilities: vec![], ..create() }, Code::InvalidArgument, "volume_capabilities"),
-        (with(block), Code::InvalidArgument, "volumeMode: Block is not supported yet"),
+        (with(neither), Code::InvalidArgument, "access_type: is missing"),
+        (both, Code::InvalidArgument, "volume_capabilities"),
         (with(shared), Code::InvalidArgument, "MULTI_NODE_MULTI_WRITER is not possible"),
         (with(mount("ext4", &[], "")), Code::InvalidArgument, "--default-fstype"),
         (
@@ -85,14 +88,14 @@ async fn a_bad_volume_is_refused_with_the_field_and_what_is_allowed_and_nothing_
         (parameter("compresion", "lz4"), Code::InvalidArgument, "\"compresion\" is not known; allowed are"),
         (parameter("recordsize", "3K"), Code::InvalidArgument, "recordsize: \"3K\" is not allowed"),
         (
-            CreateVolumeRequest { mutable_parameters: map(&[("sync", "always")]), ..create() },
+            CreateVolumeRequest { mutable_parameters: map(&[("speed", "fast")]), ..create() },
             Code::InvalidArgument,
-            "VolumeAttributesClass",
+            "\"speed\"",
         ),
         (
             CreateVolumeRequest { volume_content_source: Some(VolumeContentSource::default()), ..create() },
             Code::InvalidArgument,
-            "not supported yet",
+            "names neither a snapshot nor a volume",
         ),
         (
             CreateVolumeRequest { accessibility_requirements: Some(elsewhere), ..create() },
@@ -140,7 +143,7 @@ async fn a_bad_publication_is_refused_and_leaves_nothing() {
                 ..good.clone()
             },
             Code::InvalidArgument,
-            "ephemeral inline volumes are not supported",
+            "not what kubelet calls an inline volume",
         ),
     ];
     for (request, code, message) in table {

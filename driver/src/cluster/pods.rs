@@ -7,7 +7,9 @@ use k8s_openapi::api::core::v1::{Pod, PodSpec, VolumeMount};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::{Api, Client};
 use zpod_storage::catalog::{PodRef, Volume};
+use zpod_volume::VolumeId;
 
+use crate::csi::DRIVER;
 use crate::guest::clean;
 use crate::volumes::{CLAIM_NAME, PodCheck, VolumeError};
 
@@ -63,8 +65,7 @@ impl ClusterPods {
         };
         let handler = class.as_ref().map(|(name, class)| (*name, class.as_ref().map(|class| class.handler.as_str())));
         check_runtime(handler, &self.handlers)?;
-        let claim = volume.labels.get(CLAIM_NAME).map_or("", String::as_str);
-        check_mounts(&wanted.name, &spec, claim)
+        check_mounts(&wanted.name, &spec, volume)
     }
 }
 
@@ -96,6 +97,20 @@ impl PodCheck for ClusterPods {
             }
         })
     }
+
+    async fn is_gone(&self, id: VolumeId, pod: &PodRef) -> Result<bool, VolumeError> {
+        if pod.uid.is_empty() || pod.namespace.is_empty() {
+            return Ok(false);
+        }
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
+        let found = ask("the pod", pods.get_metadata_opt(&pod.name)).await;
+        let found = found.map_err(|(Refusal::Pod(reason) | Refusal::Unknown(reason))| VolumeError::PodUnknown {
+            id,
+            pod: pod.to_string(),
+            reason: clean(&reason, 512),
+        })?;
+        Ok(found.and_then(|found| found.metadata.uid).is_none_or(|uid| uid != pod.uid))
+    }
 }
 
 /// The pod's RuntimeClass by name, with its handler where it exists.
@@ -119,12 +134,16 @@ fn check_runtime(class: Class<'_>, handlers: &[String]) -> Result<(), Refusal> {
 }
 
 /// Refuses subPath: kubelet resolves it on the node, where there is only the placeholder.
-fn check_mounts(pod: &str, spec: &PodSpec, claim: &str) -> Result<(), Refusal> {
+fn check_mounts(pod: &str, spec: &PodSpec, volume: &Volume) -> Result<(), Refusal> {
+    let claim = volume.labels.get(CLAIM_NAME).map_or("", String::as_str);
+    let ephemeral = volume.ephemeral;
     let volumes = spec.volumes.iter().flatten().filter_map(|volume| {
         let named = volume.persistent_volume_claim.as_ref().is_some_and(|source| source.claim_name == claim);
         // The claim of a generic ephemeral volume is named after pod and volume.
         let made = volume.ephemeral.is_some() && claim == format!("{pod}-{}", volume.name);
-        (named || made).then_some(volume.name.as_str())
+        // Which of a pod's inline volumes it is its handle does not tell: none of them can be used by subPath.
+        let inline = ephemeral && volume.csi.as_ref().is_some_and(|source| source.driver == DRIVER);
+        (named || made || inline).then_some(volume.name.as_str())
     });
     let volumes: BTreeSet<&str> = volumes.collect();
     let check = |kind: &str, container: &str, mounts: Option<&Vec<VolumeMount>>| {
@@ -245,6 +264,33 @@ mod tests {
         let pods = ClusterPods::new(world(spec(Some("ours"), sub)).client(), vec!["kata-zpod-clh".into()]);
         let error = pods.check(Some(&pod()), &volume("db-0-tmp")).await.unwrap_err();
         assert!(matches!(error, VolumeError::PodRefused { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_inline_volume_is_known_by_its_driver() {
+        let sub = json!({"name": "scratch", "mountPath": "/tmp", "subPath": "a"});
+        let inline = Volume { ephemeral: true, labels: Default::default(), ..volume("none") };
+        for (driver, refused) in [(DRIVER, true), ("csi.example.com", false)] {
+            let mut spec = spec(Some("ours"), sub.clone());
+            spec["volumes"] = json!([{"name": "scratch", "csi": {"driver": driver}}]);
+            let pods = ClusterPods::new(world(spec).client(), vec!["kata-zpod-clh".into()]);
+            let answer = pods.check(Some(&pod()), &inline).await;
+            assert_eq!(matches!(answer, Err(VolumeError::PodRefused { .. })), refused, "{answer:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn only_a_pod_that_the_api_server_does_not_know_is_gone() {
+        let id = volume("x").id;
+        let is_gone =
+            async |answers: Answers, pod: PodRef| ClusterPods::new(answers.client(), vec![]).is_gone(id, &pod).await;
+        let there = || world(spec(Some("ours"), whole()));
+        assert!(!is_gone(there(), pod()).await.unwrap());
+        assert!(is_gone(there(), PodRef { uid: "u-2".into(), ..pod() }).await.unwrap());
+        assert!(is_gone(Answers::default(), pod()).await.unwrap());
+        let nameless = PodRef { uid: String::new(), ..pod() };
+        assert!(!is_gone(Answers::default(), nameless).await.unwrap(), "nobody knows which it was");
+        is_gone(there().failing(), pod()).await.unwrap_err();
     }
 
     #[tokio::test]

@@ -85,8 +85,10 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         vec![VolumeMetrics::register(&mut registry, context.node()), states.clone(), events];
     let _metrics = options.metrics.serve(registry).await?;
     let pods = ClusterPods::new(client.clone(), options.runtime_handler.clone());
-    let volumes = load(&context, direct).await?.observed_by(Arc::new(observers)).checking_pods(Arc::new(pods));
+    let volumes = load(&context, direct).await?.with_ephemeral(node.ephemeral_max_size);
+    let volumes = volumes.observed_by(Arc::new(observers)).checking_pods(Arc::new(pods));
     tokio::spawn(volumes.clone().keep_scrubbing());
+    tokio::spawn(volumes.clone().keep_ending_abandoned());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
     let _admin = match options.admin_address {
         Some(address) => {

@@ -68,6 +68,7 @@ impl ControllerService {
             mode,
             source: request::source(request.volume_content_source.as_ref(), not_found)?,
             name: request.name,
+            ephemeral: false,
         });
         Ok(csi::CreateVolumeResponse { volume: Some(describe(&volume.await?)) })
     }

@@ -6,11 +6,8 @@ use zpod_proto::csi::volume_usage::Unit;
 use zpod_proto::csi::{self, NodeServiceCapability, VolumeCondition, VolumeUsage};
 
 use super::request::{self, int, topology, volume_id};
-use super::{answer, capability};
+use super::{answer, capability, ephemeral};
 use crate::volumes::{KeyPair, NodeVolumes, PublishRequest, Stats, VolumeError};
-
-/// What kubelet says of an inline volume.
-const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
 
 const CAPABILITIES: [Rpc; 6] = [
     Rpc::StageUnstageVolume,
@@ -58,12 +55,8 @@ impl NodeService {
         request::required("volume_id", &request.volume_id)?;
         let target = request::path("target_path", &request.target_path)?;
         let access = capability::parse(request.volume_capability.as_ref())?;
-        if request.volume_context.get(EPHEMERAL).is_some_and(|value| value == "true") {
-            let reason = "ephemeral inline volumes are not supported: name a PersistentVolumeClaim, or use a generic \
-                          ephemeral volume (spec.volumes[].ephemeral), which works";
-            return Err(VolumeError::invalid("volume_context", reason));
-        }
-        let id = volume_id(self.volumes.context(), &request.volume_id)?;
+        let ephemeral = ephemeral::wanted(&request.volume_id, &request.volume_context)?;
+        let id = ephemeral::volume_id(self.volumes.context(), &request.volume_id)?;
         let request = PublishRequest {
             id,
             target,
@@ -74,7 +67,10 @@ impl NodeService {
             pod: request::pod(&request.volume_context),
             keys: KeyPair::take(id, std::mem::take(&mut request.secrets))?,
         };
-        self.volumes.publish(request).await?;
+        match ephemeral {
+            Some(wanted) => self.volumes.publish_ephemeral(wanted, request).await?,
+            None => self.volumes.publish(request).await?,
+        };
         Ok(csi::NodePublishVolumeResponse {})
     }
 
@@ -85,7 +81,7 @@ impl NodeService {
         request::required("volume_id", &request.volume_id)?;
         let target = request::path("target_path", &request.target_path)?;
         // An id that is none of ours was never published.
-        if let Ok(id) = request.volume_id.parse() {
+        if let Ok(id) = ephemeral::volume_id(self.volumes.context(), &request.volume_id) {
             self.volumes.unpublish(id, target).await?;
         }
         Ok(csi::NodeUnpublishVolumeResponse {})
@@ -97,7 +93,7 @@ impl NodeService {
     ) -> Result<csi::NodeGetVolumeStatsResponse, VolumeError> {
         request::required("volume_id", &request.volume_id)?;
         let path = request::path("volume_path", &request.volume_path)?;
-        let id = volume_id(self.volumes.context(), &request.volume_id)?;
+        let id = ephemeral::volume_id(self.volumes.context(), &request.volume_id)?;
         Ok(describe(self.volumes.stats(id, &path).await?))
     }
 

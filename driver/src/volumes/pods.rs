@@ -2,6 +2,7 @@ use std::fmt;
 
 use async_trait::async_trait;
 use zpod_storage::catalog::{PodRef, Volume};
+use zpod_volume::VolumeId;
 
 use super::VolumeError;
 
@@ -14,6 +15,15 @@ pub trait PodCheck: Send + Sync + fmt::Debug {
     /// [`VolumeError::PodRefused`] with what to write in the pod's specification instead, [`VolumeError::PodUnknown`]
     /// while the pod can't be looked up.
     async fn check(&self, pod: Option<&PodRef>, volume: &Volume) -> Result<(), VolumeError>;
+
+    /// Whether it is certain that there is no such pod any more, which is never so where nobody can be asked.
+    ///
+    /// # Errors
+    /// While who could be asked does not answer.
+    async fn is_gone(&self, volume: VolumeId, pod: &PodRef) -> Result<bool, VolumeError> {
+        let _ = (volume, pod);
+        Ok(false)
+    }
 }
 
 /// Takes every pod: for orchestrators that can't be asked.

@@ -108,6 +108,8 @@ pub struct CreateRequest {
     pub mode: VolumeMode,
     /// What it is made from; nothing for an empty one.
     pub source: Option<Source>,
+    /// For the life of one pod.
+    pub ephemeral: bool,
 }
 
 /// Room for new volumes.
@@ -288,6 +290,7 @@ async fn record(context: &Context, request: &CreateRequest) -> Result<Volume, Vo
         attributes: request.attributes.clone(),
         mode: request.mode,
         source: request.source,
+        ephemeral: request.ephemeral,
         ..Volume::wanted(&request.name, capacity, request.parameters.clone(), &context.node)
     };
     match context.catalog.create(wanted).await? {
@@ -339,6 +342,8 @@ pub(crate) fn same(volume: Volume, request: &CreateRequest) -> Result<Volume, Vo
         "it was made with other parameters".to_owned()
     } else if volume.mode != request.mode {
         "it was made for another volumeMode".to_owned()
+    } else if volume.ephemeral != request.ephemeral {
+        "one of them is for the life of one pod only".to_owned()
     } else if volume.source != request.source {
         volume.source.map_or_else(|| "it was made empty".to_owned(), |source| format!("it was made from {source}"))
     } else {

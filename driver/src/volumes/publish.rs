@@ -6,7 +6,7 @@ use uuid::Uuid;
 use zpod_storage::backing::{BackingError, Exclusive, Outcome};
 use zpod_storage::catalog::{PodRef, Publication, Volume};
 use zpod_storage::crash;
-use zpod_volume::{MountFlag, VolumeId, VolumeMode, VolumeSpec};
+use zpod_volume::{Bytes, MountFlag, VolumeId, VolumeMode, VolumeSpec};
 
 use super::block::{check_mode, remove_target};
 use super::context::{blocking, device_spec, to_the_end};
@@ -29,8 +29,10 @@ pub struct NodeVolumes {
     pub(super) context: Arc<Context>,
     direct: Arc<DirectVolumes>,
     pub(super) observer: Arc<dyn Observer>,
-    pods: Arc<dyn PodCheck>,
+    pub(super) pods: Arc<dyn PodCheck>,
     pub(super) keys: Arc<Keys>,
+    /// The largest ephemeral volume that a pod may have.
+    pub(super) ephemeral_max: Bytes,
 }
 
 /// A publication that is wanted.
@@ -77,7 +79,8 @@ impl NodeVolumes {
     /// When the catalog can't be read.
     pub async fn load(context: Arc<Context>, direct: DirectVolumes) -> Result<Self, VolumeError> {
         let (observer, pods) = (Arc::new(Vec::new()), Arc::new(AnyPod));
-        let node = Self { context, direct: Arc::new(direct), observer, pods, keys: Arc::default() };
+        let (direct, keys, ephemeral_max) = (Arc::new(direct), Arc::default(), Bytes(0));
+        let node = Self { context, direct, observer, pods, keys, ephemeral_max };
         let mut from = None;
         loop {
             let page = node.context.catalog.list(from, LOAD_PAGE).await?;
@@ -107,6 +110,12 @@ impl NodeVolumes {
     #[must_use]
     pub fn checking_pods(self, pods: Arc<dyn PodCheck>) -> Self {
         Self { pods, ..self }
+    }
+
+    /// With ephemeral volumes of up to this size. Without, there are none.
+    #[must_use]
+    pub fn with_ephemeral(self, largest: Bytes) -> Self {
+        Self { ephemeral_max: largest, ..self }
     }
 
     /// The node's name.
@@ -145,13 +154,20 @@ impl NodeVolumes {
         .await
     }
 
-    /// Takes a publication back. Nothing is done to the device. What is not published is no error.
+    /// Takes a publication back. Nothing is done to the device, unless it is that of an ephemeral volume, which ends so.
+    /// What is not published is no error.
     ///
     /// # Errors
-    /// When the target path can't be cleared, such as for files in its directory.
+    /// When the target path can't be cleared, such as for files in its directory; when a virtual machine still has an
+    /// ephemeral volume.
     pub async fn unpublish(&self, id: VolumeId, target: PathBuf) -> Result<Outcome, VolumeError> {
         let node = self.clone();
-        to_the_end(async move { node.unpublish_now(id, &target).await }).await
+        to_the_end(async move {
+            let (outcome, ends) = node.unpublish_now(id, &target).await?;
+            // The lock is given back.
+            if ends { node.end_ephemeral(id).await } else { Ok(outcome) }
+        })
+        .await
     }
 
     async fn publish_now(&self, request: PublishRequest) -> Result<Outcome, VolumeError> {
@@ -302,15 +318,19 @@ impl NodeVolumes {
         .await
     }
 
-    async fn unpublish_now(&self, id: VolumeId, target: &Path) -> Result<Outcome, VolumeError> {
+    /// Whether that is also the end of the volume.
+    async fn unpublish_now(&self, id: VolumeId, target: &Path) -> Result<(Outcome, bool), VolumeError> {
         let _lock = self.context.lock(id).await;
         if self.context.published.owner(target).is_some_and(|owner| owner != id) {
             // Another volume's path: this one is not published there, which is what was asked for.
-            return Ok(Outcome::Unchanged);
+            return Ok((Outcome::Unchanged, false));
         }
         let volume = self.context.catalog.get(id).await?;
+        let here = |publication: &Publication| publication.target_path == target;
+        let ends =
+            volume.as_ref().is_some_and(|volume| volume.ephemeral && self.context.publication(volume).is_none_or(here));
         crash::point("unpublish: begin");
-        self.withdraw(volume, id, target).await
+        Ok((self.withdraw(volume, id, target).await?, ends))
     }
 
     /// Takes back a publication that failed half way. No pod was told of it, and nobody may come to unpublish it: it

@@ -1,0 +1,183 @@
+//! Inline volumes as kubelet asks for them: made when they are published, gone when they are unpublished, with a kill
+//! between any two steps.
+//!
+//! `cargo test -p zpod-driver --features crash-points --test ephemeral`. Needs root, as the driver mounts.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "support/calls.rs"]
+#[allow(dead_code)]
+mod calls;
+#[path = "support/daemon.rs"]
+#[allow(dead_code)]
+mod daemon;
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+use calls::{Calls, capability};
+use daemon::Node;
+use tonic::{Code, Status};
+use zpod_proto::csi::NodePublishVolumeRequest;
+use zpod_proto::csi::volume_capability::{AccessType, BlockVolume};
+use zpod_volume::{Bytes, Create, DiskLayout, VolumeId};
+
+const TENANTS_BYTES: &[u8] = b"the tenant's bytes";
+
+fn handle() -> String {
+    format!("csi-{}", "5e".repeat(32))
+}
+
+fn request(target: &Path, attributes: &[(&str, &str)]) -> NodePublishVolumeRequest {
+    let kubelet = [
+        ("csi.storage.k8s.io/ephemeral", "true"),
+        ("csi.storage.k8s.io/pod.name", "scratch"),
+        ("csi.storage.k8s.io/pod.namespace", "prod"),
+        ("csi.storage.k8s.io/pod.uid", "u-1"),
+    ];
+    let context: HashMap<_, _> =
+        kubelet.iter().chain(attributes).map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    NodePublishVolumeRequest {
+        volume_id: handle(),
+        target_path: target.to_str().unwrap().into(),
+        volume_capability: Some(capability()),
+        volume_context: context,
+        ..Default::default()
+    }
+}
+
+fn device(node: &Node) -> std::path::PathBuf {
+    node.device(&VolumeId::from_name(&handle()).to_string())
+}
+
+fn nothing_is_left(node: &Node, context: &str) {
+    for dir in ["volumes", "state/volumes", "direct-volumes", "pods"] {
+        assert_eq!(node.names(dir), [""; 0], "{context}: {dir} is not empty\n{}", node.log());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_inline_volume_is_of_the_size_and_the_properties_its_pod_asks_for() {
+    let node = Node::new();
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let target = node.path("pods/pod-1");
+    let wanted = request(&target, &[("size", "300Mi"), ("compression", "zstd")]);
+    for _ in 0..3 {
+        calls.publish_as(wanted.clone()).await.unwrap();
+    }
+    let spec = node.entry(&target).unwrap();
+    assert_eq!((spec.capacity, spec.create), (Bytes::mib(300), Create::Fresh));
+    assert_eq!(spec.dataset_properties["compression"], "zstd");
+    let partition = DiskLayout::partition_for(Bytes::mib(300));
+    assert_eq!(device(&node).metadata().unwrap().len(), DiskLayout::disk_for(partition).0, "it has no headroom");
+    let stats = calls.stats(&handle(), &target).await.unwrap();
+    assert_eq!(stats.usage[0].total, 300 << 20);
+
+    // Another pod does not get it, and a path where it is not does not end it.
+    let other = node.path("pods/pod-2");
+    let error = calls.publish_as(request(&other, &[("size", "300Mi"), ("compression", "zstd")])).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    calls.unpublish(&handle(), &other).await.unwrap();
+    assert!(device(&node).exists() && node.entry(&target).is_some());
+
+    // Nor does unpublishing while a virtual machine has it.
+    let machine = File::open(device(&node)).unwrap();
+    assert_eq!(calls.unpublish(&handle(), &target).await.unwrap_err().code(), Code::FailedPrecondition);
+    assert!(device(&node).exists());
+    drop(machine);
+    for _ in 0..2 {
+        calls.unpublish(&handle(), &target).await.unwrap();
+    }
+    nothing_is_left(&node, "unpublished");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_can_not_be_had_inline_is_refused_and_leaves_nothing() {
+    let node = Node::new();
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let target = node.path("pods/pod-1");
+    let block = || Some(AccessType::Block(BlockVolume {}));
+    let mut device = request(&target, &[]);
+    device.volume_capability = Some(zpod_proto::csi::VolumeCapability { access_type: block(), ..capability() });
+    let table = [
+        (request(&target, &[("size", "1Mi")]), Code::OutOfRange, "256 MiB is the smallest"),
+        (request(&target, &[("size", "17Gi")]), Code::InvalidArgument, "16 GiB at most"),
+        (request(&target, &[("sise", "1Gi")]), Code::InvalidArgument, "\"sise\" is not known"),
+        (request(&target, &[("headroom", "2x")]), Code::InvalidArgument, "does not grow"),
+        // Without its key, which would come from the pod's nodePublishSecretRef.
+        (request(&target, &[("encryption", "aes-256-gcm")]), Code::InvalidArgument, "is encrypted"),
+        (device, Code::InvalidArgument, "volumeMode"),
+    ];
+    for (request, code, message) in table {
+        let error = calls.publish_as(request).await.unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message().contains(message), "{message}: {error}");
+        nothing_is_left(&node, message);
+    }
+
+    // A volume of that name that is none for a pod is not taken for one.
+    let id = calls.create(&handle(), 256 << 20).await.unwrap().volume_id;
+    let error = calls.publish_as(request(&target, &[("size", "256Mi")])).await.unwrap_err();
+    assert_eq!(error.code(), Code::AlreadyExists, "{error}");
+    calls.unpublish(&handle(), &target).await.unwrap();
+    assert!(node.device(&id).exists());
+}
+
+/// One life with a kill at the Nth point and, to make it worse, at another soon after. Whether it was killed.
+#[cfg(feature = "crash-points")]
+async fn live(at: u64, again: Option<u64>) -> bool {
+    let node = Node::new();
+    let target = node.path("pods/pod-1");
+    let mut kills = [Some(at), again].into_iter().flatten();
+    let mut daemon = node.start(kills.next());
+    let mut calls = Calls::new(daemon.channel());
+    let (mut killed, mut step) = (false, 0);
+    while step < 4 {
+        let context = format!("point {at}, again {again:?}, step {step}");
+        let done: Result<(), Status> = match step {
+            0 | 2 => calls.publish_as(request(&target, &[("size", "256Mi"), ("provisioning", "thick")])).await,
+            1 => {
+                let file = OpenOptions::new().write(true).open(device(&node)).unwrap();
+                file.write_all_at(TENANTS_BYTES, DiskLayout::PARTITION_START).unwrap();
+                file.sync_all().unwrap();
+                Ok(())
+            }
+            _ => calls.unpublish(&handle(), &target).await,
+        };
+        if let Err(status) = done {
+            assert!(daemon.crashed(), "{context}: {status:?}\n{}", node.log());
+            killed = true;
+            daemon = node.start(kills.next());
+            calls = Calls::new(daemon.channel());
+            continue;
+        }
+        // Kubelet repeats its call as long as the pod lives.
+        if step == 2 {
+            let mut found = vec![0; TENANTS_BYTES.len()];
+            File::open(device(&node)).unwrap().read_exact_at(&mut found, DiskLayout::PARTITION_START).unwrap();
+            assert_eq!(found, TENANTS_BYTES, "{context}");
+        }
+        step += 1;
+    }
+    nothing_is_left(&node, &format!("point {at}, again {again:?}"));
+    killed
+}
+
+#[cfg(feature = "crash-points")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_inline_volume_survives_a_kill_between_any_two_steps_and_leaves_nothing_at_its_end() {
+    let mut at = 1;
+    while live(at, None).await {
+        if at % 4 == 0 {
+            live(at, Some(1 + at % 5)).await;
+        }
+        at += 1;
+        assert!(at < 300, "no end of crash points");
+    }
+    println!("killed at each of {} points", at - 1);
+    assert!(at > 15, "no crash point was reached");
+}
