@@ -21,7 +21,7 @@ source_file=/etc/apt/sources.list.d/zpod-backports.list
 # From the release: a static shell for test guests, the image build, the backings.
 packages=(
   btrfs-progs busybox-static ca-certificates debian-archive-keyring dmsetup fdisk
-  gcc git jq libc6-dev make mmdebstrap pkg-config shellcheck util-linux xfsprogs zstd
+  gcc git jq libc6-dev make mmdebstrap pkg-config shellcheck udev util-linux xfsprogs zstd
 )
 # From backports: the release's QEMU 7.2 is older than what the e2e tests use.
 backported=(qemu-system-x86 qemu-utils)

@@ -41,6 +41,9 @@ pub struct NodeOptions {
     /// Where Kata's shims have the directories of their sandboxes. May be given more than once.
     #[arg(long, default_values = ["/run/kata", "/run/vc/sbs"])]
     pub kata_run_dir: Vec<PathBuf>,
+    /// Where udev of the node has its files, if it has any. A rule there keeps it away from what guests write.
+    #[arg(long, default_value = "/run/udev")]
+    pub udev_dir: PathBuf,
     /// The largest volume that a pod may have inline (CSI ephemeral volumes), which no quota of its namespace counts: a
     /// number of bytes, or one with Ki, Mi, Gi or Ti behind it. 0: there are none.
     #[arg(long, default_value = "16Gi")]

@@ -5,6 +5,7 @@ mod direct_volume;
 mod loop_device;
 mod sandbox;
 mod target;
+pub mod udev_rule;
 
 pub use direct_volume::{DirectVolume, DirectVolumes};
 pub use loop_device::LoopDevice;

@@ -34,6 +34,8 @@ pub(crate) async fn start(dir: &Path, csi: &mut Csi) -> Result<Process> {
         place("direct-volumes"),
         "--kata-run-dir".to_owned(),
         place("kata"),
+        "--udev-dir".to_owned(),
+        place("udev"),
         "--metrics-address".to_owned(),
         "127.0.0.1:0".to_owned(),
     ];

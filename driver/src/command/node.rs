@@ -21,7 +21,7 @@ use crate::cluster::{
 };
 use crate::csi::{IdentityService, NodeService};
 use crate::guest::Monitor;
-use crate::kata::DirectVolumes;
+use crate::kata::{DirectVolumes, udev_rule};
 use crate::metrics::{self, NodeMetrics, VolumeMetrics};
 use crate::serve::{Services, Socket, serve};
 use crate::volumes::{Context, NodeVolumes, Observer, Provisioner, Snapshotter, VolumeError};
@@ -72,6 +72,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let doctor = Doctor::new(options.doctor.places(&node), backing.abilities())
         .in_cluster(client.clone(), options.runtime_handler.clone());
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
+    udev_rule::write(&node.udev_dir, &node.backing_dir)?;
     let catalog = KubeCatalog::<ZfsVolume>::of_node(client.clone(), &node.node_name);
     let snapshots = KubeCatalog::<ZfsSnapshot>::of_node(client.clone(), &node.node_name);
     let boot_id = Context::boot_id()?;

@@ -12,7 +12,7 @@ use super::{DoctorOptions, EndpointOptions, Failure, MetricsOptions, NodeOptions
 use crate::admin::{Admin, AdminServer, Doctor};
 use crate::csi::{ControllerService, GroupControllerService, IdentityService, NodeService};
 use crate::guest::Monitor;
-use crate::kata::DirectVolumes;
+use crate::kata::{DirectVolumes, udev_rule};
 use crate::metrics::{self, NodeMetrics, VolumeMetrics};
 use crate::serve::{Services, Socket, endpoint_path, serve};
 use crate::volumes::{Context, NodeVolumes, Provisioner, Snapshotter};
@@ -55,6 +55,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let doctor = Doctor::new(options.doctor.places(&node), backing.abilities());
     let (catalog, snapshots) = dir::open(&options.state_dir)?;
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
+    udev_rule::write(&node.udev_dir, &node.backing_dir)?;
     let context =
         Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(snapshots), backing.clone());
     let mut registry = metrics::registry();

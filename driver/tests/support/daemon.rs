@@ -56,6 +56,7 @@ impl Node {
             ("--backing-dir", "volumes"),
             ("--direct-volume-dir", "direct-volumes"),
             ("--kata-run-dir", "kata"),
+            ("--udev-dir", "udev"),
         ] {
             command.arg(option).arg(self.path(name));
         }

@@ -32,6 +32,7 @@ impl Server {
             ("--backing-dir", path("volumes")),
             ("--direct-volume-dir", path("direct-volumes")),
             ("--kata-run-dir", path("kata")),
+            ("--udev-dir", path("udev")),
             // Thousands of sparse volumes: what they could take is not what is measured.
             ("--overprovision", "1000".to_owned()),
         ] {
