@@ -62,6 +62,8 @@ impl Level {
 fn trouble(report: &VolumeReport) -> Option<Option<Trouble>> {
     match report.health {
         Health::Unknown => None,
+        // Nothing is known of what is locked still; who does not get it in time is told by its refusal.
+        _ if report.awaits_key => None,
         // What is not there because it was refused is told as that.
         Health::Unavailable if report.refusal.is_some() => None,
         Health::Online if report.data_errors > 0 => Some(Some(Trouble::DataErrors)),
@@ -217,6 +219,20 @@ mod tests {
         assert_eq!(reasons(&mut seen, &online()), ["PoolRecovered"]);
         assert_eq!(reasons(&mut seen, &online()), Vec::<&str>::new());
         assert_eq!(reasons(&mut seen, &VolumeReport { data_errors: 3, ..online() }), ["DataErrors"]);
+    }
+
+    #[test]
+    fn a_volume_that_waits_for_its_key_is_in_no_trouble_and_does_not_recover_from_any() {
+        let (mut seen, none) = (Seen::default(), Vec::<&str>::new());
+        let waits = VolumeReport { health: Health::Unavailable, awaits_key: true, encrypted: true, ..online() };
+        for report in [&waits, &online(), &waits, &online()] {
+            assert_eq!(reasons(&mut seen, report), none);
+        }
+        // What was told before it waited is neither told again nor taken back by it.
+        let faulted = VolumeReport { health: Health::Faulted, ..online() };
+        assert_eq!(reasons(&mut seen, &faulted), ["PoolFaulted"]);
+        assert_eq!(reasons(&mut seen, &waits), none);
+        assert_eq!(reasons(&mut seen, &online()), ["PoolRecovered"]);
     }
 
     #[test]

@@ -34,6 +34,7 @@ impl Said {
     pub(super) fn of(report: &VolumeReport) -> Self {
         let condition = condition_of(report);
         let (status, reason) = match report.health {
+            _ if report.awaits_key => ("Unknown", "AwaitingKey"),
             _ if report.refusal.is_some() => ("False", "VolumeRefused"),
             Health::Unknown => ("Unknown", "PoolUnknown"),
             Health::Online if report.data_errors > 0 => ("False", "DataErrors"),
