@@ -134,7 +134,7 @@ pub(crate) fn condition_of(report: &VolumeReport) -> Condition {
         Health::Online if report.data_errors > 0 => {
             (true, said(&format!("{} files or objects of the pool are damaged", report.data_errors)))
         }
-        Health::Online if report.refusal.is_some() => (true, said("a container was refused it")),
+        Health::Online | Health::Unknown if report.refusal.is_some() => (true, said("a container was refused it")),
         Health::Online => (false, said("the pool is healthy")),
         Health::Unknown => (false, said("the guest does not know the pool's health yet")),
         Health::Degraded => (true, said("the pool is degraded")),

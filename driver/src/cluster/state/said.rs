@@ -44,6 +44,11 @@ impl Said {
             Health::Suspended => ("False", "PoolSuspended"),
             Health::Unavailable => ("False", "PoolUnavailable"),
         };
+        // What the node itself knows to be wrong, where the guest tells of nothing.
+        let (status, reason) = match &report.trouble {
+            Some(_) if status != "False" => ("False", "KeyTrouble"),
+            _ => (status, reason),
+        };
         // A pool that does not answer has no usage to tell.
         let known = (report.bytes.total > 0).then_some(report.bytes);
         let size = |bytes: u64| Some(Quantity::rounded(Bytes(bytes)));
@@ -136,4 +141,53 @@ fn scrub(scrub: guest::Scrub) -> Scrub {
     };
     let ended = scrub.ended.and_then(|at| Timestamp::from_second(i64::try_from(at).ok()?).ok()).map(Time);
     Scrub { state: state.to_owned(), end_time: ended, errors: i64::try_from(scrub.errors).unwrap_or(i64::MAX) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zpod_volume::VolumeId;
+
+    const HEALTHS: [Health; 6] =
+        [Health::Unknown, Health::Online, Health::Degraded, Health::Faulted, Health::Suspended, Health::Unavailable];
+
+    fn online() -> VolumeReport {
+        VolumeReport::online(VolumeId::from_name("data"))
+    }
+
+    #[test]
+    fn a_key_that_is_waited_for_is_no_fault_and_one_that_was_not_taken_is() {
+        let waits = VolumeReport { health: Health::Unavailable, awaits_key: true, ..online() };
+        let no =
+            |report: &VolumeReport| VolumeReport { trouble: Some("its key was not taken".into()), ..report.clone() };
+        for (report, status, reason) in [
+            (waits.clone(), "Unknown", "AwaitingKey"),
+            (no(&waits), "False", "KeyTrouble"),
+            (no(&online()), "False", "KeyTrouble"),
+            (no(&VolumeReport { health: Health::Faulted, ..online() }), "False", "PoolFaulted"),
+        ] {
+            let healthy = Said::of(&report).healthy;
+            assert_eq!((healthy.status.as_str(), healthy.reason.as_str()), (status, reason), "{report:?}");
+            assert_eq!(report.trouble.is_some(), healthy.message.contains("its key was not taken"), "{healthy:?}");
+        }
+    }
+
+    #[test]
+    fn healthy_is_false_exactly_where_the_condition_is_abnormal() {
+        for health in HEALTHS {
+            for bits in 0..16_u64 {
+                let some = |bit: u64, text: &str| (bits & bit > 0).then(|| text.to_owned());
+                let report = VolumeReport {
+                    health,
+                    refusal: some(1, "no disk"),
+                    trouble: some(2, "its key was not taken"),
+                    awaits_key: bits & 4 > 0,
+                    data_errors: bits >> 3,
+                    ..online()
+                };
+                let healthy = Said::of(&report).healthy;
+                assert_eq!(healthy.status == "False", condition_of(&report).abnormal, "{healthy:?} of {report:?}");
+            }
+        }
+    }
 }
