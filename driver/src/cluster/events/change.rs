@@ -152,8 +152,8 @@ impl Trouble {
             Self::Suspended => (
                 "PoolSuspended",
                 "suspended: its device does not answer, and writes fail",
-                "see that the file system below zpod's backing directory has room and no errors, then delete the pod: its \
-                 next guest imports the pool anew, with what was written out",
+                "see that the file system below zpod's backing directory has room and no errors: the guest tries again \
+                 every 10 s, and goes on by itself",
             ),
             Self::Unavailable => (
                 "PoolUnavailable",
@@ -163,8 +163,8 @@ impl Trouble {
             Self::DataErrors => (
                 "DataErrors",
                 "online, with damaged files",
-                "`zpool status -v` in the guest names them: restore them from a backup or a snapshot, and look at the disk \
-                 below zpod's backing directory",
+                "`zpool status -v` in the guest names them: remove them, or restore them from a backup or a snapshot, then \
+                 `kubectl zpod scrub` clears it; and look at the disk below zpod's backing directory",
             ),
         };
         let said = if report.message.is_empty() { String::new() } else { format!(" (the guest: {})", report.message) };
@@ -233,6 +233,15 @@ mod tests {
         assert_eq!(reasons(&mut seen, &faulted), ["PoolFaulted"]);
         assert_eq!(reasons(&mut seen, &waits), none);
         assert_eq!(reasons(&mut seen, &online()), ["PoolRecovered"]);
+    }
+
+    #[test]
+    fn what_mends_itself_and_what_clears_an_error_is_said() {
+        let note = |report| Seen::default().changes("n1", &volume(), &report).remove(0).note;
+        let suspended = note(VolumeReport { health: Health::Suspended, ..online() });
+        assert!(suspended.contains("goes on by itself") && !suspended.contains("delete the pod"), "{suspended}");
+        let damaged = note(VolumeReport { data_errors: 3, ..online() });
+        assert!(damaged.contains("`kubectl zpod scrub`"), "{damaged}");
     }
 
     #[test]
