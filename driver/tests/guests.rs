@@ -256,6 +256,34 @@ async fn a_volume_that_grew_while_its_guest_was_silent_is_grown_when_the_guest_i
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn attributes_are_changed_once_the_guest_that_runs_is_heard_or_nobody_has_the_volume() {
+    let mut world = World::new();
+    let (id, target, spec) = world.published("a").await;
+    let compression = |world: &World| world.node.entry(&target).unwrap().dataset_properties["compression"].clone();
+    // No machine has it: the next one is told by the entry.
+    world.calls.modify(&id, &[("compression", "zstd")]).await.unwrap();
+    assert_eq!(compression(&world), "zstd");
+
+    let vmm = fs::File::open(world.node.device(&id)).unwrap();
+    let error = world.calls.modify(&id, &[("compression", "gzip")]).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    assert_eq!(compression(&world), "zstd", "nothing is changed that its guest does not hear of");
+
+    let guest = world.guest("sandbox-1", Behaviour::Honest, vec![status(&spec)]);
+    world.heard(&id, &target, 12345).await;
+    world.calls.modify(&id, &[("compression", "gzip")]).await.unwrap();
+    assert_eq!(compression(&world), "gzip");
+    assert_eq!(guest.state.set.lock().unwrap()[0].dataset_properties["compression"], "gzip");
+    // The same after a restart of zpod, as long as it has not heard the guest again.
+    drop(guest);
+    let mut world = world.restart();
+    let error = world.calls.modify(&id, &[("compression", "gzip")]).await.unwrap_err();
+    assert!(error.code() == Code::Unavailable && error.message().contains("does not answer"), "{error}");
+    drop(vmm);
+    world.calls.modify(&id, &[("compression", "gzip")]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_of_zpod_finds_pods_guests_and_publications_again() {
     let mut world = World::new();
     let (id, target, spec) = world.published("a").await;

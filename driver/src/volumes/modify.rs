@@ -1,8 +1,10 @@
+use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::Volume;
 use zpod_storage::crash;
 use zpod_volume::{Property, PropertyKind, VolumeAttributes, VolumeId, VolumeMode};
 
 use super::publish::NodeVolumes;
+use super::published::Heard;
 use super::spec::properties;
 use super::{Context, VolumeError};
 use crate::guest::{Changes, GuestError};
@@ -32,6 +34,10 @@ pub(super) async fn modify(
     let _lock = context.lock(id).await;
     let volume = context.ready(id).await?;
     check(volume.mode, &changes)?;
+    let heard = match node {
+        Some(node) => node.who_runs(&volume).await?,
+        None => None,
+    };
     let before = volume.attributes.clone();
     let attributes = before.with(&changes);
     crash::point("modify: begin");
@@ -40,7 +46,7 @@ pub(super) async fn modify(
     context.published.refresh(&volume);
     crash::point("modify: recorded");
     let Some(node) = node else { return Ok(volume) };
-    match node.take_over(&volume).await {
+    match node.take_over(&volume, heard).await {
         Ok(()) => {
             tracing::info!(volume = %id, "attributes changed");
             Ok(volume)
@@ -57,12 +63,30 @@ pub(super) async fn modify(
 }
 
 impl NodeVolumes {
+    /// The guest that is to be told of changes; `None` where no virtual machine has the volume.
+    ///
+    /// # Errors
+    /// [`VolumeError::GuestSilent`] while one has it whose guest is not heard: nobody would tell it later.
+    async fn who_runs(&self, volume: &Volume) -> Result<Option<Heard>, VolumeError> {
+        let id = volume.id;
+        let heard = self.context.published.heard(id);
+        if heard.is_some() || self.context.publication(volume).is_none() {
+            return Ok(heard);
+        }
+        match self.prove_exclusive(id).await {
+            Err(VolumeError::Backing { source: BackingError::InUse { .. }, .. }) => {
+                Err(VolumeError::GuestSilent { id, node: self.context.node.clone() })
+            }
+            proof => proof.map(|_| None),
+        }
+    }
+
     /// Tells the next guest of a volume, and the one that runs, how it is to be now. Under the volume's lock.
-    async fn take_over(&self, volume: &Volume) -> Result<(), VolumeError> {
+    async fn take_over(&self, volume: &Volume, heard: Option<Heard>) -> Result<(), VolumeError> {
         let id = volume.id;
         self.refresh_entry(volume).await?;
         crash::point("modify: entry");
-        let Some(heard) = self.context.published.heard(id) else { return Ok(()) };
+        let Some(heard) = heard else { return Ok(()) };
         let changes = Changes {
             dataset: properties(volume, PropertyKind::Dataset),
             pool: properties(volume, PropertyKind::Pool),

@@ -66,6 +66,16 @@ impl Calls {
         Ok(self.controller.controller_expand_volume(request).await?.into_inner().capacity_bytes)
     }
 
+    pub(crate) async fn modify(&mut self, id: &str, parameters: &[(&str, &str)]) -> Result<(), Status> {
+        let mutable_parameters = parameters.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        let request = csi::ControllerModifyVolumeRequest {
+            volume_id: id.into(),
+            mutable_parameters: mutable_parameters.collect(),
+            ..Default::default()
+        };
+        self.controller.controller_modify_volume(request).await.map(drop)
+    }
+
     pub(crate) async fn stage(&mut self, id: &str, staging: &Path) -> Result<(), Status> {
         let request = csi::NodeStageVolumeRequest {
             volume_id: id.into(),

@@ -38,6 +38,8 @@ pub(crate) enum Behaviour {
 pub(crate) struct State {
     pub(crate) volumes: Mutex<Vec<VolumeStatus>>,
     pub(crate) grown: Mutex<Vec<GrowRequest>>,
+    /// Properties that were set.
+    pub(crate) set: Mutex<Vec<SetPropertiesRequest>>,
     /// Volumes that were told to be scrubbed, in that order.
     pub(crate) scrubbed: Mutex<Vec<String>>,
     /// The key that the volumes' contents are encrypted with, and what came so far.
@@ -182,9 +184,10 @@ impl Guest for Service {
 
     async fn set_properties(
         &self,
-        _: Request<SetPropertiesRequest>,
+        request: Request<SetPropertiesRequest>,
     ) -> Result<Response<SetPropertiesResponse>, Status> {
-        Err(Status::unimplemented(""))
+        self.state.set.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(SetPropertiesResponse {}))
     }
 
     async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncResponse>, Status> {
