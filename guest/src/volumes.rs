@@ -103,6 +103,8 @@ struct Run {
 #[derive(Debug, Default)]
 struct State {
     active: Option<Active>,
+    /// What the spec of a block device has become since its note was left: see [`Volume::newest`].
+    changed: Option<VolumeSpec>,
     uses: BTreeSet<Use>,
     run: Option<Run>,
     details: Option<status::Cached>,
@@ -129,6 +131,20 @@ impl Volume {
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it holds this lock; should it ever, the state is still whole: it is changed in one step.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what the spec of a publication has become.
+    fn remember(&self, spec: VolumeSpec) {
+        if !spec.mode.is_filesystem() {
+            self.state().changed = Some(spec);
+        }
+    }
+
+    /// The newest that is known of the publication that a spec is of. The note of a block device can't be written while
+    /// its pod lives, and is as old as that; the entry of a file system is always the node's latest word.
+    fn newest(&self, spec: VolumeSpec) -> VolumeSpec {
+        let changed = self.state().changed.clone();
+        changed.filter(|changed| !spec.mode.is_filesystem() && changed.token == spec.token).unwrap_or(spec)
     }
 
     /// Notes why a container does not get it: the node is told.
@@ -339,6 +355,7 @@ impl<M: Machine> Volumes<M> {
 
     async fn activate(&self, volume: &Volume, request: Request) -> Result<(), VolumeError> {
         let _gate = volume.gate.lock().await;
+        let request = Request { spec: volume.newest(request.spec), ..request };
         let previous = volume.state().active.clone();
         let arc = self.volumes().iter().filter_map(|v| v.state().active.as_ref()?.request.spec.arc_max).max();
         let base = self.bases.join(volume.id.to_string());

@@ -7,7 +7,7 @@
 //!
 //! # Limitations
 //! The note is as old as its publication: what changes while the pod lives reaches the running guest over the control
-//! channel, and the note with the next pod. Host caches between kubelet's device and ours are the kernel's affair.
+//! channel, which remembers it, and the note with the next pod. Host caches between kubelet's device and ours are the kernel's affair.
 
 use std::path::Path;
 

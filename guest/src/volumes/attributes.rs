@@ -82,8 +82,8 @@ impl<M: Machine> Volumes<M> {
         }
         let kept = bounds.as_ref().and_then(|bounds| bounds.then.clone());
         active.quota = bounds.map_or(active.quota, |bounds| bounds.bound);
-        // The next container may come with the spec as it was before: whatever it says is set then.
-        active.request.spec = spec;
+        // The next container of a file system comes with what the node has made of its spec since: that is set then.
+        active.request.spec = spec.clone();
         {
             let mut state = volume.state();
             state.active = Some(active);
@@ -94,6 +94,7 @@ impl<M: Machine> Volumes<M> {
             let reason = |fault| format!("the space that is to be kept for it is not there: {fault}");
             set.map_err(|fault| VolumeError::NoRoom { id, reason: reason(fault) })?;
         }
+        volume.remember(spec);
         Ok(())
     }
 }
@@ -157,6 +158,43 @@ mod tests {
         assert_eq!(one_quota(&volumes).await, two.0);
 
         let _ = prepare(&volumes, "c2", Wanted { mount_point: "/m2".into(), ..volume }).await.unwrap();
+        assert_eq!(volumes.properties(id).await.unwrap().0["compression"], "lz4");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_block_device_keeps_what_it_was_changed_to_when_its_container_starts_again_with_the_same_note() {
+        let disks = disks(&["a"]);
+        let volumes = guest(&disks);
+        let mut volume = wanted("a", Create::Fresh, "/dev/xvda");
+        (volume.spec.mode, volume.fs_group) = (VolumeMode::Block, None);
+        let id = volume.spec.id;
+        let _ = prepare(&volumes, "c1", volume.clone()).await.unwrap();
+        let more = Attributes {
+            pool: one("autotrim", "off"),
+            dataset: one("compression", "zstd"),
+            reservation: Some(Bytes::gib(2)),
+            ..Attributes::default()
+        };
+        let two = Bytes::gib(2);
+        volumes.grow(id, two, zpod_volume::DiskLayout::partition_for(two)).await.unwrap();
+        volumes.change(id, &more).await.unwrap();
+        let steps = volumes.machine().steps();
+        // Beside the container that has it, and after the last one that had.
+        for container in ["c2", "c3"] {
+            let _ = prepare(&volumes, container, volume.clone()).await.unwrap();
+            let (dataset, pool) = volumes.properties(id).await.unwrap();
+            let now = ["compression", "volsize", "refreservation"].map(|key| dataset[key].as_str());
+            assert_eq!(now, ["zstd", "2147483648", "2147483648"], "{container}");
+            assert_eq!(pool["autotrim"], "off");
+            assert_eq!(volumes.status(Duration::ZERO).await[0].quota, two.0);
+            volumes.release_all().await;
+            assert!(volumes.machine().imported().is_empty());
+        }
+        let later = &volumes.machine().steps()[steps.len()..];
+        assert!(!later.iter().any(|step| step.starts_with("set ")), "{later:?}");
+        // Another publication has a note of its own, which is newer.
+        volume.spec.token = uuid::Uuid::from_u128(8);
+        let _ = prepare(&volumes, "c4", volume).await.unwrap();
         assert_eq!(volumes.properties(id).await.unwrap().0["compression"], "lz4");
     }
 

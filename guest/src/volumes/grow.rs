@@ -62,6 +62,7 @@ impl<M: Machine> Volumes<M> {
         // Where nothing bounds it now, something may later.
         active.request.spec.capacity = active.request.spec.capacity.max(capacity);
         let capacity = Bytes(active.quota.max(capacity.0));
+        volume.remember(active.request.spec.clone());
         volume.state().active = Some(active);
         volume.state().details = None;
         tracing::info!(volume = %id, "grown: quota {capacity}, partition {size}");
