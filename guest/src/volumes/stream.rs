@@ -17,7 +17,7 @@
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
 use tokio_stream::{Stream, StreamExt as _};
-use zpod_volume::VolumeId;
+use zpod_volume::{VolumeId, VolumeSpec};
 
 use super::bounds::Bounds;
 use super::{Active, Volume, Volumes};
@@ -184,13 +184,20 @@ impl<M: Machine> Volumes<M> {
         }
         self.machine.set_dataset(&dataset, &[Bounds::nothing_kept()]).await?;
         let taken = self.machine.snapshot(&dataset, snapshot).await;
+        self.keep(spec).await?;
+        taken
+    }
+
+    /// Keeps for a volume what is to be kept for it, where there is room for that.
+    async fn keep(&self, spec: &VolumeSpec) -> Result<(), Fault> {
+        let dataset = spec.dataset();
         let now = self.machine.dataset(&dataset).await?.unwrap_or_default();
         if let Some(kept) = Bounds::of(spec).changes(&now).then
             && let Err(fault) = self.machine.set_dataset(&dataset, &[kept]).await
         {
-            tracing::warn!(volume = %spec.id, "no space is kept for it beside its send points: {fault}");
+            tracing::warn!(volume = %spec.id, "the space that is to be kept for it is not there: {fault}");
         }
-        taken
+        Ok(())
     }
 
     /// Receives a stream into a volume.

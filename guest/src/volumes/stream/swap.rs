@@ -105,6 +105,8 @@ impl<M: Machine> Volumes<M> {
             tracing::warn!(volume = %id, "what was replaced stays until the volume is next brought up: {fault}");
         }
         self.machine.sync(&spec.pool).await.map_err(failed)?;
+        // What was replaced has taken the room for it until now.
+        self.keep(spec).await.map_err(failed)?;
         volume.state().details = None;
         Ok(())
     }
@@ -130,5 +132,39 @@ impl<M: Machine> Activation<'_, M> {
             tracing::warn!(volume = %self.id, "what a receive has replaced stays: {fault}");
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::tests::{disks, guest, prepare, wanted};
+    use super::*;
+    use crate::key::{Key, Keys};
+    use uuid::Uuid;
+    use zpod_volume::{Bytes, Create, Encryption, VolumeMode};
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_received_is_bounded_as_the_volume_is_and_as_much_is_kept_for_it() {
+        for (mode, bound) in [(VolumeMode::Filesystem, "refquota"), (VolumeMode::Block, "volsize")] {
+            let disks = disks(&["a"]);
+            let volumes = guest(&disks);
+            let mut volume = wanted("a", Create::Fresh, "/m1");
+            volume.fs_group = volume.fs_group.filter(|_| mode.is_filesystem());
+            volume.spec.mode = mode;
+            volume.spec.encryption = Some(Encryption::Aes256Gcm);
+            volume.spec.reservation = Some(Bytes::mib(512));
+            let (id, pool) = (volume.spec.id, volume.spec.pool.clone());
+            let keys = Keys { key: Key::new(vec![b'k'; 32]).unwrap(), previous: None };
+            volumes.provide_key(id, Uuid::from_u128(7), keys).await.unwrap();
+            let _ = prepare(&volumes, "c1", volume).await.unwrap();
+            let mut stream = crate::machine::Properties::new();
+            if !mode.is_filesystem() {
+                stream.insert("volsize".into(), Bytes::mib(256).0.to_string());
+            }
+            disks.lock().unwrap()[0].pool.as_mut().unwrap().datasets.insert(format!("{pool}/{NEW}"), stream);
+            volumes.swap(&volumes.volume(id)).await.unwrap();
+            let now = volumes.properties(id).await.unwrap().0;
+            assert_eq!((now[bound].as_str(), now["refreservation"].as_str()), ("1073741824", "536870912"), "{mode:?}");
+        }
     }
 }
