@@ -138,17 +138,10 @@ async fn a_thick_device_keeps_what_was_promised_to_it() {
     calls.delete(&id).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_device_has_statistics_without_inodes_and_its_guest_grows_it() {
-    let node = Node::new();
-    let daemon = node.start(None);
-    let mut calls = Calls::new(daemon.channel());
-    let id = create(&mut calls, "thin").await.unwrap();
-    let target = node.path("pods/uid-1");
-    publish(&mut calls, &id, &target, false).await.unwrap();
-    let spec = left_note(&target);
-    let report = VolumeStatus {
-        volume_id: id.clone(),
+/// What the guest of a device says.
+fn report(spec: &VolumeSpec) -> VolumeStatus {
+    VolumeStatus {
+        volume_id: spec.id.to_string(),
         token: spec.token.to_string(),
         health: Health::Online.into(),
         block: true,
@@ -159,8 +152,52 @@ async fn a_device_has_statistics_without_inodes_and_its_guest_grows_it() {
         disk_bytes: DiskLayout::disk_for(DiskLayout::partition_for(Bytes::gib(4))).0,
         quota_bytes: spec.capacity.0,
         ..VolumeStatus::default()
-    };
-    let guest = FakeGuest::start(&node.path("kata"), "sandbox-1", Behaviour::Honest, vec![report]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_guest_of_a_device_is_told_what_its_note_is_too_old_for() {
+    let node = Node::new();
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let id = create(&mut calls, "thin").await.unwrap();
+    let target = node.path("pods/uid-1");
+    publish(&mut calls, &id, &target, false).await.unwrap();
+    let spec = left_note(&target);
+    let wait = Duration::from_millis(50);
+    let guest = FakeGuest::start(&node.path("kata"), "sandbox-1", Behaviour::Honest, vec![report(&spec)]);
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while let Err(error) = calls.modify(&id, &[("compression", "zstd")]).await {
+        assert!(error.code() == Code::Unavailable && Instant::now() < deadline, "{error}\n{}", node.log());
+        tokio::time::sleep(wait).await;
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(guest.state.set.lock().unwrap().len(), 1, "it knows already");
+    assert_eq!(left_note(&target), spec, "the note is as old as the publication");
+
+    // The virtual machine ends, and kubelet starts another one in the same pod.
+    drop(guest);
+    let guest = FakeGuest::start(&node.path("kata"), "sandbox-2", Behaviour::Honest, vec![report(&spec)]);
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while guest.state.set.lock().unwrap().is_empty() {
+        assert!(Instant::now() < deadline, "it is not told\n{}", node.log());
+        tokio::time::sleep(wait).await;
+    }
+    assert_eq!(guest.state.set.lock().unwrap()[0].dataset_properties["compression"], "zstd");
+    drop(guest);
+    calls.unpublish(&id, &target).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_has_statistics_without_inodes_and_its_guest_grows_it() {
+    let node = Node::new();
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let id = create(&mut calls, "thin").await.unwrap();
+    let target = node.path("pods/uid-1");
+    publish(&mut calls, &id, &target, false).await.unwrap();
+    let spec = left_note(&target);
+    let guest = FakeGuest::start(&node.path("kata"), "sandbox-1", Behaviour::Honest, vec![report(&spec)]);
     let asked = node.path("volumeDevices/pv-1/dev/uid-1");
     let deadline = Instant::now() + Duration::from_secs(15);
     let stats = loop {

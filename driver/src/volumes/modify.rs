@@ -52,7 +52,7 @@ pub(super) async fn modify(
             Ok(volume)
         }
         // It will not do so at the next start either, and must not keep a pod from starting then.
-        Err(error @ VolumeError::Guest { source: GuestError::Refused { .. }, .. }) => {
+        Err(error @ VolumeError::Guest { source: GuestError::Refused { .. }, .. }) if volume.attributes != before => {
             let volume = context.catalog.update(Volume { attributes: before, ..volume }).await?;
             crash::point("modify: taken back");
             node.refresh_entry(&volume).await?;
@@ -94,6 +94,10 @@ impl NodeVolumes {
             quota: (volume.mode == VolumeMode::Filesystem).then(|| volume.attributes.quota(&volume.parameters)),
             reservation: volume.attributes.reservation(volume.capacity).unwrap_or_default(),
         };
-        heard.guest.set_properties(id, changes).await.map_err(|source| VolumeError::Guest { id, source })
+        let set = heard.guest.set_properties(id, changes).await;
+        if matches!(set, Ok(()) | Err(GuestError::Refused { .. })) {
+            self.context.published.told(id, heard.guest.sandbox());
+        }
+        set.map_err(|source| VolumeError::Guest { id, source })
     }
 }

@@ -14,8 +14,8 @@ use crate::guest::{GuestClient, VolumeReport};
 
 /// A guest that changes its mind all the time is written down no more often than this.
 const RECORD_EVERY: Duration = Duration::from_secs(5);
-/// A guest that does not grow is asked again no more often than this.
-const GROW_EVERY: Duration = Duration::from_secs(30);
+/// A guest that does not grow, or does not take attributes, is asked again no more often than this.
+const ASK_EVERY: Duration = Duration::from_secs(30);
 
 /// The volumes published on this node in this boot, and what their guests said last. A few for each pod; the others
 /// take no memory.
@@ -37,6 +37,11 @@ struct Entry {
     silence: Option<Silence>,
     recorded: Option<Instant>,
     grown: Option<Instant>,
+    /// It has attributes that its note may be without.
+    changed: bool,
+    /// The sandbox that was told of them, and when one was tried last.
+    told: Option<String>,
+    telling: Option<Instant>,
     scrubs: Scrubs,
 }
 
@@ -73,6 +78,8 @@ pub(super) enum Note {
         changed: bool,
         /// The volume is to be larger than the guest has made it.
         grow: bool,
+        /// The volume has attributes that this guest may not know of.
+        tell: bool,
     },
 }
 
@@ -99,6 +106,9 @@ impl Published {
             silence: None,
             recorded: None,
             grown: None,
+            changed: false,
+            told: None,
+            telling: None,
             scrubs: Scrubs::default(),
         });
         Ok(())
@@ -118,6 +128,9 @@ impl Published {
             silence: None,
             recorded: None,
             grown: None,
+            changed: may_have_changed(volume),
+            told: None,
+            telling: None,
             scrubs: Scrubs::of(volume),
         };
         self.entries().insert(volume.id, entry);
@@ -129,6 +142,10 @@ impl Published {
             entry.initialized = volume.initialized;
             entry.partition = volume.layout().partition;
             entry.condition.clone_from(&volume.condition);
+            if may_have_changed(volume) && !std::mem::replace(&mut entry.changed, true) {
+                // Whoever has changed it is about to tell.
+                entry.telling = Some(Instant::now());
+            }
             if let Some(observed) = entry.observed.as_mut().filter(|observed| observed.capacity != volume.capacity) {
                 *observed = Arc::new(Observed { capacity: volume.capacity, ..observed.as_ref().clone() });
             }
@@ -191,7 +208,12 @@ impl Published {
         let changed = entry.condition.as_ref() != Some(&condition_of(report)) && due(entry.recorded, RECORD_EVERY);
         let small = report.partition.0 > 0 && report.partition < entry.partition;
         let grow =
-            small && DiskLayout::largest_partition(report.disk) >= entry.partition && due(entry.grown, GROW_EVERY);
+            small && DiskLayout::largest_partition(report.disk) >= entry.partition && due(entry.grown, ASK_EVERY);
+        let untold = entry.changed && entry.told.as_deref() != Some(guest.sandbox());
+        let tell = untold && report.health.is_imported() && due(entry.telling, ASK_EVERY);
+        if tell {
+            entry.telling = Some(now);
+        }
         if first || changed {
             entry.recorded = Some(now);
         }
@@ -200,7 +222,14 @@ impl Published {
         }
         entry.silence = None;
         entry.heard = Some(Heard { guest: guest.clone(), report: report.clone() });
-        Note::Believed { volume, first, changed, grow }
+        Note::Believed { volume, first, changed, grow, tell }
+    }
+
+    /// Notes that a sandbox was told of a volume's attributes.
+    pub(super) fn told(&self, id: VolumeId, sandbox: &str) {
+        if let Some(entry) = self.entries().get_mut(&id) {
+            (entry.told, entry.telling) = (Some(sandbox.to_owned()), None);
+        }
     }
 
     /// The silence of a guest that has had a volume.
@@ -227,6 +256,11 @@ impl Published {
             }
         }
     }
+}
+
+/// Whether the note of a volume may say less than its record. What a file system's guest is told is always renewed.
+fn may_have_changed(volume: &Volume) -> bool {
+    volume.mode == VolumeMode::Block && !volume.attributes.is_empty()
 }
 
 fn owner(entries: &HashMap<VolumeId, Entry>, target: &Path) -> Option<VolumeId> {

@@ -2,9 +2,10 @@ use async_trait::async_trait;
 use uuid::Uuid;
 use zpod_storage::catalog::{Condition, Volume};
 use zpod_storage::crash;
-use zpod_volume::VolumeId;
+use zpod_volume::{VolumeAttributes, VolumeId};
 
 use super::VolumeError;
+use super::modify::modify;
 use super::publish::NodeVolumes;
 use super::published::Note;
 use super::stats::condition_of;
@@ -21,7 +22,7 @@ impl Listener for NodeVolumes {
                     // Its own volume of a moment ago, or a lie. Either way nothing follows from it.
                     tracing::debug!(sandbox = guest.sandbox(), volume = %volume.id, "report without the right token ignored");
                 }
-                Note::Believed { volume: observed, first, changed, grow } => {
+                Note::Believed { volume: observed, first, changed, grow, tell } => {
                     believed.push(volume.id);
                     self.observer.reported(&observed, volume);
                     self.provide_key_if_wanted(guest, volume);
@@ -31,6 +32,9 @@ impl Listener for NodeVolumes {
                     }
                     if grow {
                         self.grow_later(volume.id);
+                    }
+                    if tell {
+                        self.tell_later(volume.id);
                     }
                 }
             }
@@ -85,6 +89,17 @@ impl NodeVolumes {
             self.refresh_entry(&volume).await?;
         }
         Ok(())
+    }
+
+    /// Tells a guest of attributes that its note may be without: it runs on a virtual machine that was started after they
+    /// were changed, in a pod that was there before.
+    fn tell_later(&self, id: VolumeId) {
+        let node = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = modify(&node.context, Some(&node), id, VolumeAttributes::default()).await {
+                tracing::warn!(volume = %id, "its guest was not told of its attributes: {error}");
+            }
+        });
     }
 
     /// Carries out an expansion that its guest has not heard of: it was silent, or its disk too small.
