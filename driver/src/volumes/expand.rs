@@ -100,6 +100,31 @@ impl NodeVolumes {
 
 /// Whether the guest has the size of the record already.
 fn is_grown(volume: &Volume, report: &VolumeReport) -> bool {
-    let quota = volume.parameters.quota == QuotaMode::None || report.quota >= volume.capacity;
+    let quota = volume.attributes.quota(&volume.parameters) == QuotaMode::None || report.quota >= volume.capacity;
     quota && report.partition >= volume.layout().partition
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zpod_volume::{VolumeAttributes, VolumeParameters};
+
+    #[test]
+    fn whether_a_quota_is_to_be_raised_is_what_the_volume_has_now_and_not_what_its_class_said() {
+        for (class, attribute, quota, want) in [
+            ("refquota", None, 0, false),
+            ("refquota", None, 1, true),
+            ("refquota", Some("none"), 0, true),
+            ("none", None, 0, true),
+            ("none", Some("quota"), 0, false),
+            ("none", Some("quota"), 1, true),
+        ] {
+            let parameters = VolumeParameters::parse([("quota", class)]).unwrap();
+            let attributes = VolumeAttributes::parse(attribute.map(|value| ("quota", value))).unwrap();
+            let volume = Volume { attributes, ..Volume::wanted("a", Bytes::gib(1), parameters, "n1") };
+            let (partition, quota) = (volume.layout().partition, Bytes::gib(quota));
+            let report = VolumeReport { partition, quota, ..VolumeReport::online(volume.id) };
+            assert_eq!(is_grown(&volume, &report), want, "{class} {attribute:?} {quota}");
+        }
+    }
 }
