@@ -14,7 +14,7 @@ use zpod_storage::crash;
 use zpod_volume::{Bytes, VolumeAttributes, VolumeId};
 
 use super::Nodes;
-use super::answers::{ANY_NODE, Wanted, condition, refusal, said_since, wait};
+use super::answers::{ANY_NODE, Wanted, condition, refusal, said_now, said_since, wait};
 use crate::volumes::{
     Bounds, CLAIM_NAME, CLAIM_NAMESPACE, CapacityRange, CreateRequest, Probe, Provision, Room, VolumeError, VolumePage,
     check_attributes, same,
@@ -57,6 +57,13 @@ impl ClusterProvisioner {
         done: impl Wait<ZfsVolume>,
     ) -> Result<Option<ZfsVolume>, VolumeError> {
         wait(&self.catalog, id, Wanted { node, what, within: self.patience }, done).await
+    }
+
+    /// What the node says of a volume that it has not made yet.
+    async fn not_yet(&self, id: VolumeId) -> Option<VolumeError> {
+        let object = self.catalog.object(id).await.ok()??;
+        let said = condition(&object, READY).filter(|_| said_now(&object, READY))?;
+        Some(VolumeError::NodeAtWork { reason: said.message })
     }
 
     /// What is asked of a volume made from a source.
@@ -159,9 +166,11 @@ impl Provision for ClusterProvisioner {
             None => true,
             Some(object) => object.metadata.deletion_timestamp.is_some() || phase(object).is_some(),
         };
-        let Some(object) = self.wait(id, &node, "made", answered).await? else {
-            return Err(CatalogError::not_found::<Volume>(id).into());
+        let made = match self.wait(id, &node, "made", answered).await {
+            Err(silent @ VolumeError::NodeSilent { .. }) => return Err(self.not_yet(id).await.unwrap_or(silent)),
+            made => made?,
         };
+        let object = made.ok_or_else(|| CatalogError::not_found::<Volume>(id))?;
         if phase(&object) == Some(Phase::Refused) {
             // Nothing was made there: the name is free for another node.
             self.catalog.destroy(&object).await?;
@@ -316,4 +325,60 @@ fn has_taken_over(object: &ZfsVolume, changes: &VolumeAttributes, since: Option<
 
 fn holds(object: &ZfsVolume, wanted: Bytes) -> bool {
     object.status.as_ref().and_then(|status| status.capacity).is_some_and(|capacity| capacity.0 >= wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::fake::{Answers, volume};
+    use crate::csi::to_status;
+    use serde_json::{Value, json};
+
+    const KIND: &str = "/apis/zpod.storage/v1alpha1/zfsvolumes";
+
+    /// What CreateVolume says of a volume that is not made in time, of which its node says this.
+    async fn create(said: Value) -> (tonic::Code, String) {
+        let wanted = volume("data");
+        let object = json!({
+            "apiVersion": "zpod.storage/v1alpha1", "kind": "ZfsVolume",
+            "metadata": {"name": wanted.id.to_string(), "generation": 1, "resourceVersion": "1", "uid": "u"},
+            "spec": {"volumeName": wanted.name, "nodeName": "n1", "capacity": "1Gi", "parameters": wanted.parameters},
+            "status": {"conditions": said},
+        });
+        let list = json!({"apiVersion": "zpod.storage/v1alpha1", "kind": "ZfsVolumeList",
+                          "metadata": {"resourceVersion": "1"}, "items": [object.clone()]});
+        let api = Answers::default().with(KIND, list).with(&format!("{KIND}/{}", wanted.id), object);
+        let nodes = Arc::new(Nodes::watch(api.client()));
+        let provisioner = ClusterProvisioner::new(api.client(), nodes, Duration::from_secs(8));
+        let request = CreateRequest {
+            name: wanted.name,
+            range: CapacityRange { required: Some(Bytes::gib(1)), limit: None },
+            parameters: wanted.parameters,
+            nodes: None,
+            labels: Default::default(),
+            attributes: Default::default(),
+            mode: Default::default(),
+            source: None,
+            ephemeral: false,
+        };
+        let status = to_status(&provisioner.create(request).await.unwrap_err());
+        (status.code(), status.message().to_owned())
+    }
+
+    fn ready(status: &str, generation: i64, message: &str) -> Value {
+        json!([{"type": "Ready", "status": status, "reason": "Copying", "message": message, "observedGeneration": generation,
+                "lastTransitionTime": "2026-01-01T00:00:00Z"}])
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_made_in_time_is_answered_with_what_its_node_says_of_it() {
+        let message = "volume x is being copied in full: 3 GiB of 9 GiB are done";
+        let (code, text) = create(ready("False", 1, message)).await;
+        // Not final: external-provisioner asks again, and forgets nothing.
+        assert_eq!((code, text.as_str()), (tonic::Code::Aborted, message));
+        for said in [json!([]), ready("False", 0, "of an earlier time")] {
+            let (code, text) = create(said).await;
+            assert!(code == tonic::Code::DeadlineExceeded && text.contains("node n1 has not answered"), "{text}");
+        }
+    }
 }

@@ -40,6 +40,7 @@ fn code(error: &VolumeError) -> Code {
         VolumeError::NotReady { .. }
         | VolumeError::SnapshotNotReady { .. }
         | VolumeError::MarkLost { .. }
+        | VolumeError::NodeAtWork { .. }
         | VolumeError::Copying { .. }
         | VolumeError::BeingCopied { .. } => Code::Aborted,
         VolumeError::OtherNode { .. }
@@ -158,6 +159,7 @@ mod tests {
             ),
             (VolumeError::NodeRefused { reason: s("r"), no_room: true }, Code::ResourceExhausted),
             (VolumeError::NodeRefused { reason: s("r"), no_room: false }, Code::FailedPrecondition),
+            (VolumeError::NodeAtWork { reason: s("r") }, Code::Aborted),
             (VolumeError::GuestSilent { id, node: s("n1") }, Code::Unavailable),
             (VolumeError::PodRefused { id, pod: s("a/b"), reason: s("x") }, Code::FailedPrecondition),
             (VolumeError::PodUnknown { id, pod: s("a/b"), reason: s("x") }, Code::Unavailable),

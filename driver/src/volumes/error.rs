@@ -186,6 +186,12 @@ pub enum VolumeError {
         /// Whether room is what it lacks.
         no_room: bool,
     },
+    /// It is not done yet; the node says how far it is or what is in its way, and goes on.
+    #[error("{reason}")]
+    NodeAtWork {
+        /// The node's words, which name the volume and the node.
+        reason: String,
+    },
     /// The pod can't use it as its specification is.
     #[error("volume {id}: pod {pod} can't use it: {reason}")]
     PodRefused {
