@@ -14,7 +14,8 @@ use crate::guest::{Changes, GuestError};
 /// # Errors
 /// [`VolumeError::Invalid`] for one that block devices don't have.
 pub(crate) fn check(mode: VolumeMode, attributes: &VolumeAttributes) -> Result<(), VolumeError> {
-    let of_files = |key: &str| Property::named(key).is_some_and(|property| !property.block);
+    // A block device has its size, and no quota.
+    let of_files = |key: &str| key == "quota" || Property::named(key).is_some_and(|property| !property.block);
     match attributes.iter().find(|(key, _)| mode == VolumeMode::Block && of_files(key)) {
         None => Ok(()),
         Some((key, _)) => {
@@ -90,7 +91,6 @@ impl NodeVolumes {
         let changes = Changes {
             dataset: properties(volume, PropertyKind::Dataset),
             pool: properties(volume, PropertyKind::Pool),
-            // A block device has its size, and no quota.
             quota: (volume.mode == VolumeMode::Filesystem).then(|| volume.attributes.quota(&volume.parameters)),
             reservation: volume.attributes.reservation(volume.capacity).unwrap_or_default(),
         };
@@ -99,5 +99,30 @@ impl NodeVolumes {
             self.context.published.told(id, heard.guest.sandbox());
         }
         set.map_err(|source| VolumeError::Guest { id, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_block_device_does_not_have_is_refused_and_what_both_have_is_not() {
+        let check = |mode, key, value| check(mode, &VolumeAttributes::parse([(key, value)]).unwrap());
+        for (key, value, block) in [
+            ("quota", "quota", false),
+            ("recordsize", "16K", false),
+            ("compression", "zstd", true),
+            ("reservation", "1Gi", true),
+        ] {
+            assert!(check(VolumeMode::Filesystem, key, value).is_ok(), "{key}");
+            match check(VolumeMode::Block, key, value) {
+                Ok(()) => assert!(block, "{key}"),
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(!block && text.contains(key) && text.contains("volumeMode: Block"), "{text}");
+                }
+            }
+        }
     }
 }
