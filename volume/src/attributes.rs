@@ -36,7 +36,7 @@ impl VolumeAttributes {
                 RESERVATION => drop(reservation(value)?),
                 _ => {
                     let property = Property::named(key).filter(|property| property.mutable);
-                    let property = property.ok_or_else(|| ParameterError::Immutable { key: (*key).to_owned() })?;
+                    let property = property.ok_or_else(|| refused(key))?;
                     if !property.allows(value) {
                         return Err(ParameterError::bad(key, value, property.allowed().to_string()));
                     }
@@ -84,6 +84,16 @@ impl VolumeAttributes {
     }
 }
 
+/// The error for a key that is none of a volume's attributes.
+fn refused(key: &str) -> ParameterError {
+    let key = key.to_owned();
+    if VolumeParameters::keys().contains(&key.as_str()) {
+        ParameterError::Immutable { key }
+    } else {
+        ParameterError::UnknownMutable { key }
+    }
+}
+
 fn reservation(value: &str) -> Result<Option<Bytes>, ParameterError> {
     let allowed = || ParameterError::bad(RESERVATION, value, "none, or a size such as 10Gi");
     if value == "none" { Ok(None) } else { value.parse().map(Some).map_err(|_| allowed()) }
@@ -115,7 +125,8 @@ mod tests {
     fn what_cannot_change_is_refused_with_what_can() {
         for (key, value, want) in [
             ("ashift", "12", "\"ashift\" can't be changed; what can: atime, autotrim, compression"),
-            ("speed", "fast", "\"speed\" can't be changed"),
+            ("encryption", "off", "\"encryption\" can't be changed"),
+            ("speed", "fast", "\"speed\" is not known; allowed are: atime, autotrim, compression"),
             ("compression", "best", "lz4"),
             ("quota", "yes", "refquota, quota, none"),
             ("reservation", "lots", "none, or a size"),

@@ -154,6 +154,12 @@ pub enum ParameterError {
         /// The key as it was given.
         key: String,
     },
+    /// No such mutable parameter.
+    #[error("mutable parameter {key:?} is not known; allowed are: {}", crate::VolumeAttributes::keys().join(", "))]
+    UnknownMutable {
+        /// The key as it was given.
+        key: String,
+    },
     /// Not one that a volume's life can change.
     #[error("mutable parameter {key:?} can't be changed; what can: {}", crate::VolumeAttributes::keys().join(", "))]
     Immutable {
