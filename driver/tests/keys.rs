@@ -240,6 +240,7 @@ async fn a_key_is_changed_in_the_running_guest_and_only_when_the_one_before_is_n
     // The guest says no: kubelet hears it, and the pod goes on with the key it has.
     *guest.state.key.lock().unwrap() = b"something else altogether".to_vec();
     let error = world.publish(WRONG, NEXT).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition);
     assert!(error.message().contains("refused ProvideKey") && error.message().contains("***"), "{error}");
     assert!(world.condition().await.1.contains("its key was not taken"));
     world.nowhere();

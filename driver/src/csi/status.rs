@@ -64,8 +64,9 @@ fn guest(error: &GuestError) -> Code {
     match error {
         GuestError::Unreachable { .. } | GuestError::Timeout { .. } => Code::Unavailable,
         GuestError::DiskTooSmall { .. } => Code::FailedPrecondition,
-        // Such as a reservation for which the pool has no room.
-        GuestError::Refused { call: "SetProperties", .. } => Code::FailedPrecondition,
+        // Such as a reservation for which the pool has no room, and a key that is not the volume's: until the spec or the
+        // Secret is mended asking again is of no use.
+        GuestError::Refused { call: "SetProperties" | "ProvideKey", .. } => Code::FailedPrecondition,
         GuestError::Refused { .. } => Code::Internal,
     }
 }
@@ -167,6 +168,10 @@ mod tests {
             (guest(timeout), Code::Unavailable),
             (guest(GuestError::DiskTooSmall { sandbox: s("s"), message: s("m") }), Code::FailedPrecondition),
             (guest(GuestError::Refused { sandbox: s("s"), call: "Grow", message: s("m") }), Code::Internal),
+            (
+                guest(GuestError::Refused { sandbox: s("s"), call: "ProvideKey", message: s("m") }),
+                Code::FailedPrecondition,
+            ),
             (backing(no_room), Code::ResourceExhausted),
             (backing(BackingError::InUse { id, device: "/d".into(), detail: s("x") }), Code::FailedPrecondition),
             (backing(BackingError::Missing { id, device: "/d".into() }), Code::Unavailable),
