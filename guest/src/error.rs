@@ -25,7 +25,8 @@ pub enum VolumeError {
     },
     /// Its disk is there more than once.
     #[error(
-        "volume {id}: more than one disk has this GUID, and using the wrong one could lose data; disks seen: {disks}"
+        "volume {id}: more than one disk has this GUID, and using the wrong one could lose data; disks seen: {disks}; \
+         delete the pod, and if that does not help see whether its backing device was copied"
     )]
     ManyDisks {
         /// The volume.
@@ -165,7 +166,10 @@ pub enum VolumeError {
         reason: String,
     },
     /// The pool has no dataset.
-    #[error("volume {id}: the pool has no dataset {dataset}; nothing was made in its place")]
+    #[error(
+        "volume {id}: the pool has no dataset {dataset}; nothing was made in its place; somebody destroyed it: restore the \
+         volume from a snapshot or a backup"
+    )]
     NoDataset {
         /// The volume.
         id: VolumeId,
@@ -186,7 +190,10 @@ pub enum VolumeError {
         cause: String,
     },
     /// A step failed.
-    #[error("volume {id}: {step}: {cause}")]
+    #[error(
+        "volume {id}: {step}: {cause}; it is safe to try again, and if it stays so delete the pod: another virtual machine \
+         begins anew"
+    )]
     Failed {
         /// The volume.
         id: VolumeId,
@@ -296,5 +303,22 @@ impl VolumeError {
 impl From<VolumeError> for tonic::Status {
     fn from(error: VolumeError) -> Self {
         Self::new(error.code(), error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_person_can_do_is_said() {
+        let id = VolumeId::from_name("a");
+        for (error, want) in [
+            (VolumeError::ManyDisks { id, disks: "vda, vdb".into() }, "delete the pod"),
+            (VolumeError::NoDataset { id, dataset: "p/data".into() }, "from a snapshot or a backup"),
+            (VolumeError::failed(id, "mounting it", Fault::new("no")), "it is safe to try again"),
+        ] {
+            assert!(error.to_string().contains(want), "{error}");
+        }
     }
 }

@@ -219,6 +219,20 @@ mod tests {
     }
 
     #[test]
+    fn what_a_person_can_do_is_said_where_something_is_not_as_it_should_be() {
+        for (error, _) in every_error() {
+            let want = match &error {
+                VolumeError::NotPublished { .. } => "NodePublishVolume comes first",
+                VolumeError::Backing { source: BackingError::Mismatch { .. }, .. } => "put back the file",
+                VolumeError::Backing { source: BackingError::Io { .. }, .. } => "look at the file system there",
+                VolumeError::Catalog(CatalogError::Damaged { .. } | CatalogError::Unreadable { .. }) => "from a backup",
+                _ => continue,
+            };
+            assert!(error.to_string().contains(want), "{error}");
+        }
+    }
+
+    #[test]
     fn each_error_has_the_code_the_specification_gives_it() {
         for (error, want) in every_error() {
             let status = to_status(&error);

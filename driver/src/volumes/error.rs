@@ -41,7 +41,9 @@ pub enum VolumeError {
         node: String,
     },
     /// The volume is not at that path.
-    #[error("volume {id} is not published at {path} on node {node}")]
+    #[error(
+        "volume {id} is not published at {path} on node {node}: its pod has ended, or NodePublishVolume comes first"
+    )]
     NotPublished {
         /// The volume.
         id: VolumeId,

@@ -206,7 +206,10 @@ pub enum BackingError {
         device: PathBuf,
     },
     /// There is a device, of another shape.
-    #[error("volume {id}: its device {device} has {found} where {wanted} was expected; nothing was changed")]
+    #[error(
+        "volume {id}: its device {device} has {found} where {wanted} was expected; nothing was changed; put back the file \
+         that belongs there, or see whether another directory is mounted"
+    )]
     Mismatch {
         /// The volume.
         id: VolumeId,
@@ -239,7 +242,7 @@ pub enum BackingError {
     #[error("the copy was stopped; it is made again when it is asked for again")]
     Stopped,
     /// The operating system refused.
-    #[error("{what} {path}: {source}")]
+    #[error("{what} {path}: {source}; look at the file system there and at the kernel's log of the node")]
     Io {
         /// What was tried, such as `create`.
         what: &'static str,

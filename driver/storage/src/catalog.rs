@@ -388,7 +388,10 @@ pub enum CatalogError {
     #[error("{0} is not recorded")]
     NotFound(String),
     /// A record that can't be read. Nothing is done with its volume until a person has looked.
-    #[error("the record {path} can't be read: {reason}; nothing is done with it until it is mended")]
+    #[error(
+        "the record {path} can't be read: {reason}; nothing is done with it until it is mended: put the file back from a \
+         backup; the data is kept"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -406,7 +409,10 @@ pub enum CatalogError {
         source: std::io::Error,
     },
     /// A record in the cluster that is none of ours, or damaged. Nothing is done with its volume.
-    #[error("{what} can't be read: {reason}; nothing is done with it until it is mended")]
+    #[error(
+        "{what} can't be read: {reason}; nothing is done with it until it is mended: put the object back from a backup; the \
+         data is kept"
+    )]
     Unreadable {
         /// The object.
         what: String,
