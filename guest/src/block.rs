@@ -49,6 +49,8 @@ enum Place {
     Pci(Vec<Slot>),
     /// The end of the device's directory: host, channel, id and LUN.
     Scsi(String),
+    /// The channel device in front of the virtio device.
+    Ccw(String),
     /// Its name.
     Name(String),
 }
@@ -72,6 +74,9 @@ impl Place {
                 .strip_prefix("/dev/")
                 .filter(|name| !name.contains('/'))
                 .map(|name| Self::Name(name.to_owned())),
+            // The agent takes any path. What is not the name of a disk is never found, and so refused.
+            "nvdimm" => Some(Self::Name(device.vm_path.strip_prefix("/dev/").unwrap_or_default().to_owned())),
+            "blk-ccw" => ccw(&device.id).map(Self::Ccw),
             _ => None,
         }
     }
@@ -80,6 +85,7 @@ impl Place {
     fn is_of(&self, disk: &Disk) -> bool {
         match self {
             Self::Name(name) => disk.name == *name,
+            Self::Ccw(bus) => disk.place.iter().rev().nth(3).is_some_and(|part| part == bus.as_str()),
             Self::Scsi(end) => disk.place.iter().rev().nth(2).is_some_and(|part| part == end.as_str()),
             Self::Pci(slots) => {
                 let Some((root, found)) = pci(&disk.place) else { return false };
@@ -97,6 +103,15 @@ fn slot(text: &str) -> Option<Slot> {
     let short = slot.len() <= 2 && function.len() <= 1;
     let hex = |text: &str| u8::from_str_radix(text, 16).ok().filter(|_| !text.starts_with('+'));
     if short { Some((hex(slot)?, hex(function)?)) } else { None }
+}
+
+/// `0.0.2`, as sysfs writes it: channel subsystem 0, subchannel set, number of the device (`ccw::Device` in the agent).
+fn ccw(text: &str) -> Option<String> {
+    let mut parts = text.split('.');
+    let (subsystem, set, number) = (parts.next()?, parts.next()?, parts.next()?);
+    let number = u16::from_str_radix(number, 16).ok().filter(|_| !number.starts_with('+'))?;
+    let sound = parts.next().is_none() && subsystem == "0" && matches!(set, "0" | "1" | "2" | "3");
+    sound.then(|| format!("0.{set}.{number:04x}"))
 }
 
 /// Number of the root bus, and the slots on the way to a disk, from its directory in sysfs.

@@ -64,6 +64,27 @@ async fn a_container_never_gets_the_raw_disk_of_a_pool() {
     assert_eq!(error.code(), Code::NotFound, "{error}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn no_way_of_attaching_a_disk_passes_one_of_ours_by() {
+    let device =
+        |kind: &str, id: &str, vm_path: &str| Device { r#type: kind.into(), vm_path: vm_path.into(), ..device(id) };
+    let dax = |name: &str| SimDisk { name: "pmem1".into(), ..disk(name) };
+    let mut block = dax("pvc-1");
+    block.note(&spec("pvc-1", VolumeMode::Block));
+    let found = identified(block, &device("nvdimm", "", "/dev/pmem1")).await;
+    assert_eq!(found, Ok(Some(spec("pvc-1", VolumeMode::Block))));
+    let error = identified(dax("pvc-1"), &device("nvdimm", "", "/dev/pmem1")).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    // The agent opens whatever the path says: what is no name of a whole disk is not passed on.
+    for path in ["/dev/pmem1p1", "/dev/../dev/pmem1", "/dev//pmem1", "/proc/1/root/dev/pmem1", ""] {
+        let error = identified(dax("pvc-1"), &device("nvdimm", "", path)).await.unwrap_err();
+        assert_eq!(error.code(), Code::NotFound, "{path}: {error}");
+    }
+    let mut stranger = dax("anything");
+    stranger.scribble(512);
+    assert_eq!(identified(stranger, &device("nvdimm", "", "/dev/pmem1")).await, Ok(None));
+}
+
 #[test]
 fn a_disk_is_known_by_its_place_on_the_bus() {
     let disk = |name: &str, place: &str| Disk {
@@ -76,7 +97,8 @@ fn a_disk_is_known_by_its_place_on_the_bus() {
     let virtio = disk("vdb", "/sys/devices/pci0000:00/0000:00:02.0/0000:01:0a.0/virtio3/block/vdb");
     let numa = disk("vdc", "/sys/devices/pci0000:20/0000:20:00.0/0000:21:02.0/virtio4/block/vdc");
     let scsi = disk("sda", "/sys/devices/pci0000:00/0000:00:01.0/virtio0/host0/target0:0:1/0:0:1:2/block/sda");
-    let disks = [&virtio, &numa, &scsi];
+    let ccw = disk("vdd", "/sys/devices/css0/0.0.0001/0.0.00a2/virtio1/block/vdd");
+    let disks = [&virtio, &numa, &scsi, &ccw];
     let found = |kind: &str, id: &str, vm_path: &str| {
         let device = Device { r#type: kind.into(), vm_path: vm_path.into(), ..device(id) };
         let place = Place::of(&device)?;
@@ -87,7 +109,13 @@ fn a_disk_is_known_by_its_place_on_the_bus() {
     assert_eq!(found("blk", "20/00/02", ""), Some("vdc"));
     assert_eq!(found("scsi", "1:2", ""), Some("sda"));
     assert_eq!(found("mmioblk", "", "/dev/vdb"), Some("vdb"));
+    assert_eq!(found("blk-ccw", "0.0.00a2", ""), Some("vdd"));
+    assert_eq!(found("blk-ccw", "0.0.a2", ""), Some("vdd"));
     for (kind, id, vm_path) in [
+        ("blk-ccw", "0.0.0001", ""),
+        ("blk-ccw", "0.1.00a2", ""),
+        ("blk-ccw", "1.0.00a2", ""),
+        ("blk-ccw", "0.0.00a2.0", ""),
         ("blk", "0a", ""),
         ("blk", "02/0b", ""),
         ("blk", "00/02", ""),

@@ -14,8 +14,9 @@ use zpod_proto::agent::{Device, LinuxDevice, LinuxDeviceCgroup};
 use super::{RequestError, once, replaced};
 use crate::wire::{self, Edit};
 
-/// The kinds of entries that are disks in the guest: virtio-blk, SCSI, virtio-mmio.
-const KINDS: [&str; 3] = ["blk", "scsi", "mmioblk"];
+/// The kinds of entries that are disks in the guest (`DRIVER_*_TYPE` in kata-types 4.1.0): virtio-blk, SCSI, virtio-mmio,
+/// NVDIMM, virtio-blk on a channel of s390x. The agent knows no others.
+const KINDS: [&str; 5] = ["blk", "scsi", "mmioblk", "nvdimm", "blk-ccw"];
 
 /// How a block device is called in the OCI spec.
 const BLOCK: &str = "b";

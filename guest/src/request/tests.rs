@@ -231,6 +231,15 @@ fn a_device_that_the_spec_does_not_have_once_is_refused() {
 }
 
 #[test]
+fn every_kind_of_disk_that_the_agent_knows_is_looked_at() {
+    for kind in ["blk", "scsi", "mmioblk", "nvdimm", "blk-ccw"] {
+        let disk = Device { r#type: kind.into(), ..block_device("/dev/xvda", "x") };
+        let request = CreateContainer::decode(&frame(&with_devices(vec![disk], vec![], None), &[])).unwrap();
+        assert_eq!(request.devices.len(), 1, "{kind}");
+    }
+}
+
+#[test]
 fn devices_that_are_no_disks_are_not_looked_at() {
     let vfio = Device { r#type: "vfio-pci".into(), ..block_device("/dev/vfio/1", "x") };
     let request = CreateContainer::decode(&frame(&with_devices(vec![vfio], vec![], None), &[])).unwrap();
