@@ -16,7 +16,7 @@ use crate::volumes::{GroupRequest, Snapshots, VolumeError};
 /// As many as a pod has volumes, and more: each has a guest that marks while the others wait.
 const MAX_MEMBERS: usize = 256;
 
-/// Takes and removes snapshots of several volumes at one instant.
+/// Takes and removes snapshots of several volumes together.
 #[derive(Debug)]
 pub struct GroupControllerService {
     snapshots: Arc<dyn Snapshots>,

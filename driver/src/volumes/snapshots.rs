@@ -43,8 +43,9 @@ pub trait Snapshots: Send + Sync + fmt::Debug + 'static {
     async fn list(&self, of: Option<VolumeId>, from: Option<String>, limit: usize)
     -> Result<SnapshotPage, VolumeError>;
 
-    /// Takes snapshots of several volumes: the instants are marked in all guests before the first copy is made. All or
-    /// none.
+    /// Takes snapshots of several volumes: every guest has written out and marked an instant of its own before the first
+    /// copy is made. Each is whole in itself; no write is held up in between, so that the order of writes to different
+    /// volumes is not kept. All or none.
     ///
     /// # Errors
     /// When one of them can't be taken; then none is there.

@@ -1,4 +1,5 @@
-//! Groups of snapshots: all guests mark the instant before the first copy is made, and all or none are kept.
+//! Groups of snapshots: all guests have marked, each an instant of its own, before the first copy is made, and all or none
+//! are kept.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
