@@ -95,6 +95,7 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
         encrypted: snapshot.encrypted,
         block: snapshot.block,
         snapshot_bytes: details.snapshot_bytes,
+        behind: snapshot.behind.map_or(0, |half| half.index() as u32 + 1),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use zpod_volume::{Bytes, DiskLayout, SECTOR, VolumeId, gpt};
+use zpod_volume::{Bytes, DiskLayout, Half, SECTOR, VolumeId, gpt};
 
 use crate::error::VolumeError;
 use crate::machine::{Disk, Machine, Step};
@@ -17,20 +17,29 @@ const INTERVAL: Duration = Duration::from_millis(25);
 /// Disks named in an error; a pod has few.
 const LISTED: usize = 32;
 
-/// Waits for the disk of a volume. `seen` is told what disks there are while it is not among them.
+/// Waits for the disk of a volume. One of a mirror can be known by either half. `seen` is told what disks there are while
+/// it is not among them.
 ///
 /// # Errors
 /// When it does not come, or there are two of it.
 pub async fn find<M: Machine + ?Sized>(
     machine: &M,
     id: VolumeId,
+    mirrored: bool,
     wait: Duration,
     mut seen: impl FnMut(&str),
 ) -> Result<Disk, VolumeError> {
     let end = Instant::now() + wait;
     loop {
         let disks = machine.disks().await.map_err(|fault| VolumeError::failed(id, "looking for its disk", fault))?;
-        let mut ours: Vec<_> = disks.iter().filter(|disk| belongs(disk, id)).collect();
+        let mut ours = Vec::new();
+        for disk in &disks {
+            // The middle of any other disk is what containers have written there.
+            let second = mirrored && disk.table.is_err() && belongs(&half(machine, disk, Half::Second).await, id);
+            if second || belongs(disk, id) {
+                ours.push(disk);
+            }
+        }
         match (ours.pop(), ours.is_empty()) {
             (Some(disk), true) => return Ok(disk.clone()),
             (Some(_), false) => return Err(VolumeError::ManyDisks { id, disks: list(&disks) }),
@@ -43,7 +52,18 @@ pub async fn find<M: Machine + ?Sized>(
     }
 }
 
-fn belongs(disk: &Disk, id: VolumeId) -> bool {
+/// A half of a disk, and what its table says.
+pub async fn half<M: Machine + ?Sized>(machine: &M, disk: &Disk, half: Half) -> Disk {
+    let half = disk.half(half);
+    let table = match machine.read(&half, 0, gpt::PRIMARY_BYTES).await {
+        Ok(bytes) => gpt::decode(&bytes).map_err(|error| error.to_string()),
+        Err(fault) => Err(fault.text),
+    };
+    Disk { table, ..half }
+}
+
+/// Whether this is the disk, or the half, of a volume.
+pub fn belongs(disk: &Disk, id: VolumeId) -> bool {
     disk.table.as_ref().is_ok_and(|table| table.disk_guid == id.uuid())
 }
 

@@ -4,7 +4,7 @@
 //! ```text
 //! offset  0  "zpodjrnl"
 //!         8  version, 1 (u32, little-endian like all numbers here)
-//!        12  state: 1 creating, 2 created
+//!        12  state: 1 creating, 2 created, 3 behind, 4 rebuilding
 //!        16  the volume's id, 16 bytes
 //!        32  CRC-32 of the 32 bytes before
 //!        36  zeros up to 4096
@@ -14,6 +14,9 @@
 //! All of it lies within one sector of 512 bytes, which a disk writes whole or not at all. `Creating` means that no
 //! container has ever started on the volume: making the pool anew loses nothing. `Created` is on the disk before the
 //! first container is.
+//!
+//! Each half of a mirror has a journal. There `Created` also means that the half has all there is, and may be used without
+//! the other one: what is not so says `Behind` or `Rebuilding`.
 
 use zpod_volume::VolumeId;
 
@@ -33,6 +36,10 @@ pub enum Journal {
     Creating,
     /// The pool was made.
     Created,
+    /// Half of a mirror, which lacks some of what the other one has.
+    Behind,
+    /// Half of a mirror, which was blank and is given what the other one has. What it holds is nobody's only copy.
+    Rebuilding,
     /// Something else: damage, another version, another volume's. Nothing is ever made over it.
     Foreign,
 }
@@ -43,7 +50,7 @@ impl Journal {
         if bytes.len() == BYTES && bytes.iter().all(|byte| *byte == 0) {
             return Self::Blank;
         }
-        [Self::Creating, Self::Created]
+        [Self::Creating, Self::Created, Self::Behind, Self::Rebuilding]
             .into_iter()
             .find(|journal| journal.encode(id).is_some_and(|block| block == bytes))
             .unwrap_or(Self::Foreign)
@@ -54,6 +61,8 @@ impl Journal {
         let state: u32 = match self {
             Self::Creating => 1,
             Self::Created => 2,
+            Self::Behind => 3,
+            Self::Rebuilding => 4,
             Self::Blank | Self::Foreign => return None,
         };
         let mut block = Vec::with_capacity(BYTES);
@@ -76,7 +85,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_belongs_to_one_volume() {
         let (id, other) = (VolumeId::from_name("a"), VolumeId::from_name("b"));
-        for journal in [Journal::Creating, Journal::Created] {
+        for journal in [Journal::Creating, Journal::Created, Journal::Behind, Journal::Rebuilding] {
             let block = journal.encode(id).unwrap();
             assert_eq!(Journal::decode(&block, id), journal);
             assert_eq!(Journal::decode(&block, other), Journal::Foreign);

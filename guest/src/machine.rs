@@ -9,7 +9,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
-use zpod_volume::{Bytes, Encryption, PoolName, VolumeId, gpt};
+use zpod_volume::{Bytes, Encryption, Half, PoolName, SECTOR, VolumeId, gpt};
 
 use crate::key::Key;
 
@@ -20,7 +20,7 @@ pub mod streams;
 
 pub use linux::{LinuxMachine, ZfsLoaded};
 
-/// A disk as the kernel shows it.
+/// A disk as the kernel shows it, or a half of one that is laid out as a disk of its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
     /// Its name, such as `vda`.
@@ -33,6 +33,22 @@ pub struct Disk {
     pub place: PathBuf,
     /// What its partition table says, or why it says nothing.
     pub table: Result<gpt::Header, String>,
+    /// Where it begins on the kernel's disk, in bytes: offsets on it count from there.
+    pub start: u64,
+    /// The number of its partition.
+    pub number: u32,
+}
+
+impl Disk {
+    /// A half of it. Its table has not been read yet.
+    pub fn half(&self, half: Half) -> Self {
+        let size = Bytes(self.size.0 / 2).round_down(SECTOR);
+        let (start, number) = match half {
+            Half::First => (0, 1),
+            Half::Second => (size.0, 2),
+        };
+        Self { size, start, number, table: Err("not read yet".to_owned()), ..self.clone() }
+    }
 }
 
 /// Numbers of a device.
@@ -119,16 +135,38 @@ pub struct PoolReport {
     pub scrub: Option<LastScrub>,
     /// Space allocated in the pool, in bytes.
     pub allocated: u64,
+    /// Its devices.
+    pub leaves: Vec<Leaf>,
+    /// The resilver that runs, or the last scan if that was one.
+    pub resilver: Option<LastScrub>,
 }
 
 impl PoolReport {
+    /// A device is being given what it lacks.
+    pub fn resilvering(&self) -> bool {
+        self.resilver.is_some_and(|resilver| matches!(resilver.state, ScrubState::Running | ScrubState::Paused))
+    }
+
     /// A scrub is running.
     pub fn scrubbing(&self) -> bool {
         self.scrub.is_some_and(|scrub| scrub.state == ScrubState::Running)
     }
 }
 
-/// A scrub and what came of it.
+/// A device of a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leaf {
+    /// Its GUID: the one name of a device that is gone.
+    pub guid: u64,
+    /// The path by which the pool knows it, or knew it.
+    pub path: PathBuf,
+    /// How it is.
+    pub health: Health,
+    /// The scan that runs, or the last one, has written to it what it lacked.
+    pub mended: bool,
+}
+
+/// A scrub or a resilver, and what came of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LastScrub {
     /// How far it is.
@@ -224,10 +262,13 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// Writes to a disk; durable when it returns.
     async fn write(&self, disk: &Disk, offset: u64, bytes: &[u8]) -> Result<(), Fault>;
 
-    /// Tells the kernel of a disk's first partition: made where there is none, resized where it differs.
+    /// Tells the kernel of a disk's partition: made where there is none, resized where it differs.
     async fn partition(&self, disk: &Disk, start: u64, size: Bytes) -> Result<Step, Fault>;
 
-    /// Lets the volume's own path lead to the first partition of this disk, and gives the path. Pools know their device
+    /// The volume's own path for the partition of this disk, wherever it leads.
+    fn path(&self, id: VolumeId, disk: &Disk) -> PathBuf;
+
+    /// Lets the volume's own path lead to the partition of this disk, and gives the path. Pools know their device
     /// by it, so that one whose disk comes back under another name can be resumed.
     async fn link(&self, id: VolumeId, disk: &Disk) -> Result<PathBuf, Fault>;
 
@@ -240,17 +281,17 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// How a pool fares.
     async fn report(&self, pool: &PoolName) -> Result<PoolReport, Fault>;
 
-    /// Imports the pool that has the name `found` on one device, as `pool`, mounting nothing.
-    async fn import(&self, found: &PoolName, pool: &PoolName, device: &Path) -> Result<(), Fault>;
+    /// Imports the pool that has the name `found` on these devices, as `pool`, mounting nothing.
+    async fn import(&self, found: &PoolName, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault>;
 
     /// Gives an imported pool a new GUID, at random.
     async fn reguid(&self, pool: &PoolName) -> Result<(), Fault>;
 
-    /// Makes a pool on one device. With `force` whatever the device holds is overwritten.
+    /// Makes a pool on one device, or a mirror of more. With `force` whatever they hold is overwritten.
     async fn create_pool(
         &self,
         pool: &PoolName,
-        device: &Path,
+        devices: &[PathBuf],
         properties: &[(String, String)],
         force: bool,
     ) -> Result<(), Fault>;
@@ -301,10 +342,17 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// Destroys a snapshot.
     async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault>;
 
-    /// Lets a pool use all of its device.
-    async fn expand(&self, pool: &PoolName, device: &Path) -> Result<(), Fault>;
+    /// Lets a pool use all of its devices.
+    async fn expand(&self, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault>;
 
-    /// Opens the pool's device anew, and resumes the pool where it was suspended.
+    /// Takes a device out of a mirror. ZFS refuses where the others don't have everything.
+    async fn detach(&self, pool: &PoolName, leaf: u64) -> Result<(), Fault>;
+
+    /// Makes `new` a mirror of the pool's device `of`, and begins to give it what that has. With `force` whatever it holds
+    /// is overwritten.
+    async fn attach(&self, pool: &PoolName, of: &Path, new: &Path, force: bool) -> Result<(), Fault>;
+
+    /// Opens the pool's devices anew, and resumes the pool where it was suspended.
     async fn resume(&self, pool: &PoolName, suspended: bool) -> Result<(), Fault>;
 
     /// Writes out all that a pool holds in memory.
@@ -330,6 +378,14 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
 
     /// Bounds the ARC; `None` for the default.
     async fn limit_arc(&self, limit: Option<Bytes>) -> Result<(), Fault>;
+}
+
+/// The last part of the path by which a pool knows a volume's disk.
+fn link_name(id: VolumeId, disk: &Disk) -> String {
+    match disk.number {
+        0 | 1 => id.to_string(),
+        number => format!("{id}-{number}"),
+    }
 }
 
 /// What is done to a scrub.

@@ -47,12 +47,12 @@ struct Partition {
 ///
 /// # Errors
 /// Those of the ioctl: EBUSY where it overlaps another one, EINVAL where it does not lie on the disk.
-pub fn change_partition(disk: &File, change: PartitionChange, number: i32, start: u64, size: Bytes) -> io::Result<()> {
-    let too_large = |_| io::Error::from(io::ErrorKind::InvalidInput);
+pub fn change_partition(disk: &File, change: PartitionChange, number: u32, start: u64, size: Bytes) -> io::Result<()> {
+    let too_large = |_: std::num::TryFromIntError| io::Error::from(io::ErrorKind::InvalidInput);
     let partition = Partition {
         start: start.try_into().map_err(too_large)?,
         length: size.0.try_into().map_err(too_large)?,
-        number,
+        number: number.try_into().map_err(too_large)?,
         device_name: [0; 64],
         volume_name: [0; 64],
     };

@@ -31,6 +31,7 @@ mod device;
 mod grow;
 mod keyring;
 mod marks;
+mod mirror;
 mod progress;
 mod release;
 mod restore;
@@ -84,6 +85,8 @@ pub(crate) struct Active {
     quota: u64,
     /// Where we have it mounted ourselves.
     base: PathBuf,
+    /// The halves of its disk, where it is a mirror.
+    mirror: Option<mirror::Halves>,
 }
 
 /// What a volume is brought up with.

@@ -127,10 +127,11 @@ impl Tools {
         json::report(&self.zpool(&["status", "-j", "-p", pool.as_str()]).await?, pool)
     }
 
-    /// Imports the pool that has the name `found` on one device, as `pool`. `-f`: another virtual machine had it, with
+    /// Imports the pool that has the name `found` on these devices, as `pool`. `-f`: another virtual machine had it, with
     /// another hostid; that it is gone is the node's to prove (DESIGN: one kernel at a time). `-N`: nothing is mounted.
-    pub async fn import(&self, found: &PoolName, pool: &PoolName, device: &Path) -> Result<(), Fault> {
-        let mut arguments: Vec<&OsStr> = vec!["import".as_ref(), "-d".as_ref(), device.as_ref()];
+    pub async fn import(&self, found: &PoolName, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault> {
+        let mut arguments: Vec<&OsStr> = vec!["import".as_ref()];
+        arguments.extend(devices.iter().flat_map(|device| ["-d".as_ref(), device.as_os_str()]));
         let renamed = (found != pool).then_some(pool.as_str());
         arguments.extend(["-N", "-f"].into_iter().chain(POOL).chain([found.as_str()]).chain(renamed).map(OsStr::new));
         self.run("zpool", &arguments, IMPORT_DEADLINE).await.map(drop)
@@ -141,11 +142,11 @@ impl Tools {
         self.zpool(&["reguid", pool.as_str()]).await.map(drop)
     }
 
-    /// Makes a pool on one device, with nothing mounted.
+    /// Makes a pool on one device, or a mirror of more, with nothing mounted.
     pub async fn create_pool(
         &self,
         pool: &PoolName,
-        device: &Path,
+        devices: &[PathBuf],
         properties: &[(String, String)],
         force: bool,
     ) -> Result<(), Fault> {
@@ -155,8 +156,9 @@ impl Tools {
         arguments.extend(POOL);
         arguments.extend(settings.iter().flat_map(|setting| ["-o", setting]));
         arguments.extend(["-O", "mountpoint=none", "-O", "canmount=off", pool.as_str()]);
+        arguments.extend((devices.len() > 1).then_some("mirror"));
         let mut arguments: Vec<&OsStr> = arguments.into_iter().map(OsStr::new).collect();
-        arguments.push(device.as_ref());
+        arguments.extend(devices.iter().map(|device| device.as_os_str()));
         self.run("zpool", &arguments, IMPORT_DEADLINE).await.map(drop)
     }
 
@@ -275,10 +277,25 @@ impl Tools {
         self.run("zfs", &["destroy", &format!("{dataset}@{name}")], DEADLINE).await.map(drop)
     }
 
-    /// Lets a pool use all of its device.
-    pub async fn expand(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
-        let arguments: [&OsStr; 4] = ["online".as_ref(), "-e".as_ref(), pool.as_str().as_ref(), device.as_ref()];
+    /// Lets a pool use all of its devices.
+    pub async fn expand(&self, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault> {
+        let mut arguments: Vec<&OsStr> = vec!["online".as_ref(), "-e".as_ref(), pool.as_str().as_ref()];
+        arguments.extend(devices.iter().map(|device| device.as_os_str()));
         self.zpool(&arguments).await.map(drop)
+    }
+
+    /// Takes a device out of a mirror.
+    pub async fn detach(&self, pool: &PoolName, leaf: u64) -> Result<(), Fault> {
+        self.zpool(&["detach", pool.as_str(), &leaf.to_string()]).await.map(drop)
+    }
+
+    /// Makes a device a mirror of another one. It is in the labels when this returns, and the resilver has begun: ZFS
+    /// waits for the transaction groups that begin it (`spa_vdev_attach`, spa.c).
+    pub async fn attach(&self, pool: &PoolName, of: &Path, new: &Path, force: bool) -> Result<(), Fault> {
+        let mut arguments: Vec<&OsStr> = vec!["attach".as_ref()];
+        arguments.extend(force.then_some(OsStr::new("-f")));
+        arguments.extend([pool.as_str().as_ref(), of.as_os_str(), new.as_os_str()]);
+        self.run("zpool", &arguments, IMPORT_DEADLINE).await.map(drop)
     }
 
     /// Opens the devices of a pool anew; `clear` also resumes a suspended one (zpool-clear(8)).

@@ -4,6 +4,7 @@
 //! * [`VolumeParameters`]: what a StorageClass may say, parsed at the edge.
 //! * [`VolumeAttributes`]: what a VolumeAttributesClass may change later.
 //! * [`DiskLayout`] and [`gpt`]: what the virtual disk looks like.
+//! * [`Half`] and [`Mirror`]: a virtual disk of two halves.
 //! * [`VolumeSpec`]: what the node tells the guest about one volume, in the `zpod=` mount option, or in a [`note`] on the
 //!   disk of a block device.
 
@@ -11,6 +12,7 @@ mod attributes;
 mod bytes;
 mod id;
 mod layout;
+mod mirror;
 mod parameters;
 mod property;
 mod spec;
@@ -22,6 +24,7 @@ pub use attributes::VolumeAttributes;
 pub use bytes::{Bytes, ParseBytesError};
 pub use id::{GroupId, Mark, ParseNameError, PoolName, SnapshotId, VolumeId};
 pub use layout::{DiskLayout, Headroom, ParseHeadroomError, SECTOR};
+pub use mirror::{Half, Mirror};
 pub use parameters::{Backing, Encryption, ParameterError, Provisioning, QuotaMode, ScrubInterval, VolumeParameters};
 pub use property::{Property, PropertyKind};
 pub use spec::{Create, DecodeSpecError, MountFlag, OPTION_PREFIX, Origin, Version, VolumeMode, VolumeSpec};

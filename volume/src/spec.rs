@@ -5,7 +5,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Bytes, DiskLayout, Encryption, Mark, PoolName, Property, PropertyKind, QuotaMode, VolumeId};
+use crate::{Bytes, DiskLayout, Encryption, Mark, Mirror, PoolName, Property, PropertyKind, QuotaMode, VolumeId};
 
 /// What the option begins with that carries a [`VolumeSpec`].
 pub const OPTION_PREFIX: &str = "zpod=";
@@ -87,6 +87,9 @@ pub struct VolumeSpec {
     /// Whose contents the disk was copied from, until a guest has made them this volume's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<Origin>,
+    /// The disk is two halves, and the pool a mirror of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<Mirror>,
 }
 
 /// What a container gets.
@@ -178,6 +181,9 @@ pub enum DecodeSpecError {
     /// Sizes that no volume has.
     #[error("the zpod= option gives a capacity of {0} and a partition of {1}, which don't belong together")]
     Size(Bytes, Bytes),
+    /// A mirror that no node plugin makes.
+    #[error("the zpod= option gives a mirror that is {0}, which no volume is")]
+    Mirror(&'static str),
 }
 
 impl VolumeSpec {
@@ -204,6 +210,7 @@ impl VolumeSpec {
             reservation: None,
             encryption: None,
             origin: None,
+            mirror: None,
         }
     }
 
@@ -255,6 +262,11 @@ impl VolumeSpec {
                 }
             }
         }
+        match self.mirror {
+            Some(_) if !self.mode.is_filesystem() => return Err(DecodeSpecError::Mirror("a block device")),
+            Some(_) if self.origin.is_some() => return Err(DecodeSpecError::Mirror("a copy of another volume's disk")),
+            _ => {}
+        }
         let sound = self.capacity >= DiskLayout::MIN_CAPACITY
             && self.capacity <= DiskLayout::MAX_CAPACITY
             && self.partition == DiskLayout::partition_for(self.capacity);
@@ -265,6 +277,7 @@ impl VolumeSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Half;
     use proptest::prelude::*;
 
     fn spec() -> VolumeSpec {
@@ -302,12 +315,28 @@ mod tests {
             ("\"compression\":\"lz4\"", "\"compression\":\"lz4 -f\"", "not allowed"),
             ("zpod-3addcb024c3d", "-f", "not a pool name"),
             ("1073741824", "1024", "don't belong together"),
+            ("\"create\":\"fresh\"", "\"create\":\"fresh\",\"mirror\":{\"behind\":\"third\"}", "unknown variant"),
         ] {
             assert!(json.contains(from), "{from} in {json}");
             let error = VolumeSpec::decode(&encode(&json.replacen(from, to, 1))).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");
         }
         assert!(matches!(VolumeSpec::decode(&"A".repeat(MAX_ENCODED + 1)), Err(DecodeSpecError::TooLong(_))));
+    }
+
+    #[test]
+    fn a_mirror_survives_the_journey_and_is_no_block_device_and_no_copy() {
+        for behind in [None, Some(Half::First), Some(Half::Second)] {
+            let mirrored = VolumeSpec { mirror: Some(Mirror { behind }), ..spec() };
+            let option = mirrored.to_option();
+            assert_eq!(VolumeSpec::decode(option.strip_prefix(OPTION_PREFIX).unwrap()).unwrap(), mirrored);
+        }
+        let mirror = Some(Mirror::default());
+        let origin = Some(Origin { volume: VolumeId::from_name("b"), mark: None, initialized: true });
+        let block = VolumeSpec { mode: VolumeMode::Block, dataset_properties: BTreeMap::new(), mirror, ..spec() };
+        for wrong in [VolumeSpec { origin, mirror, ..spec() }, block] {
+            assert!(matches!(VolumeSpec::from_json(&wrong.to_json()), Err(DecodeSpecError::Mirror(_))));
+        }
     }
 
     proptest! {

@@ -10,6 +10,7 @@ mod fail_closed;
 mod growth;
 mod image;
 mod lifecycle;
+mod mirror;
 mod pod;
 mod refusals;
 mod send;

@@ -93,6 +93,8 @@ fn a_disk_is_known_by_its_place_on_the_bus() {
         size: Bytes::gib(1),
         place: place.into(),
         table: Err(String::new()),
+        start: 0,
+        number: 1,
     };
     let virtio = disk("vdb", "/sys/devices/pci0000:00/0000:00:02.0/0000:01:0a.0/virtio3/block/vdb");
     let numa = disk("vdc", "/sys/devices/pci0000:20/0000:20:00.0/0000:21:02.0/virtio4/block/vdc");

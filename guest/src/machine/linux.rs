@@ -81,10 +81,10 @@ fn device(name: &str) -> PathBuf {
     Path::new("/dev").join(name)
 }
 
-/// The name of a disk's first partition: `vda1`, `nvme0n1p1`.
-fn first_partition(disk: &str) -> String {
+/// The name of a disk's partition: `vda1`, `nvme0n1p1`.
+fn partition_name(disk: &str, number: u32) -> String {
     let separator = if disk.ends_with(|last: char| last.is_ascii_digit()) { "p" } else { "" };
-    format!("{disk}{separator}1")
+    format!("{disk}{separator}{number}")
 }
 
 /// Opens a disk for reading what is on it, and not what was there when it was last looked at: ZFS writes to the
@@ -114,7 +114,7 @@ fn scan() -> io::Result<Vec<Disk>> {
         }
         let sequence = sys_number(&directory.join("diskseq")).unwrap_or(0);
         let place = fs::canonicalize(&directory).unwrap_or_default();
-        disks.push(Disk { table: table(&name), name, sequence, size: Bytes(size), place });
+        disks.push(Disk { table: table(&name), name, sequence, size: Bytes(size), place, start: 0, number: 1 });
     }
     disks.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(disks)
@@ -143,8 +143,8 @@ fn volume_node(dataset: &str) -> io::Result<Option<(PathBuf, DeviceNumber)>> {
     Ok(None)
 }
 
-fn tell_partition(disk: &str, start: u64, size: Bytes) -> io::Result<Step> {
-    let known = Path::new(BLOCK).join(first_partition(disk));
+fn tell_partition(disk: &str, number: u32, start: u64, size: Bytes) -> io::Result<Step> {
+    let known = Path::new(BLOCK).join(partition_name(disk, number));
     let sectors = |name| sys_number(&known.join(name)).and_then(|sectors| sectors.checked_mul(SECTOR));
     let change = match (sectors("start"), sectors("size")) {
         (Some(at), Some(now)) if at == start && now == size.0 => return Ok(Step::Unchanged),
@@ -154,7 +154,7 @@ fn tell_partition(disk: &str, start: u64, size: Bytes) -> io::Result<Step> {
             return Err(io::Error::other(format!("the kernel has its partition at {at}, the table at {start}")));
         }
     };
-    change_partition(&File::open(device(disk))?, change, 1, start, size)?;
+    change_partition(&File::open(device(disk))?, change, number, start, size)?;
     Ok(Step::Changed)
 }
 
@@ -185,7 +185,7 @@ impl Machine for LinuxMachine {
     }
 
     async fn read(&self, disk: &Disk, offset: u64, length: usize) -> Result<Vec<u8>, Fault> {
-        let name = disk.name.clone();
+        let (name, offset) = (disk.name.clone(), disk.start.saturating_add(offset));
         blocking(format!("reading disk {name}"), DEADLINE, move || {
             let mut bytes = vec![0; length];
             open_uncached(&name)?.read_exact_at(&mut bytes, offset)?;
@@ -195,7 +195,7 @@ impl Machine for LinuxMachine {
     }
 
     async fn write(&self, disk: &Disk, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
-        let (name, bytes) = (disk.name.clone(), bytes.to_vec());
+        let (name, bytes, offset) = (disk.name.clone(), bytes.to_vec(), disk.start.saturating_add(offset));
         blocking(format!("writing disk {name}"), DEADLINE, move || {
             let file = OpenOptions::new().write(true).open(device(&name))?;
             file.write_all_at(&bytes, offset)?;
@@ -205,15 +205,21 @@ impl Machine for LinuxMachine {
     }
 
     async fn partition(&self, disk: &Disk, start: u64, size: Bytes) -> Result<Step, Fault> {
-        let name = disk.name.clone();
-        blocking(format!("partition of {name}"), DEADLINE, move || tell_partition(&name, start, size)).await
+        let (name, number, start) = (disk.name.clone(), disk.number, disk.start.saturating_add(start));
+        let what = format!("partition {number} of {name}");
+        blocking(what, DEADLINE, move || tell_partition(&name, number, start, size)).await
+    }
+
+    fn path(&self, id: VolumeId, disk: &Disk) -> PathBuf {
+        self.links.join(super::link_name(id, disk))
     }
 
     async fn link(&self, id: VolumeId, disk: &Disk) -> Result<PathBuf, Fault> {
-        let (links, target) = (self.links.clone(), device(&first_partition(&disk.name)));
+        let (links, target) = (self.links.clone(), device(&partition_name(&disk.name, disk.number)));
+        let link = self.path(id, disk);
         blocking("naming the disk", DEADLINE, move || {
             fs::create_dir_all(&links)?;
-            let (link, new) = (links.join(id.to_string()), links.join(format!("{id}.new")));
+            let new = link.with_extension("new");
             if fs::read_link(&link).is_ok_and(|now| now == target) {
                 return Ok(link);
             }
@@ -242,8 +248,8 @@ impl Machine for LinuxMachine {
         self.tools.report(pool).await
     }
 
-    async fn import(&self, found: &PoolName, pool: &PoolName, device: &Path) -> Result<(), Fault> {
-        self.tools.import(found, pool, device).await
+    async fn import(&self, found: &PoolName, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault> {
+        self.tools.import(found, pool, devices).await
     }
 
     async fn reguid(&self, pool: &PoolName) -> Result<(), Fault> {
@@ -253,11 +259,11 @@ impl Machine for LinuxMachine {
     async fn create_pool(
         &self,
         pool: &PoolName,
-        device: &Path,
+        devices: &[PathBuf],
         properties: &[(String, String)],
         force: bool,
     ) -> Result<(), Fault> {
-        self.tools.create_pool(pool, device, properties, force).await
+        self.tools.create_pool(pool, devices, properties, force).await
     }
 
     async fn create_dataset(
@@ -327,8 +333,16 @@ impl Machine for LinuxMachine {
         self.tools.destroy_snapshot(dataset, name).await
     }
 
-    async fn expand(&self, pool: &PoolName, device: &Path) -> Result<(), Fault> {
-        self.tools.expand(pool, device).await
+    async fn expand(&self, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault> {
+        self.tools.expand(pool, devices).await
+    }
+
+    async fn detach(&self, pool: &PoolName, leaf: u64) -> Result<(), Fault> {
+        self.tools.detach(pool, leaf).await
+    }
+
+    async fn attach(&self, pool: &PoolName, of: &Path, new: &Path, force: bool) -> Result<(), Fault> {
+        self.tools.attach(pool, of, new, force).await
     }
 
     async fn resume(&self, pool: &PoolName, suspended: bool) -> Result<(), Fault> {

@@ -34,6 +34,12 @@ pub(crate) struct SimDisk {
     pub(crate) suspended: bool,
     pub(crate) labels: bool,
     pub(crate) pool: Option<SimPool>,
+    /// Of a mirror: which half it is, 1 or 2. The two have one name, and each its own copy of the pool.
+    pub(crate) number: u32,
+    /// Nothing can be read of it or written to it.
+    pub(crate) lost: bool,
+    /// GUID of the device that it is to its pool.
+    pub(crate) leaf: u64,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -48,6 +54,10 @@ pub(crate) struct SimPool {
     group: Option<u32>,
     /// Name and what containers had written.
     pub(crate) snapshots: Vec<(String, String)>,
+    /// Counts its changes: the copy with the most is the newest.
+    pub(crate) txg: u64,
+    /// The devices of a mirror.
+    pub(crate) leaves: Vec<u64>,
     /// What it is encrypted with, and whether the kernel knows it.
     pub(crate) key: Option<Key>,
     loaded: bool,
@@ -70,6 +80,11 @@ pub(crate) fn copy(of: &SimDisk, name: &str, id: VolumeId, partition: Bytes, siz
     copy
 }
 
+/// A half of a mirror's disk as the node makes it.
+pub(crate) fn half(name: &str, id: VolumeId, number: u32, partition: Bytes, size: Bytes) -> SimDisk {
+    SimDisk { number, ..disk(name, id, partition, size) }
+}
+
 /// A disk as the node makes it.
 pub(crate) fn disk(name: &str, id: VolumeId, partition: Bytes, size: Bytes) -> SimDisk {
     let mut disk = SimDisk { name: name.into(), size: size.0, plugged: true, sequence: 1, ..SimDisk::default() };
@@ -88,11 +103,12 @@ impl SimDisk {
 
     fn get(&self, offset: u64, length: usize) -> Vec<u8> {
         let labels = self.labels && offset == DiskLayout::PARTITION_START;
-        let blank = if labels { vec![1; 512] } else { vec![0; 512] };
-        (0..length)
-            .step_by(512)
-            .flat_map(|at| self.blocks.get(&(offset + at as u64)).unwrap_or(&blank).clone())
-            .collect()
+        let mut bytes = vec![u8::from(labels); length];
+        for (at, block) in self.blocks.range(offset..offset + length as u64) {
+            let at = (at - offset) as usize;
+            bytes[at..at + block.len()].copy_from_slice(block);
+        }
+        bytes
     }
 
     /// What the node leaves on the disk of a block device.
@@ -114,12 +130,14 @@ impl SimDisk {
 struct Kernel {
     steps: Vec<String>,
     dead: bool,
-    partitions: BTreeMap<String, u64>,
+    partitions: BTreeMap<(String, u32), u64>,
     /// Pool to disk and its sequence.
     imported: BTreeMap<String, (usize, u64)>,
     links: BTreeMap<PathBuf, usize>,
     mounts: BTreeMap<PathBuf, (String, MountFlags)>,
     lingering: bool,
+    /// Halves that are being given what they lack.
+    resilvering: BTreeSet<usize>,
     arc: Option<Bytes>,
 }
 
@@ -188,8 +206,12 @@ impl SimMachine {
 
     /// What a container does.
     pub(crate) fn container_writes(&self, pool: &PoolName, data: &str) {
-        let (index, _) = self.kernel().imported[pool.as_str()];
-        data.clone_into(&mut self.disks.lock().unwrap()[index].pool.as_mut().unwrap().data);
+        let (kernel, mut disks) = (self.kernel(), self.disks.lock().unwrap());
+        let index = working(&kernel, &disks, kernel.imported[pool.as_str()].0).unwrap();
+        let on = disks[index].pool.as_mut().unwrap();
+        data.clone_into(&mut on.data);
+        on.txg += 1;
+        mirror(&kernel, &mut disks, index);
     }
 
     /// A step with an effect. Killed before, it has none; killed after, nobody learns of it.
@@ -235,15 +257,66 @@ impl SimMachine {
         let pool = pool.to_owned();
         self.step(name, |kernel, disks| {
             let (index, _) = *kernel.imported.get(&pool).ok_or_else(|| Fault::new("no such pool"))?;
-            let disk = &mut disks[index];
-            let partition = kernel.partitions[&disk.name];
-            effect(disk.pool.as_mut().unwrap(), partition)
+            let index = working(kernel, disks, index)?;
+            let partition = kernel.partitions[&key(&disks[index])];
+            let pool = disks[index].pool.as_mut().unwrap();
+            pool.txg += 1;
+            let result = effect(pool, partition);
+            mirror(kernel, disks, index);
+            result
         })
+    }
+
+    /// Lets a half of a mirror fail, or work again.
+    pub(crate) fn lose(&self, index: usize, lost: bool) {
+        self.disks.lock().unwrap()[index].lost = lost;
+        let mut kernel = self.kernel();
+        if !lost && kernel.imported.values().any(|(_, _)| true) {
+            kernel.resilvering.insert(index);
+        }
+    }
+
+    /// Gives the halves what they lack.
+    pub(crate) fn resilver(&self) {
+        let (mut kernel, mut disks) = (self.kernel(), self.disks.lock().unwrap());
+        let newest = disks.iter().filter_map(|disk| disk.pool.clone()).max_by_key(|pool| pool.txg);
+        for index in std::mem::take(&mut kernel.resilvering) {
+            disks[index].pool.clone_from(&newest);
+        }
     }
 }
 
 fn index(disks: &[SimDisk], disk: &Disk) -> Result<usize, Fault> {
-    disks.iter().position(|d| d.plugged && d.name == disk.name).ok_or_else(|| Fault::new("no such disk"))
+    let is = |d: &SimDisk| d.plugged && d.name == disk.name && (d.number == 0 || d.number == disk.number);
+    let index = disks.iter().position(is).ok_or_else(|| Fault::new("no such disk"))?;
+    if disks[index].lost { Err(Fault::new("Input/output error")) } else { Ok(index) }
+}
+
+fn key(disk: &SimDisk) -> (String, u32) {
+    (disk.name.clone(), disk.number.max(1))
+}
+
+/// The half that a pool is read from: one that is there and lacks nothing.
+fn working(kernel: &Kernel, disks: &[SimDisk], index: usize) -> Result<usize, Fault> {
+    let name = &disks[index].name;
+    let works = |at: &usize| {
+        let disk = &disks[*at];
+        let leaves = |pool: &SimPool| disk.number == 0 || pool.leaves.contains(&disk.leaf);
+        disk.name == *name && !disk.lost && !kernel.resilvering.contains(at) && disk.pool.as_ref().is_some_and(leaves)
+    };
+    [index].into_iter().chain(0..disks.len()).find(works).ok_or_else(|| Fault::new("the pool is suspended"))
+}
+
+/// What was done to one half is on the other one too, if that is there.
+fn mirror(kernel: &Kernel, disks: &mut [SimDisk], index: usize) {
+    let (pool, name, number) =
+        (disks[index].pool.clone().unwrap_or_default(), &disks[index].name.clone(), disks[index].number);
+    for (at, disk) in disks.iter_mut().enumerate() {
+        let other = number > 0 && disk.name == *name && disk.number != number;
+        if other && !disk.lost && !kernel.resilvering.contains(&at) && pool.leaves.contains(&disk.leaf) {
+            disk.pool = Some(pool.clone());
+        }
+    }
 }
 
 /// Behind a bridge, as Kata plugs disks in: the first one is at `02/01`.
@@ -268,12 +341,18 @@ impl Machine for SimMachine {
 
     async fn disks(&self) -> Result<Vec<Disk>, Fault> {
         self.look(|_, disks| {
-            let seen = disks.iter().enumerate().filter(|(_, disk)| disk.plugged).map(|(index, disk)| Disk {
+            let seen = disks.iter().enumerate().filter(|(_, disk)| disk.plugged && disk.number < 2);
+            let seen = seen.map(|(index, disk)| Disk {
+                start: 0,
+                number: 1,
                 place: place(index, &disk.name),
                 name: disk.name.clone(),
                 sequence: disk.sequence,
-                size: Bytes(disk.size),
-                table: gpt::decode(&disk.get(0, gpt::PRIMARY_BYTES)).map_err(|error| error.to_string()),
+                size: Bytes(disk.size * u64::from(disk.number + 1)),
+                table: match disk.lost {
+                    false => gpt::decode(&disk.get(0, gpt::PRIMARY_BYTES)).map_err(|error| error.to_string()),
+                    true => Err("can't be read".to_owned()),
+                },
             });
             Ok(seen.collect())
         })
@@ -293,14 +372,18 @@ impl Machine for SimMachine {
 
     async fn partition(&self, disk: &Disk, _start: u64, size: Bytes) -> Result<Step, Fault> {
         self.step("partition", |kernel, _| {
-            let before = kernel.partitions.insert(disk.name.clone(), size.0);
+            let before = kernel.partitions.insert((disk.name.clone(), disk.number), size.0);
             Ok(if before == Some(size.0) { Step::Unchanged } else { Step::Changed })
         })
     }
 
+    fn path(&self, id: VolumeId, disk: &Disk) -> PathBuf {
+        Path::new("/zpod/disks").join(link_name(id, disk))
+    }
+
     async fn link(&self, id: VolumeId, disk: &Disk) -> Result<PathBuf, Fault> {
         self.step("link", |kernel, disks| {
-            let path = PathBuf::from(format!("/zpod/disks/{id}"));
+            let path = self.path(id, disk);
             kernel.links.insert(path.clone(), index(disks, disk)?);
             Ok(path)
         })
@@ -310,6 +393,7 @@ impl Machine for SimMachine {
         self.look(|kernel, disks| {
             Ok(kernel.imported.get(pool.as_str()).map(|(index, sequence)| {
                 let there = disks[*index].plugged && disks[*index].sequence == *sequence;
+                let there = there && working(kernel, disks, *index).is_ok();
                 if there && !disks[*index].suspended { Health::Online } else { Health::Suspended }
             }))
         })
@@ -317,25 +401,62 @@ impl Machine for SimMachine {
 
     async fn pool(&self, pool: &PoolName) -> Result<PoolState, Fault> {
         self.look(|kernel, disks| {
-            let (index, _) = kernel.imported[pool.as_str()];
+            let index = working(kernel, disks, kernel.imported[pool.as_str()].0)?;
             let on = disks[index].pool.as_ref().unwrap();
-            let expandable = kernel.partitions[&disks[index].name] > on.size;
+            let expandable = kernel.partitions[&key(&disks[index])] > on.size;
             Ok(PoolState { expandable, properties: on.properties.clone() })
         })
     }
 
-    async fn report(&self, _pool: &PoolName) -> Result<PoolReport, Fault> {
-        Ok(PoolReport::default())
+    async fn report(&self, pool: &PoolName) -> Result<PoolReport, Fault> {
+        self.look(|kernel, disks| {
+            let Some((index, _)) = kernel.imported.get(pool.as_str()) else { return Err(Fault::new("not imported")) };
+            let of = working(kernel, disks, *index)?;
+            let leaves = disks[of].pool.iter().flat_map(|pool| pool.leaves.clone()).map(|guid| {
+                let at = disks.iter().position(|disk| disk.leaf == guid);
+                let there = at.filter(|at| !disks[*at].lost);
+                let path = at
+                    .and_then(|at| kernel.links.iter().find(|(_, index)| **index == at).map(|(path, _)| path.clone()));
+                Leaf {
+                    guid,
+                    path: path.unwrap_or_else(|| "/gone".into()),
+                    health: if there.is_some() { Health::Online } else { Health::Unavailable },
+                    mended: at.is_some_and(|at| kernel.resilvering.contains(&at)),
+                }
+            });
+            let scrub = LastScrub { state: ScrubState::Running, ended: 0, errors: 0, bytes: 0 };
+            let resilver = (!kernel.resilvering.is_empty()).then_some(scrub);
+            Ok(PoolReport { leaves: leaves.collect(), resilver, ..PoolReport::default() })
+        })
     }
 
-    async fn import(&self, found: &PoolName, pool: &PoolName, device: &Path) -> Result<(), Fault> {
+    async fn import(&self, found: &PoolName, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault> {
         let time = *self.import_time.lock().unwrap();
         tokio::time::sleep(time).await;
         self.step("import", |kernel, disks| {
-            let index = kernel.links[device];
-            let Some(guid) = disks[index].pool.as_ref().filter(|on| on.name == found.as_str()).map(|on| on.guid) else {
+            let named =
+                |at: &usize| !disks[*at].lost && disks[*at].pool.as_ref().is_some_and(|on| on.name == found.as_str());
+            let given: Vec<_> = devices.iter().map(|device| kernel.links[device]).filter(named).collect();
+            let guids: BTreeSet<_> = given.iter().filter_map(|at| Some(disks[*at].pool.as_ref()?.guid)).collect();
+            if guids.len() > 1 {
+                return Err(Fault::new("more than one matching pool"));
+            }
+            let Some(index) = given.into_iter().max_by_key(|at| disks[*at].pool.as_ref().map(|on| on.txg)) else {
                 return Err(Fault::new("no pools available to import"));
             };
+            let on = disks[index].pool.clone().unwrap();
+            let guid = on.guid;
+            // The others are opened by the paths that the pool knows, and given what they lack.
+            kernel.resilvering.clear();
+            let name = disks[index].name.clone();
+            let other = |disk: &SimDisk| disk.number > 0 && disk.name == name && on.leaves.contains(&disk.leaf);
+            for (at, disk) in disks.iter().enumerate().filter(|(at, disk)| *at != index && other(disk)) {
+                let txg = disk.pool.as_ref().map_or(0, |pool| pool.txg);
+                assert!(txg <= on.txg || disk.lost, "imported what is older than what is there");
+                if txg < on.txg && !disk.lost {
+                    kernel.resilvering.insert(at);
+                }
+            }
             let same = |other: &usize| disks[*other].pool.as_ref().is_some_and(|on| on.guid == guid);
             if kernel.imported.values().any(|(other, _)| same(other)) {
                 return Err(Fault::new("a pool with that GUID is imported already"));
@@ -348,6 +469,8 @@ impl Machine for SimMachine {
                 (format!("{pool}/{}", name.rsplit('/').next().unwrap_or_default()), properties)
             };
             on.datasets = std::mem::take(&mut on.datasets).into_iter().map(renamed).collect();
+            on.txg += 1;
+            mirror(kernel, disks, index);
             Ok(())
         })
     }
@@ -362,28 +485,34 @@ impl Machine for SimMachine {
     async fn create_pool(
         &self,
         pool: &PoolName,
-        device: &Path,
+        devices: &[PathBuf],
         properties: &[(String, String)],
         force: bool,
     ) -> Result<(), Fault> {
-        self.step("create: labels", |kernel, disks| {
-            let disk = &mut disks[kernel.links[device]];
-            if disk.labels && !force {
-                return Err(Fault::new("the device is in use"));
-            }
-            // Whatever happens: nothing ever formats over data.
-            let data = disk.pool.take().map(|pool| pool.data).unwrap_or_default();
-            assert_eq!(data, "", "formatted over data");
-            disk.labels = true;
-            Ok(())
-        })?;
+        for device in devices {
+            self.step("create: labels", |kernel, disks| {
+                let disk = &mut disks[kernel.links[device]];
+                if disk.labels && !force {
+                    return Err(Fault::new("the device is in use"));
+                }
+                // Whatever happens: nothing ever formats over data.
+                let data = disk.pool.take().map(|pool| pool.data).unwrap_or_default();
+                assert_eq!(data, "", "formatted over data");
+                disk.labels = true;
+                disk.leaf = new_guid();
+                Ok(())
+            })?;
+        }
         self.step("create: pool", |kernel, disks| {
-            let index = kernel.links[device];
-            let (name, size) = (pool.to_string(), kernel.partitions[&disks[index].name]);
+            let at: Vec<_> = devices.iter().map(|device| kernel.links[device]).collect();
+            let (name, size) = (pool.to_string(), kernel.partitions[&key(&disks[at[0]])]);
             let properties = properties.iter().cloned().collect();
-            let new = SimPool { name: name.clone(), guid: new_guid(), size, properties, ..SimPool::default() };
-            disks[index].pool = Some(new);
-            kernel.imported.insert(name, (index, disks[index].sequence));
+            let leaves = at.iter().map(|at| disks[*at].leaf).collect();
+            let new = SimPool { name: name.clone(), guid: new_guid(), size, properties, leaves, ..SimPool::default() };
+            for at in &at {
+                disks[*at].pool = Some(new.clone());
+            }
+            kernel.imported.insert(name, (at[0], disks[at[0]].sequence));
             Ok(())
         })
     }
@@ -408,7 +537,7 @@ impl Machine for SimMachine {
 
     async fn volume_device(&self, dataset: &str) -> Result<Option<DeviceNumber>, Fault> {
         self.look(|kernel, disks| {
-            let (index, _) = kernel.imported[pool_of(dataset)];
+            let index = working(kernel, disks, kernel.imported[pool_of(dataset)].0)?;
             let pool = disks[index].pool.as_ref().unwrap();
             let block = pool.datasets.get(dataset).is_some_and(|properties| properties.contains_key("volsize"));
             Ok(block.then_some(DeviceNumber { major: 230, minor: 16 * index as u32 }))
@@ -421,7 +550,7 @@ impl Machine for SimMachine {
 
     async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault> {
         self.look(|kernel, disks| {
-            let (index, _) = kernel.imported[pool_of(dataset)];
+            let index = working(kernel, disks, kernel.imported[pool_of(dataset)].0)?;
             let pool = disks[index].pool.as_ref().unwrap();
             let Some(mut found) = pool.datasets.get(dataset).cloned() else { return Ok(None) };
             if let Some(key) = &pool.key {
@@ -512,7 +641,38 @@ impl Machine for SimMachine {
         })
     }
 
-    async fn expand(&self, pool: &PoolName, _device: &Path) -> Result<(), Fault> {
+    async fn detach(&self, pool: &PoolName, leaf: u64) -> Result<(), Fault> {
+        self.pool_step("detach".into(), pool.as_str(), |pool, _| {
+            assert!(pool.leaves.len() > 1, "the last one");
+            pool.leaves.retain(|other| *other != leaf);
+            Ok(())
+        })
+    }
+
+    async fn attach(&self, pool: &PoolName, of: &Path, new: &Path, force: bool) -> Result<(), Fault> {
+        self.step("attach: label", |kernel, disks| {
+            let disk = &mut disks[kernel.links[new]];
+            if disk.labels && !force {
+                return Err(Fault::new("the device is in use"));
+            }
+            disk.labels = true;
+            disk.leaf = new_guid();
+            disk.pool = None;
+            Ok(())
+        })?;
+        self.step("attach", |kernel, disks| {
+            assert_eq!(kernel.imported[pool.as_str()].0, kernel.links[of]);
+            let at = kernel.links[new];
+            let leaf = disks[at].leaf;
+            let on = disks[kernel.links[of]].pool.as_mut().unwrap();
+            on.leaves.push(leaf);
+            on.txg += 1;
+            kernel.resilvering.insert(at);
+            Ok(())
+        })
+    }
+
+    async fn expand(&self, pool: &PoolName, _devices: &[PathBuf]) -> Result<(), Fault> {
         self.pool_step("expand".into(), pool.as_str(), |pool, partition| {
             pool.size = partition;
             Ok(())

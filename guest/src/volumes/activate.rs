@@ -1,12 +1,13 @@
 //! Bringing a volume up: its disk, its pool, its properties, its place of our own.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use zpod_volume::{Bytes, Create, DiskLayout, Origin, VolumeId};
+use zpod_volume::{Bytes, Create, DiskLayout, Mirror, Origin, VolumeId};
 
 use super::bounds::Bounds;
 use super::device;
 use super::marks::remove_marks;
+use super::mirror::Halves;
 use super::restore::Copies;
 use super::{Active, Request, Volume, progress::Progress};
 use crate::disk;
@@ -37,6 +38,17 @@ pub(super) enum Opened {
     Copied,
 }
 
+/// A volume's pool, imported.
+pub(super) struct Pool {
+    /// Its disk, or one half of it.
+    pub(super) disk: Disk,
+    pub(super) partition: Bytes,
+    /// The devices it uses.
+    pub(super) devices: Vec<PathBuf>,
+    pub(super) opened: Opened,
+    pub(super) mirror: Option<Halves>,
+}
+
 /// Flags of our own mount: nothing is run from it.
 const BASE_FLAGS: MountFlags = MountFlags { read_only: false, noexec: true, nosuid: true, nodev: true, noatime: true };
 
@@ -46,8 +58,12 @@ impl<M: Machine> Activation<'_, M> {
         self.progress.stage("loading ZFS");
         self.machine.zfs_ready().await.map_err(self.failed("loading ZFS"))?;
         self.progress.stage("waiting for its disk");
-        let disk = disk::find(self.machine, self.id, disk::WAIT, |seen| self.progress.detail(seen)).await?;
+        let disk =
+            disk::find(self.machine, self.id, spec.mirror.is_some(), disk::WAIT, |seen| self.progress.detail(seen))
+                .await?;
         let health = self.machine.health(&spec.pool).await.map_err(self.failed("looking at its pool"))?;
+        // What is known of the halves of a pool that is imported still is newer than what the node says.
+        let lacking = previous.as_ref().filter(|_| health.is_some()).and_then(|active| active.mirror.as_ref()?.behind);
         let known = previous.as_ref().is_some_and(|active| active.disk.sequence == disk.sequence);
         if let Some(active) = previous.filter(|active| active.request == *self.request)
             && known
@@ -57,28 +73,27 @@ impl<M: Machine> Activation<'_, M> {
         }
         self.machine.limit_arc(self.arc_max).await.map_err(self.failed("bounding the ARC"))?;
 
-        let (partition, _) = disk::settle_partition(self.machine, self.id, &disk, spec.partition).await?;
-        let device = self.machine.link(self.id, &disk).await.map_err(self.failed("naming its disk"))?;
-        if let Some(health) = health {
-            self.resume(health, known).await?;
-        }
-        let opened = self.open(&disk, partition, &device, health.is_some()).await?;
+        let pool = match spec.mirror {
+            Some(Mirror { behind }) => self.open_mirror(&disk, lacking.or(behind), health, known).await?,
+            None => self.open_disk(disk, health, known).await?,
+        };
+        let Pool { disk, partition, devices, opened, mirror } = pool;
         let quota = match opened {
             Opened::Made => Bounds::of(spec).bound(),
             Opened::Found => {
                 self.end_swap().await?;
                 let now = self.dataset().await?;
                 self.unlock(&now).await?;
-                let quota = self.settle(&device, &now).await?;
+                let quota = self.settle(&devices, &now).await?;
                 self.remove_leftover_marks(&now).await;
                 self.keep(&now).await;
                 quota
             }
-            Opened::Copied => self.adopt(&disk, &device).await?,
+            Opened::Copied => self.adopt(&disk, &devices).await?,
         };
 
         if !spec.mode.is_filesystem() {
-            return Ok(Active { request: self.request.clone(), disk, partition, quota, base });
+            return Ok(Active { request: self.request.clone(), disk, partition, quota, base, mirror });
         }
         self.progress.stage("mounting it");
         self.machine.mount(&spec.dataset(), &base, BASE_FLAGS).await.map_err(self.failed("mounting it"))?;
@@ -89,7 +104,20 @@ impl<M: Machine> Activation<'_, M> {
                 .await
                 .map_err(self.failed("giving its files to the pod's group (fsGroup)"))?;
         }
-        Ok(Active { request: self.request.clone(), disk, partition, quota, base })
+        Ok(Active { request: self.request.clone(), disk, partition, quota, base, mirror })
+    }
+
+    /// The pool of a volume that has a disk for itself.
+    async fn open_disk(&self, disk: Disk, health: Option<Health>, known: bool) -> Result<Pool, VolumeError> {
+        let spec = &self.request.spec;
+        let (partition, _) = disk::settle_partition(self.machine, self.id, &disk, spec.partition).await?;
+        let device = self.machine.link(self.id, &disk).await.map_err(self.failed("naming its disk"))?;
+        if let Some(health) = health {
+            self.resume(health, known).await?;
+        }
+        let devices = vec![device];
+        let opened = self.open(&disk, partition, &devices, health.is_some()).await?;
+        Ok(Pool { disk, partition, devices, opened, mirror: None })
     }
 
     pub(super) fn failed(&self, step: &'static str) -> impl Fn(Fault) -> VolumeError + use<M> {
@@ -99,7 +127,7 @@ impl<M: Machine> Activation<'_, M> {
 
     /// A pool that is imported already: left over from a container that was here before, whose disk may have been
     /// unplugged and plugged again since, or from work that was cut short.
-    async fn resume(&self, health: Health, known: bool) -> Result<(), VolumeError> {
+    pub(super) async fn resume(&self, health: Health, known: bool) -> Result<(), VolumeError> {
         let pool = &self.request.spec.pool;
         if known && matches!(health, Health::Online | Health::Degraded) {
             return Ok(());
@@ -121,13 +149,19 @@ impl<M: Machine> Activation<'_, M> {
     }
 
     /// Imports the pool, or makes it where that is allowed and nothing can be lost (DESIGN: create once).
-    async fn open(&self, disk: &Disk, partition: Bytes, device: &Path, imported: bool) -> Result<Opened, VolumeError> {
+    async fn open(
+        &self,
+        disk: &Disk,
+        partition: Bytes,
+        devices: &[PathBuf],
+        imported: bool,
+    ) -> Result<Opened, VolumeError> {
         let spec = &self.request.spec;
         let block = self.machine.read(disk, DiskLayout::JOURNAL_OFFSET, journal::BYTES).await;
         let block = block.map_err(self.failed("reading its journal"))?;
         let journal = Journal::decode(&block, self.id);
         if let (Journal::Foreign, Some(origin)) = (journal, &spec.origin) {
-            return self.open_copy(&block, disk, device, origin, imported).await;
+            return self.open_copy(&block, disk, devices, origin, imported).await;
         }
         let blank = !imported && disk::is_blank(self.machine, self.id, disk, partition).await?;
         match journal {
@@ -135,13 +169,13 @@ impl<M: Machine> Activation<'_, M> {
                 // Without its key nothing is begun.
                 self.new_key().await?;
                 self.write_journal(disk, Journal::Creating).await?;
-                self.make(device, false).await?;
+                self.make(devices, false).await?;
             }
             Journal::Creating if imported => {}
             Journal::Creating => {
                 let cause = match blank {
                     true => Some(Fault::new("there are no labels on it yet")),
-                    false => self.import(device).await.err(),
+                    false => self.import(devices).await.err(),
                 };
                 match cause {
                     None => {}
@@ -150,16 +184,21 @@ impl<M: Machine> Activation<'_, M> {
                     }
                     Some(cause) => {
                         tracing::warn!(volume = %self.id, "making the pool was cut short, it is made again: {cause}");
-                        self.make(device, true).await?;
+                        self.make(devices, true).await?;
                     }
                 }
             }
-            Journal::Blank | Journal::Created | Journal::Foreign if blank => {
+            // What only a half can be is no state of a whole disk: nothing is made over it.
+            _ if blank => {
                 return Err(VolumeError::Blank { id: self.id, disk: disk.name.clone() });
+            }
+            Journal::Behind | Journal::Rebuilding => {
+                let reason = format!("disk {} is half of a mirror, and the node says it is a whole volume", disk.name);
+                return Err(VolumeError::Refused { id: self.id, reason });
             }
             Journal::Blank | Journal::Created | Journal::Foreign => {
                 if !imported {
-                    self.import(device).await.map_err(|cause| VolumeError::Import {
+                    self.import(devices).await.map_err(|cause| VolumeError::Import {
                         id: self.id,
                         pool: spec.pool.to_string(),
                         disk: disk.name.clone(),
@@ -169,7 +208,7 @@ impl<M: Machine> Activation<'_, M> {
                 return Ok(Opened::Found);
             }
         }
-        self.finish(disk).await
+        self.finish(&[disk]).await
     }
 
     /// The same on a disk with another's journal, which is the origin's or nobody's that is known.
@@ -177,53 +216,53 @@ impl<M: Machine> Activation<'_, M> {
         &self,
         journal: &[u8],
         disk: &Disk,
-        device: &Path,
+        devices: &[PathBuf],
         origin: &Origin,
         imported: bool,
     ) -> Result<Opened, VolumeError> {
         match Journal::decode(journal, origin.volume) {
             Journal::Created => {
-                self.take_over(disk, device, origin, imported).await?;
+                self.take_over(disk, devices, origin, imported).await?;
                 Ok(Opened::Copied)
             }
             // No container has ever started on what was being made there: there is nothing to take over.
             Journal::Creating if self.request.spec.create != Create::Never => {
                 self.new_key().await?;
                 self.write_journal(disk, Journal::Creating).await?;
-                self.make(device, true).await?;
-                self.finish(disk).await
+                self.make(devices, true).await?;
+                self.finish(&[disk]).await
             }
             Journal::Creating => {
                 let cause = Fault::new("the volume it is a copy of was never finished either");
                 Err(VolumeError::HalfMade { id: self.id, disk: disk.name.clone(), cause })
             }
-            Journal::Blank | Journal::Foreign => {
+            Journal::Blank | Journal::Foreign | Journal::Behind | Journal::Rebuilding => {
                 Err(VolumeError::NotItsCopy { id: self.id, disk: disk.name.clone(), origin: origin.volume })
             }
         }
     }
 
-    async fn import(&self, device: &Path) -> Result<(), Fault> {
+    pub(super) async fn import(&self, devices: &[PathBuf]) -> Result<(), Fault> {
         self.progress.stage("importing its pool");
         let pool = &self.request.spec.pool;
         let copies = self.copies.done();
-        let Err(fault) = self.machine.import(pool, pool, device).await else { return Ok(()) };
+        let Err(fault) = self.machine.import(pool, pool, devices).await else { return Ok(()) };
         // A copy of this very pool may have been in the way.
         match self.copies.since(copies).await {
-            Some(_alone) => self.machine.import(pool, pool, device).await,
+            Some(_alone) => self.machine.import(pool, pool, devices).await,
             None => Err(fault),
         }
     }
 
-    async fn make(&self, device: &Path, force: bool) -> Result<(), VolumeError> {
+    pub(super) async fn make(&self, devices: &[PathBuf], force: bool) -> Result<(), VolumeError> {
         self.progress.stage("making its pool");
         let spec = &self.request.spec;
         let properties: Vec<_> = pairs(&spec.pool_creation_properties).chain(pairs(&spec.pool_properties)).collect();
-        self.machine.create_pool(&spec.pool, device, &properties, force).await.map_err(self.failed("making its pool"))
+        self.machine.create_pool(&spec.pool, devices, &properties, force).await.map_err(self.failed("making its pool"))
     }
 
     /// What is left to do after the pool was made: the dataset, and the note that all is done.
-    async fn finish(&self, disk: &Disk) -> Result<Opened, VolumeError> {
+    pub(super) async fn finish(&self, disks: &[&Disk]) -> Result<Opened, VolumeError> {
         let spec = &self.request.spec;
         self.progress.stage("making its dataset");
         let dataset = spec.dataset();
@@ -243,7 +282,9 @@ impl<M: Machine> Activation<'_, M> {
             self.key_is_used();
         }
         self.machine.sync(&spec.pool).await.map_err(self.failed("writing out its pool"))?;
-        self.write_journal(disk, Journal::Created).await?;
+        for disk in disks {
+            self.write_journal(disk, Journal::Created).await?;
+        }
         Ok(opened)
     }
 
@@ -269,12 +310,12 @@ impl<M: Machine> Activation<'_, M> {
     }
 
     /// Brings size, properties and quota of a pool that was there to what the spec says; gives the quota.
-    pub(super) async fn settle(&self, device: &Path, now: &Properties) -> Result<u64, VolumeError> {
+    pub(super) async fn settle(&self, devices: &[PathBuf], now: &Properties) -> Result<u64, VolumeError> {
         let spec = &self.request.spec;
         self.progress.stage("setting its properties");
         let pool = self.machine.pool(&spec.pool).await.map_err(self.failed("reading its pool's properties"))?;
         if pool.expandable {
-            self.machine.expand(&spec.pool, device).await.map_err(self.failed("growing its pool"))?;
+            self.machine.expand(&spec.pool, devices).await.map_err(self.failed("growing its pool"))?;
         }
         for (key, value) in different(&pool.properties, pairs(&spec.pool_properties)) {
             let set = self.machine.set_pool(&spec.pool, &key, &value).await;

@@ -38,20 +38,30 @@ impl<M: Machine> Volumes<M> {
                     .to_owned();
             return Err(VolumeError::Refused { id, reason });
         }
-        let disk = disk::find(&self.machine, id, disk::WAIT, |_| {}).await?;
-        let largest = DiskLayout::largest_partition(disk.size);
+        let whole = disk::find(&self.machine, id, active.mirror.is_some(), disk::WAIT, |_| {}).await?;
+        let disks = match &active.mirror {
+            None => vec![whole],
+            Some(_) => self.whole_halves(id, &active, &whole).await?,
+        };
+        let smallest = disks.iter().map(|disk| disk.size).min().unwrap_or_default();
+        let largest = DiskLayout::largest_partition(smallest);
         let now = active.partition;
         if partition.round_down(SECTOR) > now && partition > largest {
-            return Err(VolumeError::TooLarge { id, wanted: partition, largest, disk: disk.size });
+            return Err(VolumeError::TooLarge { id, wanted: partition, largest, disk: smallest });
         }
-        let (size, _) = disk::settle_partition(&self.machine, id, &disk, partition).await?;
+        let (mut size, mut devices) = (None, Vec::new());
+        for disk in &disks {
+            let (settled, _) = disk::settle_partition(&self.machine, id, disk, partition).await?;
+            size = Some(size.map_or(settled, |size: Bytes| size.min(settled)));
+            devices.push(self.machine.link(id, disk).await.map_err(failed("naming its disk"))?);
+        }
+        let size = size.unwrap_or(now);
         active.partition = size;
         volume.state().active = Some(active.clone());
 
         let spec = &active.request.spec;
-        let device = self.machine.link(id, &disk).await.map_err(failed("naming its disk"))?;
         // Also when the partition was large enough: an earlier call may have been cut short before this.
-        self.machine.expand(&spec.pool, &device).await.map_err(failed("growing its pool"))?;
+        self.machine.expand(&spec.pool, &devices).await.map_err(failed("growing its pool"))?;
         if let Some(key) = Bounds::of(spec).key()
             && active.quota < capacity.0
         {

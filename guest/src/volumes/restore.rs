@@ -17,7 +17,7 @@
 //! origin itself is in use in the same guest, it is the origin's pool whose GUID is changed first: that can be done at
 //! any time, and nobody here knows a pool by its GUID.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::{Mutex, MutexGuard};
@@ -56,7 +56,7 @@ impl<M: Machine> Activation<'_, M> {
     pub(super) async fn take_over(
         &self,
         disk: &Disk,
-        device: &Path,
+        devices: &[PathBuf],
         origin: &Origin,
         imported: bool,
     ) -> Result<(), VolumeError> {
@@ -65,9 +65,9 @@ impl<M: Machine> Activation<'_, M> {
         let _alone = self.copies.lock.lock().await;
         if !imported {
             self.progress.stage("importing the pool it is a copy of");
-            let result = match self.import_copy(device, origin).await {
+            let result = match self.import_copy(devices, origin).await {
                 // The origin may have come up in between.
-                Err(_) => self.import_copy(device, origin).await,
+                Err(_) => self.import_copy(devices, origin).await,
                 done => done,
             };
             result.map_err(|cause| VolumeError::Import {
@@ -82,19 +82,19 @@ impl<M: Machine> Activation<'_, M> {
         result.map_err(self.failed("giving its pool a GUID of its own"))
     }
 
-    async fn import_copy(&self, device: &Path, origin: &Origin) -> Result<(), Fault> {
+    async fn import_copy(&self, devices: &[PathBuf], origin: &Origin) -> Result<(), Fault> {
         let (theirs, ours) = (PoolName::for_volume(origin.volume), &self.request.spec.pool);
         if self.machine.health(&theirs).await?.is_some() {
             self.machine.reguid(&theirs).await?;
         }
-        let Err(first) = self.machine.import(&theirs, ours, device).await else { return Ok(()) };
+        let Err(first) = self.machine.import(&theirs, ours, devices).await else { return Ok(()) };
         // Cut short after the import: then the labels have the new name already.
-        let Err(second) = self.machine.import(ours, ours, device).await else { return Ok(()) };
+        let Err(second) = self.machine.import(ours, ours, devices).await else { return Ok(()) };
         Err(Fault::new(format!("{first}; and {second}")))
     }
 
     /// The steps from the second on; gives the quota.
-    pub(super) async fn adopt(&self, disk: &Disk, device: &Path) -> Result<u64, VolumeError> {
+    pub(super) async fn adopt(&self, disk: &Disk, devices: &[PathBuf]) -> Result<u64, VolumeError> {
         let spec = &self.request.spec;
         let dataset = spec.dataset();
         // The copy may show the moment in which what was received took the place of the contents.
@@ -113,7 +113,7 @@ impl<M: Machine> Activation<'_, M> {
         }
         // What the contents measure is another thing after the rollback.
         let now = self.dataset().await?;
-        let quota = self.settle(device, &now).await?;
+        let quota = self.settle(devices, &now).await?;
         self.machine.sync(&spec.pool).await.map_err(self.failed("writing out its pool"))?;
         self.write_journal(disk, Journal::Created).await?;
         self.remove_leftover_marks(&now).await;

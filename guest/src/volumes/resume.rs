@@ -6,6 +6,8 @@
 //! So each suspended pool is cleared every [`EVERY`]: what could not be written is written then, and containers that wait
 //! for it go on. A disk that is still broken suspends the pool again, at the cost of a few failed writes.
 //!
+//! Mirrors are looked at with each turn too ([`super::mirror`]).
+//!
 //! The volume's gate is not waited for: whoever holds it may be waiting for this very pool. Clearing a pool twice, or one
 //! that is being exported, does no harm; and a disk that is not the pool's is not taken, whatever its name (ZFS compares
 //! the label's GUID).
@@ -57,6 +59,9 @@ impl<M: Machine> Volumes<M> {
         if !suspended(health) {
             if let Some(suspension) = volume.state().suspended.take() {
                 tracing::warn!(volume = %volume.id, "pool {pool} is no longer suspended, after {}", suspension.lasted());
+            }
+            if active.mirror.is_some() {
+                self.watch_halves(volume).await;
             }
             return;
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use uuid::Uuid;
-use zpod_volume::{Bytes, PoolName, VolumeId, VolumeSpec};
+use zpod_volume::{Bytes, Half, PoolName, VolumeId, VolumeSpec};
 
 use super::{Active, Volume, Volumes, device};
 use crate::error::VolumeError;
@@ -48,6 +48,8 @@ pub struct Snapshot {
     pub encrypted: bool,
     /// It is a block device.
     pub block: bool,
+    /// The half of its disk that lacks some of what the other one has.
+    pub behind: Option<Half>,
     /// What takes the ZFS tools to find out.
     pub details: Details,
     /// Why the last container that asked for it did not get it.
@@ -88,6 +90,7 @@ impl Refusal {
             awaits_key: false,
             encrypted: self.encrypted,
             block: self.block,
+            behind: None,
             details: Details { compress_ratio: 1.0, ..Details::default() },
             refusal: Some(self.message),
         }
@@ -162,6 +165,9 @@ impl<M: Machine> Volumes<M> {
             }
         };
         let usage = if active.is_block() { details.device } else { usage };
+        let behind = active.mirror.as_ref().and_then(|halves| halves.behind);
+        // ZFS itself calls a pool ONLINE whose half it has given up.
+        let health = health.map(|health| if behind.is_some() { health.max(Health::Degraded) } else { health });
         Snapshot {
             id: volume.id,
             token: spec.token,
@@ -174,6 +180,7 @@ impl<M: Machine> Volumes<M> {
             awaits_key: false,
             encrypted: spec.encryption.is_some(),
             block: !spec.mode.is_filesystem(),
+            behind,
             containers: volume.state().uses.iter().map(|usage| usage.container.clone()).collect(),
             details,
             refusal: None,
@@ -213,6 +220,11 @@ impl Snapshot {
             ),
             Some(Health::Online) => return self.refusal.clone(),
             Some(health) => format!("pool {} is {health}", self.pool),
+        };
+        let state = match (self.behind, report.resilvering()) {
+            (None, _) => state,
+            (Some(half), true) => format!("{state}, the {half} of its mirror is being given what it lacks"),
+            (Some(half), false) => format!("{state}, the {half} of its mirror lacks some of what the other one has"),
         };
         Some(if report.message.is_empty() { state } else { format!("{state}: {}", report.message) })
     }

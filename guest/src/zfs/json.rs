@@ -1,13 +1,14 @@
 //! What the tools answer.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use zpod_volume::PoolName;
 
 use crate::machine::streams::SendPoint;
-use crate::machine::{Fault, LastScrub, PoolReport, PoolState, Properties, ScrubState};
+use crate::machine::{Fault, Health, LastScrub, Leaf, PoolReport, PoolState, Properties, ScrubState};
 
 #[derive(Deserialize)]
 struct Pools<P> {
@@ -65,8 +66,8 @@ struct Scan {
 }
 
 impl Scan {
-    /// The scrub it tells of. A resilver, the other kind of scan, needs a second device, which no pool here has.
-    fn scrub(&self) -> Option<LastScrub> {
+    /// The scan it tells of, if it is one of this kind: a scrub, or a resilver, which only mirrors have.
+    fn of(&self, function: &str) -> Option<LastScrub> {
         // OpenZFS 2.3.2 prints 0 for "not paused" (seen in a guest, with -p), "-" without -p.
         let paused = !matches!(self.scrub_pause.as_str(), "" | "-" | "0");
         let state = match self.state.as_str() {
@@ -78,12 +79,25 @@ impl Scan {
         };
         let ended = if matches!(state, ScrubState::Running | ScrubState::Paused) { 0 } else { number(&self.end_time) };
         let scrub = LastScrub { state, ended, errors: number(&self.errors), bytes: number(&self.examined) };
-        (self.function == "SCRUB").then_some(scrub)
+        (self.function == function).then_some(scrub)
     }
 }
 
 #[derive(Deserialize)]
 struct Vdev {
+    #[serde(default)]
+    vdev_type: String,
+    #[serde(default)]
+    guid: String,
+    #[serde(default)]
+    path: String,
+    /// The path of a device that is not there.
+    #[serde(default)]
+    was: String,
+    #[serde(default)]
+    state: String,
+    #[serde(default)]
+    scan_processed: String,
     #[serde(default)]
     alloc_space: String,
     #[serde(default)]
@@ -94,6 +108,17 @@ struct Vdev {
     checksum_errors: String,
     #[serde(default)]
     vdevs: BTreeMap<String, Vdev>,
+}
+
+impl Vdev {
+    fn leaf(&self) -> Leaf {
+        Leaf {
+            guid: number(&self.guid),
+            path: PathBuf::from(if self.was.is_empty() { &self.path } else { &self.was }),
+            health: Health::parse(&self.state),
+            mended: number(&self.scan_processed) > 0,
+        }
+    }
 }
 
 fn parse<T: DeserializeOwned>(output: &[u8]) -> Result<T, Fault> {
@@ -152,7 +177,8 @@ pub(super) fn report(output: &[u8], pool: &PoolName) -> Result<PoolReport, Fault
     let mut report = PoolReport {
         message: [status.status.trim(), status.action.trim()].join(" ").trim().to_owned(),
         data_errors: number(&status.error_count),
-        scrub: status.scan_stats.scrub(),
+        scrub: status.scan_stats.of("SCRUB"),
+        resilver: status.scan_stats.of("RESILVER"),
         ..PoolReport::default()
     };
     // The one entry on top is the pool itself.
@@ -164,6 +190,9 @@ pub(super) fn report(output: &[u8], pool: &PoolName) -> Result<PoolReport, Fault
             report.read_errors += number(&vdev.read_errors);
             report.write_errors += number(&vdev.write_errors);
             report.checksum_errors += number(&vdev.checksum_errors);
+            if vdev.vdev_type == "disk" {
+                report.leaves.push(vdev.leaf());
+            }
         }
         left.extend(vdev.vdevs.values());
     }
@@ -258,6 +287,9 @@ mod tests {
             assert_eq!(scan("SCRUB", state, pause), Some(want), "{state} {pause}");
         }
         assert_eq!((scan("RESILVER", "FINISHED", "-"), scan("SCRUB", "NONE", "-")), (None, None));
+        let resilver =
+            STATUS.replacen(r#""vdevs""#, r#""scan_stats":{"function":"RESILVER","state":"SCANNING"},"vdevs""#, 1);
+        assert!(report(resilver.as_bytes(), &name()).unwrap().resilvering());
     }
 
     proptest! {
