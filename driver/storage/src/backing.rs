@@ -10,13 +10,14 @@ mod conformance;
 pub mod file;
 mod kept;
 mod ledger;
+pub mod mirrored;
 mod overhead;
 pub mod sim;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use zpod_volume::{Bytes, DiskLayout, Provisioning, SnapshotId, VolumeId};
+use zpod_volume::{Bytes, DiskLayout, Half, Provisioning, SnapshotId, VolumeId};
 
 impl fmt::Debug for Copying<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -184,6 +185,27 @@ pub enum BackingError {
         /// What is left.
         available: Bytes,
     },
+    /// The place of one half of every mirror can't be used.
+    #[error("the directory of the second halves of mirrors, {path}, can't be used: {reason}")]
+    Gone {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// One half of a mirror could not be made, and the other one is there.
+    #[error(
+        "volume {id}: the {half} of its mirror can't be made, while the other one is there; it is made when this is \
+             repeated: {source}"
+    )]
+    HalfMade {
+        /// The volume.
+        id: VolumeId,
+        /// Which half.
+        half: Half,
+        /// Why.
+        source: Box<BackingError>,
+    },
     /// Somebody has the device open.
     #[error(
         "volume {id}: {device} is open in another process ({detail}); a virtual machine may still run on it: wait until \
@@ -251,4 +273,19 @@ pub enum BackingError {
         /// Why it failed.
         source: std::io::Error,
     },
+}
+
+/// What a kernel says of a disk that died: XFS answers `EIO` and `EUCLEAN` once it has shut down, and `ENODATA` for what
+/// the medium has lost.
+const DEAD: [i32; 6] = [libc::EIO, libc::ENXIO, libc::ENODEV, libc::EUCLEAN, libc::ENODATA, libc::EROFS];
+
+impl BackingError {
+    /// Whether the device is not there, or its disk is dead: asking again, as things are, won't help.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            Self::Missing { .. } | Self::Gone { .. } => true,
+            Self::Io { source, .. } => source.raw_os_error().is_some_and(|error| DEAD.contains(&error)),
+            _ => false,
+        }
+    }
 }
