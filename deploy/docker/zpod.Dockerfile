@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1.7
-# zpod-controller and zpod-node, static, on nothing.
+# zpod-controller and zpod-node, static, and dmsetup with its libraries, for mirrors; nothing else.
 #
 #   docker build -f deploy/docker/zpod.Dockerfile -t ghcr.io/zpod/zpod:0.1.0 .
 FROM rust:1.95.0-slim-bookworm AS build
@@ -13,6 +13,8 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
         --bin zpod-controller --bin zpod-node \
     && install -s -D -t /out target/x86_64-unknown-linux-gnu/dist/zpod-controller \
         target/x86_64-unknown-linux-gnu/dist/zpod-node
+RUN apt-get update && apt-get install -y --no-install-recommends dmsetup \
+    && for file in /usr/sbin/dmsetup $(ldd /usr/sbin/dmsetup | grep -o '/lib[^ ]*'); do install -D "$file" "/out$file"; done
 
 FROM scratch
 LABEL org.opencontainers.image.title="zpod" \

@@ -5,16 +5,21 @@ pub mod node;
 pub mod standalone;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
+use zpod_storage::backing::file::FileBacking;
+use zpod_storage::backing::mirrored::Mirrored;
+use zpod_volume::Bytes;
 
 use crate::admin::Places;
+use crate::kata::MappedHalves;
 use crate::metrics::{Registry, Server};
 use crate::serve::endpoint_path;
-use zpod_volume::Bytes;
+use crate::volumes::{Mirrors, NO_MIRRORS};
 
 /// Two threads keep two cores busy; the work itself waits for the kernel and the network.
 const WORKERS: usize = 2;
@@ -32,6 +37,10 @@ pub struct NodeOptions {
     /// Where the volumes' devices are. Must exist: it is not made, for the mount that should be there may be missing.
     #[arg(long, default_value = "/var/lib/zpod/volumes")]
     pub backing_dir: PathBuf,
+    /// A second directory, on another disk: volumes of classes with `vdevs: mirror-2` have one half in each. Needs
+    /// device-mapper and dmsetup. Nowhere, if it is not given: then there are no such volumes.
+    #[arg(long)]
+    pub mirror_dir: Option<PathBuf>,
     /// How much may be promised for each byte there is: 1.0 keeps every promise, less keeps some space back.
     #[arg(long, default_value_t = 1.0, value_parser = overprovision)]
     pub overprovision: f64,
@@ -48,6 +57,32 @@ pub struct NodeOptions {
     /// number of bytes, or one with Ki, Mi, Gi or Ti behind it. 0: there are none.
     #[arg(long, default_value = "16Gi")]
     pub ephemeral_max_size: Bytes,
+}
+
+impl NodeOptions {
+    /// Every directory that has images.
+    pub fn volume_dirs(&self) -> Vec<&Path> {
+        [Some(self.backing_dir.as_path()), self.mirror_dir.as_deref()].into_iter().flatten().collect()
+    }
+
+    /// What there is for volumes with two devices, or why there is nothing. A second directory that can't be used keeps
+    /// nobody from the other halves.
+    pub fn mirrors(&self, first: &Arc<FileBacking>) -> Result<Mirrors, String> {
+        let Some(dir) = &self.mirror_dir else { return Err(NO_MIRRORS.to_owned()) };
+        let halves = MappedHalves::open().map_err(|error| error.to_string()).inspect_err(|error| {
+            tracing::error!("no volumes with two devices: {error}");
+        })?;
+        let second =
+            Mirrored::check_apart(&self.backing_dir, dir).and_then(|()| FileBacking::open(dir, self.overprovision));
+        let backing = match second {
+            Ok(second) => Mirrored::new(first.clone(), Arc::new(second)),
+            Err(error) => {
+                tracing::error!("volumes with two devices go on without the second one: {error}");
+                Mirrored::without_second(first.clone(), dir, error.to_string())
+            }
+        };
+        Ok(Mirrors { backing: Arc::new(backing), halves: Arc::new(halves) })
+    }
 }
 
 /// Where `kubectl zpod` finds the guest's kernel.

@@ -2,13 +2,17 @@
 
 mod device_target;
 mod direct_volume;
+mod halves;
 mod loop_device;
+mod mapper;
 mod sandbox;
 mod target;
 pub mod udev_rule;
 
 pub use direct_volume::{DirectVolume, DirectVolumes};
+pub use halves::{Halves, MappedHalves};
 pub use loop_device::LoopDevice;
+pub use mapper::{Mapper, MapperError, Removal};
 pub use sandbox::{AgentUrl, Sandbox, SandboxError, discover};
 pub use target::{MAX_TARGET_BYTES, TargetPath};
 
@@ -25,6 +29,9 @@ pub enum KataError {
         /// What is wrong with it, and what is allowed.
         reason: String,
     },
+    /// The device of a mirror could not be made or removed.
+    #[error(transparent)]
+    Mapper(#[from] MapperError),
     /// Something else is at the target path.
     #[error("target path {path}: {reason}; nothing was changed there")]
     Occupied {

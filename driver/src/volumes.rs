@@ -19,6 +19,7 @@ mod error;
 mod expand;
 mod keys;
 mod lock;
+mod mirror;
 mod modify;
 mod mount_options;
 mod observer;
@@ -41,6 +42,8 @@ pub use copies::Progress;
 pub use ephemeral::EphemeralVolume;
 pub use error::VolumeError;
 pub use keys::{KeyPair, Secret};
+pub(crate) use mirror::check_vdevs;
+pub use mirror::{Mirrors, NO_MIRRORS};
 #[allow(unused_imports, reason = "for the cluster's provisioner")]
 pub(crate) use modify::check as check_attributes;
 pub use mount_options::MountOptions;

@@ -55,7 +55,7 @@ fn udev_does_not_look_into_the_devices_of_volumes() {
     for device in &devices {
         assert!(simulate(device).contains("ID_FS_TYPE=xfs"), "nothing to be kept from udev");
     }
-    udev_rule::write(Path::new(UDEV), ours.path()).unwrap().unwrap();
+    udev_rule::write(Path::new(UDEV), &[ours.path()]).unwrap().unwrap();
     let [our, kubelet, other] = devices.each_ref().map(simulate);
     for said in [our, kubelet] {
         assert!(!said.contains("ID_FS_"), "{said}");

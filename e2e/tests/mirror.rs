@@ -1,11 +1,21 @@
 //! Whether a volume can lie on two disks of the host, though Kata hands a guest one device per mount: device-mapper makes
 //! one device of two halves, and in the guest each half is a partition and one side of a ZFS mirror. Few kernels for
 //! virtual machines have device-mapper; Debian's has. So host and guest are one kernel here, this very program is its
-//! init, and a loop device upon the host's device takes the place of the guest's disk.
+//! init, and a loop device upon the host's device takes the place of the guest's disk. The node's own side runs there too:
+//! its two backing directories, and what makes one device of two images.
 #![allow(clippy::unwrap_used, reason = "clippy allows it in test functions only, not in what they call")]
 
 #[path = "mirror/guest.rs"]
 mod guest;
+#[path = "mirror/node.rs"]
+mod node;
+// As they are in the driver, whose crate would bring a Kubernetes client into the guest.
+#[allow(unreachable_pub)]
+#[path = "../../driver/src/kata/mapper.rs"]
+mod mapper;
+#[allow(unreachable_pub)]
+#[path = "../../driver/src/privileges.rs"]
+mod privileges;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -70,6 +80,13 @@ fn in_the_guest() {
     guest::main();
 }
 
+/// What the guest starts again and again, to be killed.
+#[test]
+#[ignore = "what the other test runs in a guest, to be killed there"]
+fn to_be_killed() {
+    node::to_be_killed();
+}
+
 /// A disk of the host.
 fn xfs(path: PathBuf) -> Result<PathBuf> {
     File::create(&path)?.set_len(500 << 20)?;
@@ -93,6 +110,7 @@ fn write_initrd(scratch: &Path, to: &Path) -> Result<()> {
     for (path, name) in [(guest::DMSETUP, "dmsetup"), (guest::LOSETUP, "losetup"), (guest::ADDPART, "addpart")] {
         base_initrd::add_program(&mut archive, path, "", &inputs::program(name, "install dmsetup and util-linux")?)?;
     }
+    base_initrd::add_program(&mut archive, node::XFS_IO, "", &inputs::program("xfs_io", "install xfsprogs")?)?;
     let order = modules::load_order(&chroot.modules(), chroot.release(), &MODULES)?;
     for (number, module) in order.iter().enumerate() {
         let bytes = modules::loadable(&chroot, module, scratch)?;

@@ -38,6 +38,25 @@ pub enum QuotaMode {
     None,
 }
 
+/// How many devices of its node a volume's pool is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Vdevs {
+    /// One.
+    #[default]
+    #[serde(rename = "single")]
+    Single,
+    /// Two, each with all of the data, in two directories of the node.
+    #[serde(rename = "mirror-2")]
+    Mirror2,
+}
+
+impl Vdevs {
+    /// Whether it is one device only.
+    pub const fn is_single(&self) -> bool {
+        matches!(self, Self::Single)
+    }
+}
+
 /// How a volume's contents are encrypted. ZFS's own encryption, in the guest: the host sees ciphertext.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Encryption {
@@ -108,6 +127,10 @@ impl Word for QuotaMode {
         &[("refquota", Self::Refquota), ("quota", Self::Quota), ("none", Self::None)];
 }
 
+impl Word for Vdevs {
+    const WORDS: &'static [(&'static str, Self)] = &[("single", Self::Single), ("mirror-2", Self::Mirror2)];
+}
+
 impl Word for bool {
     const WORDS: &'static [(&'static str, Self)] = &[("true", true), ("false", false)];
 }
@@ -124,6 +147,9 @@ pub struct VolumeParameters {
     pub backing: Backing,
     /// Thin or thick.
     pub provisioning: Provisioning,
+    /// How many devices its pool is made of.
+    #[serde(default, skip_serializing_if = "Vdevs::is_single")]
+    pub vdevs: Vdevs,
     /// How far the volume can grow while its pod runs.
     pub headroom: Headroom,
     /// What the capacity limits.
@@ -188,8 +214,8 @@ impl ParameterError {
 const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
 
 impl VolumeParameters {
-    const OWN_KEYS: [&str; 8] =
-        ["allowCopy", "arcMax", "backing", "encryption", "headroom", "provisioning", "quota", "scrubInterval"];
+    const OWN_KEYS: [&str; 9] =
+        ["allowCopy", "arcMax", "backing", "encryption", "headroom", "provisioning", "quota", "scrubInterval", "vdevs"];
 
     /// Every key a StorageClass may use, sorted.
     pub fn keys() -> Vec<&'static str> {
@@ -217,6 +243,7 @@ impl VolumeParameters {
                 }
                 "backing" => parameters.backing = Word::parse(key, value)?,
                 "provisioning" => parameters.provisioning = Word::parse(key, value)?,
+                "vdevs" => parameters.vdevs = Word::parse(key, value)?,
                 "quota" => parameters.quota = Word::parse(key, value)?,
                 "headroom" => {
                     parameters.headroom = value
@@ -300,12 +327,15 @@ mod tests {
             ("allowCopy", "true"),
             ("encryption", "aes-256-gcm"),
             ("scrubInterval", "7d"),
+            ("vdevs", "mirror-2"),
             ("csi.storage.k8s.io/pvc/name", "data"),
         ])
         .unwrap();
         assert_eq!(all.properties.len(), 14);
         assert_eq!(all.scrub_interval.unwrap().duration().as_secs(), 7 * 86400);
-        assert_eq!(all.arc_max, Some(Bytes::mib(256)));
+        assert_eq!((all.arc_max, all.vdevs), (Some(Bytes::mib(256)), Vdevs::Mirror2));
+        let before = serde_json::to_string(&VolumeParameters::default()).unwrap();
+        assert!(!before.contains("vdevs"), "what is recorded of volumes with one device stays as it was");
         assert_eq!(all.properties_of(PropertyKind::Pool)["autotrim"], "off");
         let json = serde_json::to_string(&all).unwrap();
         assert_eq!(serde_json::from_str::<VolumeParameters>(&json).unwrap(), all);
@@ -317,6 +347,7 @@ mod tests {
             ("compresion", "lz4", "\"compresion\" is not known; allowed are: acltype, allowCopy, arcMax"),
             ("backing", "nfs", "backing: \"nfs\" is not allowed; allowed is: file"),
             ("quota", "yes", "refquota, quota, none"),
+            ("vdevs", "mirror", "single, mirror-2"),
             ("headroom", "0x", "1x (none) to 1000x"),
             ("arcMax", "1Mi", "at least 64 MiB"),
             ("recordsize", "3K", "a power of two from 512 to 16M"),

@@ -72,12 +72,13 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let doctor = Doctor::new(options.doctor.places(&node), backing.abilities())
         .in_cluster(client.clone(), options.runtime_handler.clone());
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
-    udev_rule::write(&node.udev_dir, &node.backing_dir)?;
+    udev_rule::write(&node.udev_dir, &node.volume_dirs())?;
     let catalog = KubeCatalog::<ZfsVolume>::of_node(client.clone(), &node.node_name);
     let snapshots = KubeCatalog::<ZfsSnapshot>::of_node(client.clone(), &node.node_name);
     let boot_id = Context::boot_id()?;
-    let context =
-        Context::new(node.node_name, boot_id.clone(), Arc::new(catalog), Arc::new(snapshots), backing.clone());
+    let (mirrors, boot) = (node.mirrors(&backing), boot_id.clone());
+    let (catalog, snapshots) = (Arc::new(catalog), Arc::new(snapshots));
+    let context = Context::with_mirrors(node.node_name, boot, catalog, snapshots, backing.clone(), mirrors);
     let mut registry = metrics::registry();
     NodeMetrics::register(&mut registry, context.node(), backing);
     let states = PoolStates::new(context.node(), &boot_id);

@@ -55,9 +55,10 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let doctor = Doctor::new(options.doctor.places(&node), backing.abilities());
     let (catalog, snapshots) = dir::open(&options.state_dir)?;
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
-    udev_rule::write(&node.udev_dir, &node.backing_dir)?;
-    let context =
-        Context::new(node.node_name, Context::boot_id()?, Arc::new(catalog), Arc::new(snapshots), backing.clone());
+    udev_rule::write(&node.udev_dir, &node.volume_dirs())?;
+    let (mirrors, boot) = (node.mirrors(&backing), Context::boot_id()?);
+    let (catalog, snapshots) = (Arc::new(catalog), Arc::new(snapshots));
+    let context = Context::with_mirrors(node.node_name, boot, catalog, snapshots, backing.clone(), mirrors);
     let mut registry = metrics::registry();
     NodeMetrics::register(&mut registry, context.node(), backing);
     let told = VolumeMetrics::register(&mut registry, context.node());

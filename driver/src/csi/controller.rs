@@ -14,7 +14,7 @@ use zpod_volume::{DiskLayout, VolumeId, VolumeParameters};
 
 use super::request::{self, int, topology};
 use super::{answer, capability, snapshot};
-use crate::volumes::{CreateRequest, Provision, Room, Snapshots, VolumeError};
+use crate::volumes::{CreateRequest, Provision, Room, Snapshots, VolumeError, check_vdevs};
 
 /// The most entries a page of ListVolumes has: about 200 KiB, far below gRPC's limit of 4 MiB.
 pub(super) const MAX_PAGE: usize = 1000;
@@ -59,7 +59,7 @@ impl ControllerService {
         let range = request::range(request.capacity_range.as_ref())?;
         let parameters = parameters(&request.parameters)?;
         let not_found = |id: &str| self.provisioner.not_found(id);
-        let volume = self.provisioner.create(CreateRequest {
+        let wanted = CreateRequest {
             range,
             parameters,
             nodes: request::nodes(request.accessibility_requirements.as_ref()),
@@ -69,8 +69,10 @@ impl ControllerService {
             source: request::source(request.volume_content_source.as_ref(), not_found)?,
             name: request.name,
             ephemeral: false,
-        });
-        Ok(csi::CreateVolumeResponse { volume: Some(describe(&volume.await?)) })
+        };
+        check_vdevs(&wanted)?;
+        let volume = self.provisioner.create(wanted).await?;
+        Ok(csi::CreateVolumeResponse { volume: Some(describe(&volume)) })
     }
 
     async fn delete(&self, id: &str) -> Result<csi::DeleteVolumeResponse, VolumeError> {

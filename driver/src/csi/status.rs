@@ -3,7 +3,7 @@ use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::CatalogError;
 
 use crate::guest::GuestError;
-use crate::kata::KataError;
+use crate::kata::{KataError, MapperError};
 use crate::volumes::VolumeError;
 
 /// The one place where an error becomes a gRPC status.
@@ -48,6 +48,8 @@ fn code(error: &VolumeError) -> Code {
         | VolumeError::TargetTaken { .. }
         | VolumeError::BeyondHeadroom { .. }
         | VolumeError::NoCopyWhileRunning { .. }
+        | VolumeError::NoMirrors { .. }
+        | VolumeError::HalfLost { .. }
         | VolumeError::PodRefused { .. } => Code::FailedPrecondition,
         VolumeError::GuestSilent { .. } | VolumeError::JustRestored { .. } | VolumeError::PodUnknown { .. } => {
             Code::Unavailable
@@ -78,7 +80,10 @@ fn backing(error: &BackingError) -> Code {
         // The directory may be mounted in a moment. Nothing is ever made in the device's place.
         BackingError::CannotShare { .. } => Code::FailedPrecondition,
         BackingError::Stopped => Code::Aborted,
-        BackingError::Missing { .. } | BackingError::SnapshotMissing { .. } => Code::Unavailable,
+        BackingError::HalfMade { source, .. } => backing(source),
+        BackingError::Missing { .. } | BackingError::SnapshotMissing { .. } | BackingError::Gone { .. } => {
+            Code::Unavailable
+        }
         BackingError::Mismatch { .. } | BackingError::Io { .. } => Code::Internal,
         #[allow(unreachable_patterns)]
         _ => Code::Internal,
@@ -103,7 +108,8 @@ fn catalog(error: &CatalogError) -> Code {
 fn kata(error: &KataError) -> Code {
     match error {
         KataError::Target { .. } => Code::InvalidArgument,
-        KataError::Occupied { .. } | KataError::Io { .. } => Code::Internal,
+        KataError::Mapper(MapperError::InUse(_)) => Code::FailedPrecondition,
+        KataError::Occupied { .. } | KataError::Io { .. } | KataError::Mapper(_) => Code::Internal,
     }
 }
 
@@ -198,6 +204,10 @@ mod tests {
             (KataError::Target { path: "x".into(), reason: s("x") }.into(), Code::InvalidArgument),
             (KataError::Occupied { path: "/x".into(), reason: "x" }.into(), Code::Internal),
             (KataError::Io { what: "mount", path: "/x".into(), source: io() }.into(), Code::Internal),
+            (KataError::Mapper(MapperError::InUse("/x".into())).into(), Code::FailedPrecondition),
+            (KataError::Mapper(MapperError::NoTool).into(), Code::Internal),
+            (VolumeError::NoMirrors { node: s("n"), reason: s("x") }, Code::FailedPrecondition),
+            (VolumeError::HalfLost { id, half: zpod_volume::Half::First, node: s("n") }, Code::FailedPrecondition),
             (VolumeError::CutShort(s("x")), Code::Unavailable),
             (VolumeError::SnapshotNotFound { id: s("x"), node: s("n1") }, Code::NotFound),
             (VolumeError::SnapshotExists { name: s("x"), id: snapshot, difference: s("d") }, Code::AlreadyExists),

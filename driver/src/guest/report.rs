@@ -1,7 +1,7 @@
 use uuid::Uuid;
 use zpod_proto::guest::last_scrub::State as WireState;
 use zpod_proto::guest::{Health as WireHealth, LastScrub, StatusResponse, VolumeStatus};
-use zpod_volume::{Bytes, VolumeId};
+use zpod_volume::{Bytes, Half, VolumeId};
 
 /// No pod has more volumes; what a guest says beyond is passed over.
 const MAX_VOLUMES: usize = 64;
@@ -66,6 +66,8 @@ pub struct VolumeReport {
     pub block: bool,
     /// Space that snapshots inside the guest alone hold.
     pub snapshots: Bytes,
+    /// Of a mirror: the half that lacks some of what the other one has.
+    pub behind: Option<Half>,
     /// What this node itself knows to be wrong with it. Never the guest's word.
     pub trouble: Option<String>,
 }
@@ -206,6 +208,11 @@ impl VolumeReport {
             encrypted: status.encrypted,
             block: status.block,
             snapshots: Bytes(bound(status.snapshot_bytes)),
+            behind: match status.behind {
+                1 => Some(Half::First),
+                2 => Some(Half::Second),
+                _ => None,
+            },
             trouble: None,
         })
     }

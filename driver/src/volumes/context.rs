@@ -9,10 +9,10 @@ use zpod_storage::backing::{Backing, BackingError, CopySource, DeviceSpec};
 use zpod_storage::catalog::{Catalog, Phase, Publication, Snapshot, Volume};
 use zpod_volume::{SnapshotId, VolumeId};
 
-use super::VolumeError;
 use super::copies::Copies;
 use super::lock::{VolumeLock, VolumeLocks};
 use super::published::Published;
+use super::{Mirrors, NO_MIRRORS, VolumeError};
 
 /// In which publication's guest the instant of a snapshot was marked; none where nobody ran. In memory: after a restart
 /// nobody knows whether a mark is still there.
@@ -28,6 +28,8 @@ pub struct Context {
     pub(super) backing: Arc<dyn Backing>,
     pub(super) published: Published,
     pub(super) copies: Copies,
+    /// What there is for mirrors, or why there is nothing.
+    pub(super) mirrors: Result<Mirrors, String>,
     marks: Marks,
     locks: VolumeLocks,
 }
@@ -41,9 +43,21 @@ impl Context {
         snapshots: Arc<dyn Catalog<Snapshot>>,
         backing: Arc<dyn Backing>,
     ) -> Arc<Self> {
+        Self::with_mirrors(node, boot_id, catalog, snapshots, backing, Err(NO_MIRRORS.to_owned()))
+    }
+
+    /// The same on a node that can have volumes with two devices, or with the reason why it can't.
+    pub fn with_mirrors(
+        node: String,
+        boot_id: String,
+        catalog: Arc<dyn Catalog>,
+        snapshots: Arc<dyn Catalog<Snapshot>>,
+        backing: Arc<dyn Backing>,
+        mirrors: Result<Mirrors, String>,
+    ) -> Arc<Self> {
         let (published, locks) = (Published::default(), VolumeLocks::default());
         let (copies, marks) = (Copies::default(), Marks::default());
-        Arc::new(Self { node, boot_id, catalog, snapshots, backing, published, copies, marks, locks })
+        Arc::new(Self { node, boot_id, catalog, snapshots, backing, published, copies, mirrors, marks, locks })
     }
 
     /// The id of this boot of the host.

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::CatalogError;
-use zpod_volume::{Bytes, GroupId, ParameterError, SnapshotId, VolumeId};
+use zpod_volume::{Bytes, GroupId, Half, ParameterError, SnapshotId, VolumeId};
 
 use super::copies::Progress;
 use crate::guest::GuestError;
@@ -363,6 +363,27 @@ pub enum VolumeError {
         /// How far it is.
         progress: Progress,
     },
+    /// There can be no mirrors here.
+    #[error("node {node} can have no volumes with two devices (parameter vdevs: mirror-2): {reason}")]
+    NoMirrors {
+        /// The node.
+        node: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// The half of a mirror that has everything is lost.
+    #[error(
+        "volume {id}: the {half} of its mirror is lost on node {node}, and the other one lacks some of what was written: \
+         nothing was published, since the volume would go back in time; bring the lost disk back"
+    )]
+    HalfLost {
+        /// The volume.
+        id: VolumeId,
+        /// The half that has everything.
+        half: Half,
+        /// The node.
+        node: String,
+    },
     /// The guest did not do what it was asked.
     #[error("volume {id}: {source}")]
     Guest {
@@ -410,6 +431,7 @@ impl VolumeError {
             | Self::SourceElsewhere { .. }
             | Self::NoCopyWhileRunning { .. }
             | Self::MarkLost { .. }
+            | Self::NoMirrors { .. }
             | Self::Backing { source: BackingError::CannotShare { .. }, .. } => true,
             Self::GroupMember { source, .. } => source.is_refusal(),
             error => error.is_no_room(),

@@ -66,7 +66,7 @@ impl NodeVolumes {
         }
         let (id, spec) = (volume.id, device_spec(&volume));
         let published = self.context.publication(&volume).is_some();
-        let proof = match self.prove_exclusive(id).await {
+        let proof = match self.prove_exclusive(&volume).await {
             Err(VolumeError::Backing { source: BackingError::InUse { .. }, .. }) if published => {
                 return Err(VolumeError::GuestSilent { id, node: self.context.node.clone() });
             }
@@ -77,7 +77,7 @@ impl NodeVolumes {
             backing.write_table(&spec, proof.as_ref())?;
             Ok(proof)
         };
-        let proof = self.context.with_backing(write).await?;
+        let proof = self.context.with_device(&volume, write).await?;
         crash::point("node expand: table written");
         let table_capacity = volume.capacity;
         let volume = self.context.catalog.update(Volume { table_capacity, ..volume }).await?;

@@ -74,7 +74,7 @@ impl NodeVolumes {
         if heard.is_some() || self.context.publication(volume).is_none() {
             return Ok(heard);
         }
-        match self.prove_exclusive(id).await {
+        match self.prove_exclusive(volume).await {
             Err(VolumeError::Backing { source: BackingError::InUse { .. }, .. }) => {
                 Err(VolumeError::GuestSilent { id, node: self.context.node.clone() })
             }

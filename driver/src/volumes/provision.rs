@@ -13,9 +13,11 @@ use zpod_volume::{Bytes, DiskLayout, VolumeAttributes, VolumeId, VolumeMode, Vol
 use super::context::{deleting, device_spec, to_the_end};
 use super::copies::Target;
 use super::lock::VolumeLock;
+use super::mirror::check_vdevs;
 use super::modify::{check, modify};
 use super::publish::NodeVolumes;
 use super::{CapacityRange, Context, VolumeError, clone};
+use crate::kata::Removal;
 
 /// The topology key: the node whose backing store holds a volume.
 pub const TOPOLOGY_KEY: &str = "csi.zpod.storage/node";
@@ -197,7 +199,7 @@ impl Provision for Provisioner {
         if volume.phase == Phase::Ready
             && volume.node == self.context.node
             && let Err(VolumeError::Backing { source: source @ BackingError::Missing { .. }, .. }) =
-                self.context.with_backing(move |backing| backing.device(id)).await
+                self.context.with_device(&volume, move |backing| backing.device(id)).await
         {
             volume.condition = Some(Condition { abnormal: true, message: source.to_string() });
         }
@@ -226,6 +228,7 @@ impl Provision for Provisioner {
 async fn create(context: &Arc<Context>, request: CreateRequest) -> Result<Volume, VolumeError> {
     let id = VolumeId::from_name(&request.name);
     check(request.mode, &request.attributes)?;
+    check_vdevs(&request)?;
     let target = Target::Volume(id);
     match create_now(context, &request).await {
         Err(error) if error.is_under_way() && context.copies.wait(target, COPY_PATIENCE).await => {
@@ -244,6 +247,10 @@ async fn create_now(context: &Arc<Context>, request: &CreateRequest) -> Result<V
         return Err(VolumeError::Topology { key: TOPOLOGY_KEY, node: context.node.clone() });
     }
     let found = context.catalog.get(id).await?;
+    if found.is_none() && !request.parameters.vdevs.is_single() {
+        // Before anything is recorded.
+        context.mirrors()?;
+    }
     if let Some(volume) = found {
         let volume = check_same(context, volume, request)?;
         if volume.phase == Phase::Ready {
@@ -314,7 +321,7 @@ async fn make(context: &Arc<Context>, volume: Volume) -> Result<Volume, VolumeEr
         Some(source) => clone::fill(context, volume, source).await?,
         None => {
             let spec = device_spec(&volume);
-            context.with_backing(move |backing| backing.create(&spec)).await?;
+            context.with_device(&volume, move |backing| backing.create(&spec)).await?;
             crash::point("create: device made");
             volume
         }
@@ -363,10 +370,17 @@ async fn delete(context: &Context, id: VolumeId) -> Result<Outcome, VolumeError>
     // One that is being filled is given up.
     context.copies.stop(Target::Volume(id)).await;
     crash::point("delete: begin");
+    let unmade = volume.is_mirrored() && volume.phase == Phase::Creating && context.mirrors.is_err();
+    if unmade && !clone::has_device(context, id).await? {
+        // It was never made here, and can't be looked for.
+        context.catalog.remove(id).await?;
+        return Ok(Outcome::Changed);
+    }
+    context.part(&volume, Removal::Now).await?;
     if volume.phase != Phase::Deleting {
         if volume.phase == Phase::Ready {
             // Not condemned while a virtual machine still has it. A device that is gone keeps nobody from deleting.
-            match context.with_backing(move |backing| backing.exclusive(id).map(drop)).await {
+            match context.with_device(&volume, move |backing| backing.exclusive(id).map(drop)).await {
                 Err(VolumeError::Backing { source: BackingError::Missing { .. }, .. }) => {}
                 proof => proof?,
             }
@@ -377,7 +391,7 @@ async fn delete(context: &Context, id: VolumeId) -> Result<Outcome, VolumeError>
     if let Some(source) = volume.source.filter(|_| volume.phase == Phase::Creating) {
         clone::unmark_source(context, source, id).await;
     }
-    context.with_backing(move |backing| backing.destroy(id)).await?;
+    context.with_device(&volume, move |backing| backing.destroy(id)).await?;
     crash::point("delete: device destroyed");
     context.catalog.remove(id).await?;
     crash::point("delete: done");
@@ -402,7 +416,7 @@ async fn expand(context: &Context, id: VolumeId, range: CapacityRange) -> Result
     crash::point("expand: begin");
     // The room first, the record after it: what is recorded is always backed. Killed in between, the volume keeps its
     // size and a little too much is promised to it, until the call is repeated.
-    context.with_backing(move |backing| backing.grow(&spec)).await?;
+    context.with_device(&grown, move |backing| backing.grow(&spec)).await?;
     crash::point("expand: room promised");
     let grown = context.catalog.update(grown).await?;
     context.published.refresh(&grown);

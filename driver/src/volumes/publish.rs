@@ -15,11 +15,11 @@ use super::observer::Observer;
 use super::pods::{AnyPod, PodCheck};
 use super::spec::{discard, volume_spec};
 use super::{Context, VolumeError, mount_options};
-use crate::kata::{DirectVolume, DirectVolumes, KataError, TargetPath};
+use crate::kata::{DirectVolume, DirectVolumes, KataError, Removal, TargetPath};
 
 /// How long a virtual machine that is on its way out is waited for.
-const CLOSING: Duration = Duration::from_millis(2500);
-const CLOSING_STEP: Duration = Duration::from_millis(100);
+pub(super) const CLOSING: Duration = Duration::from_millis(2500);
+pub(super) const CLOSING_STEP: Duration = Duration::from_millis(100);
 /// Records are read this many at a time at start.
 const LOAD_PAGE: usize = 256;
 
@@ -133,8 +133,8 @@ impl NodeVolumes {
     /// # Errors
     /// When the volume does not exist here, or its device is missing.
     pub async fn stage(&self, id: VolumeId) -> Result<(), VolumeError> {
-        self.context.ready(id).await?;
-        self.context.with_backing(move |backing| backing.device(id)).await.map(|_| ())
+        let volume = self.context.ready(id).await?;
+        self.context.with_device(&volume, move |backing| backing.device(id)).await.map(|_| ())
     }
 
     /// Publishes a volume to one pod. Repeated as long as the pod lives (CSIDriver `requiresRepublish`): that brings the
@@ -258,7 +258,8 @@ impl NodeVolumes {
         request: PublishRequest,
     ) -> Result<(Volume, Publication), VolumeError> {
         crash::point("publish: begin");
-        let proof = self.prove_exclusive(volume.id).await?;
+        let volume = self.prepare_halves(volume).await?;
+        let proof = self.prove_exclusive(&volume).await?;
         let (spec, written) = (device_spec(&volume), volume.written);
         let write_table = volume.table_capacity != volume.capacity;
         let prepare = move |backing: &dyn zpod_storage::backing::Backing| {
@@ -270,7 +271,7 @@ impl NodeVolumes {
             }
             Ok((written, proof))
         };
-        let (written, proof) = self.context.with_backing(prepare).await?;
+        let (written, proof) = self.context.with_device(&volume, prepare).await?;
         let publication = Publication {
             target_path: request.target,
             token: Uuid::new_v4(),
@@ -303,8 +304,8 @@ impl NodeVolumes {
         if volume.mode == VolumeMode::Block {
             return self.install_device(volume, target).await;
         }
-        let id = volume.id;
-        let device = self.context.with_backing(move |backing| backing.device(id)).await?;
+        let joined = self.join_halves(volume).await?;
+        let device = self.context.device_of(volume).await?;
         let entry = DirectVolume { device, spec: volume_spec(volume, publication), discard: discard(volume) };
         let (direct, target) = (self.direct.clone(), target.clone());
         blocking(move || {
@@ -313,7 +314,8 @@ impl NodeVolumes {
             crash::point("publish: placeholder mounted");
             let written = direct.publish(&target, &entry)?;
             crash::point("publish: direct volume written");
-            Ok(if mounted == Outcome::Unchanged { written } else { mounted })
+            let all = [joined, mounted, written];
+            Ok(if all.contains(&Outcome::Changed) { Outcome::Changed } else { Outcome::Unchanged })
         })
         .await
     }
@@ -349,6 +351,7 @@ impl NodeVolumes {
         if mode == VolumeMode::Block {
             self.detach_device(id).await?;
         }
+        self.context.part(&volume, Removal::WhenUnused).await?;
         crash::point("publish: taken back");
         self.context.catalog.update(Volume { publication: None, ..volume }).await?;
         self.forget(id);
@@ -364,6 +367,11 @@ impl NodeVolumes {
         if mode == Some(VolumeMode::Block)
             && volume.as_ref().is_some_and(|volume| volume.publication.as_ref().is_none_or(here))
             && self.detach_device(id).await? == Outcome::Changed
+        {
+            outcome = Outcome::Changed;
+        }
+        if let Some(volume) = volume.as_ref().filter(|volume| volume.publication.as_ref().is_none_or(here))
+            && self.context.part(volume, Removal::WhenUnused).await? == Outcome::Changed
         {
             outcome = Outcome::Changed;
         }
@@ -391,8 +399,7 @@ impl NodeVolumes {
             // There is none, and its note is written while nobody has the device.
             return Ok(());
         }
-        let id = volume.id;
-        let device = self.context.with_backing(move |backing| backing.device(id)).await?;
+        let device = self.context.device_of(volume).await?;
         let entry = DirectVolume { device, spec: volume_spec(volume, &publication), discard: discard(volume) };
         let direct = self.direct.clone();
         blocking(move || {
@@ -407,10 +414,10 @@ impl NodeVolumes {
     }
 
     /// Proves that no virtual machine has the device; one that is on its way out is given a moment.
-    pub(super) async fn prove_exclusive(&self, id: VolumeId) -> Result<Box<dyn Exclusive>, VolumeError> {
-        let begun = Instant::now();
+    pub(super) async fn prove_exclusive(&self, volume: &Volume) -> Result<Box<dyn Exclusive>, VolumeError> {
+        let (id, begun) = (volume.id, Instant::now());
         loop {
-            match self.context.with_backing(move |backing| backing.exclusive(id)).await {
+            match self.context.with_device(volume, move |backing| backing.exclusive(id)).await {
                 Err(VolumeError::Backing { source: BackingError::InUse { .. }, .. }) if begun.elapsed() < CLOSING => {
                     tokio::time::sleep(CLOSING_STEP).await;
                 }

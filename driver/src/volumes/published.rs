@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use zpod_storage::catalog::{Condition, Publication, Volume};
-use zpod_volume::{Bytes, DiskLayout, VolumeId, VolumeMode};
+use zpod_volume::{Bytes, DiskLayout, Half, VolumeId, VolumeMode};
 
 use super::observer::Observed;
 use super::scrubs::{Candidate, Scrubs};
 use super::stats::condition_of;
-use crate::guest::{GuestClient, VolumeReport};
+use crate::guest::{GuestClient, Health, VolumeReport};
 
 /// A guest that changes its mind all the time is written down no more often than this.
 const RECORD_EVERY: Duration = Duration::from_secs(5);
@@ -32,6 +32,8 @@ struct Entry {
     initialized: bool,
     partition: Bytes,
     condition: Option<Condition>,
+    /// Of a mirror: the half that is recorded as lacking something.
+    mirror: Option<Option<Half>>,
     heard: Option<Heard>,
     /// Its guest fell silent.
     silence: Option<Silence>,
@@ -72,7 +74,7 @@ pub(super) enum Note {
     Believed {
         /// The volume it speaks of.
         volume: Arc<Observed>,
-        /// It is the first to say that the pool is there, which must be recorded.
+        /// It is the first to say that the pool is there, or that half of a mirror is lost, which must be recorded.
         first: bool,
         /// The condition has changed, and it is time to record it.
         changed: bool,
@@ -102,6 +104,7 @@ impl Published {
             initialized: false,
             partition: Bytes(0),
             condition: None,
+            mirror: None,
             heard: None,
             silence: None,
             recorded: None,
@@ -124,6 +127,7 @@ impl Published {
             initialized: volume.initialized,
             partition: volume.layout().partition,
             condition: volume.condition.clone(),
+            mirror: volume.is_mirrored().then_some(volume.behind),
             heard: None,
             silence: None,
             recorded: None,
@@ -146,6 +150,7 @@ impl Published {
                 // Whoever has changed it is about to tell.
                 entry.telling = Some(Instant::now());
             }
+            entry.mirror = volume.is_mirrored().then_some(volume.behind);
             if let Some(observed) = entry.observed.as_mut().filter(|observed| observed.capacity != volume.capacity) {
                 *observed = Arc::new(Observed { capacity: volume.capacity, ..observed.as_ref().clone() });
             }
@@ -178,6 +183,11 @@ impl Published {
         entries.values().filter_map(look).collect()
     }
 
+    /// Whether a volume that is published has two devices.
+    pub(super) fn is_mirrored(&self, id: VolumeId) -> bool {
+        self.entries().get(&id).is_some_and(|entry| entry.mirror.is_some())
+    }
+
     /// Whether a volume is published as a block device.
     pub(super) fn is_block(&self, id: VolumeId) -> bool {
         self.entries().get(&id).is_some_and(|entry| entry.block)
@@ -204,7 +214,11 @@ impl Published {
         };
         let now = Instant::now();
         let due = |last: Option<Instant>, every| last.is_none_or(|last| now.duration_since(last) >= every);
-        let first = report.health.is_imported() && !entry.initialized;
+        // A loss is recorded at once; that it is over, or was another one, when there is time.
+        let lost = entry.mirror.is_some_and(|behind| {
+            halves_of(report, behind) != behind && (behind.is_none() || due(entry.recorded, RECORD_EVERY))
+        });
+        let first = report.health.is_imported() && !entry.initialized || lost;
         let changed = entry.condition.as_ref() != Some(&condition_of(report)) && due(entry.recorded, RECORD_EVERY);
         let small = report.partition.0 > 0 && report.partition < entry.partition;
         let grow =
@@ -261,6 +275,15 @@ impl Published {
 /// Whether the note of a volume may say less than its record. What a file system's guest is told is always renewed.
 fn may_have_changed(volume: &Volume) -> bool {
     volume.mode == VolumeMode::Block && !volume.attributes.is_empty()
+}
+
+/// Which half of a mirror lacks something, by what is recorded and what its guest says of a pool that it has.
+pub(super) fn halves_of(report: &VolumeReport, recorded: Option<Half>) -> Option<Half> {
+    match (report.behind, report.health) {
+        (Some(half), health) if health.is_imported() => Some(half),
+        (None, Health::Online | Health::Degraded) => None,
+        _ => recorded,
+    }
 }
 
 fn owner(entries: &HashMap<VolumeId, Entry>, target: &Path) -> Option<VolumeId> {

@@ -1,5 +1,4 @@
 use async_trait::async_trait;
-use uuid::Uuid;
 use zpod_storage::catalog::{Condition, Volume};
 use zpod_storage::crash;
 use zpod_volume::{VolumeAttributes, VolumeId};
@@ -7,7 +6,7 @@ use zpod_volume::{VolumeAttributes, VolumeId};
 use super::VolumeError;
 use super::modify::modify;
 use super::publish::NodeVolumes;
-use super::published::Note;
+use super::published::{Note, halves_of};
 use super::stats::condition_of;
 use crate::guest::{GuestClient, Listener, Report, VolumeReport};
 
@@ -53,17 +52,12 @@ impl Listener for NodeVolumes {
 impl NodeVolumes {
     async fn record(&self, report: &VolumeReport) -> Result<(), VolumeError> {
         let condition = condition_of(report);
-        self.record_report(report.id, report.token, report.health.is_imported(), condition).await
+        self.record_report(report, condition).await
     }
 
     /// Records what a believed guest said: that the pool is there, and how it is.
-    async fn record_report(
-        &self,
-        id: VolumeId,
-        token: Uuid,
-        imported: bool,
-        condition: Condition,
-    ) -> Result<(), VolumeError> {
+    async fn record_report(&self, report: &VolumeReport, condition: Condition) -> Result<(), VolumeError> {
+        let (id, token, imported) = (report.id, report.token, report.health.is_imported());
         let _lock = self.context.lock(id).await;
         let volume = self.context.ready(id).await?;
         // The publication may have ended while the lock was waited for.
@@ -71,7 +65,9 @@ impl NodeVolumes {
             return Ok(());
         }
         let first = imported && !volume.initialized;
-        if !first && volume.condition.as_ref() == Some(&condition) {
+        let behind = if volume.is_mirrored() { halves_of(report, volume.behind) } else { None };
+        let moved = behind != volume.behind;
+        if !first && !moved && volume.condition.as_ref() == Some(&condition) {
             self.context.published.refresh(&volume);
             return Ok(());
         }
@@ -79,13 +75,23 @@ impl NodeVolumes {
             tracing::warn!(volume = %id, "{}", condition.message);
         }
         crash::point("report: begin");
-        let record = Volume { initialized: volume.initialized || imported, condition: Some(condition), ..volume };
+        let record =
+            Volume { initialized: volume.initialized || imported, condition: Some(condition), behind, ..volume };
         let volume = self.context.catalog.update(record).await?;
         self.context.published.refresh(&volume);
         crash::point("report: recorded");
         if first {
             tracing::info!(volume = %id, "pool is there: it will never be made again");
-            // The next container or virtual machine of this pod must not be allowed to make it either.
+        }
+        if moved {
+            match behind {
+                Some(half) => tracing::error!(volume = %id, "the {half} of its mirror lacks some of what was written"),
+                None => tracing::info!(volume = %id, "both halves of its mirror have everything"),
+            }
+        }
+        if first || moved {
+            // The next container or virtual machine of this pod must not be allowed to make it either, nor to use that
+            // half alone.
             self.refresh_entry(&volume).await?;
         }
         Ok(())

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use zpod_storage::catalog::{Publication, Volume};
-use zpod_volume::{Create, Property, PropertyKind, Provisioning, VolumeMode, VolumeSpec};
+use zpod_volume::{Create, Mirror, Property, PropertyKind, Provisioning, VolumeMode, VolumeSpec};
 
 use super::mount_options;
 
@@ -27,6 +27,7 @@ pub(super) fn volume_spec(volume: &Volume, publication: &Publication) -> VolumeS
         encryption: volume.parameters.encryption,
         // Until its guest has made it its own: then the record says so, and what it was made from may be long gone.
         origin: volume.origin.clone().filter(|_| !volume.initialized),
+        mirror: volume.is_mirrored().then_some(Mirror { behind: volume.behind }),
         ..VolumeSpec::new(volume.id, publication.token, create(volume), volume.capacity)
     }
 }

@@ -54,7 +54,8 @@ impl NodeVolumes {
         }
         let mut stats = self.said_or_known(&volume, token).await;
         // Not the guest's word but the host's own measurement.
-        let excess = context.with_backing(move |backing| backing.excess(id)).await?;
+        let mirrored = context.published.is_mirrored(id);
+        let excess = context.with_devices(mirrored, move |backing| backing.excess(id)).await?;
         if excess.0 > 0 {
             let also = format!("{}; {}", past_the_partition(excess), stats.condition.message);
             stats.condition = Condition { abnormal: true, message: also };

@@ -18,8 +18,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use zpod_volume::{
-    Bytes, DiskLayout, Encryption, GroupId, Headroom, Mark, Origin, SnapshotId, VolumeAttributes, VolumeId, VolumeMode,
-    VolumeParameters,
+    Bytes, DiskLayout, Encryption, GroupId, Half, Headroom, Mark, Origin, SnapshotId, VolumeAttributes, VolumeId,
+    VolumeMode, VolumeParameters,
 };
 
 /// Something that is recorded.
@@ -91,6 +91,10 @@ pub struct Volume {
     /// Made for one pod, and destroyed with its publication (CSI ephemeral volumes).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ephemeral: bool,
+    /// Of a mirror: the half that does not have all that the other one has, as far as is known. Recorded before a pod can
+    /// start without it, and taken back when a guest says that both have everything. It is never used alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub behind: Option<Half>,
     /// Counts the changes of this record. Zero until it is stored.
     pub revision: u64,
 }
@@ -153,6 +157,7 @@ impl Volume {
             source: None,
             origin: None,
             ephemeral: false,
+            behind: None,
             revision: 0,
         }
     }
@@ -166,7 +171,12 @@ impl Volume {
         }
     }
 
-    /// The layout of its disk now. The disk is as large as it was made, or as a growth beyond the headroom asked for.
+    /// Whether its pool is a mirror of two devices.
+    pub fn is_mirrored(&self) -> bool {
+        !self.parameters.vdevs.is_single()
+    }
+
+    /// The layout of its disk now, of a mirror that of each half. The disk is as large as it was made, or as a growth beyond the headroom asked for.
     pub fn layout(&self) -> DiskLayout {
         let made = DiskLayout::new(self.initial_capacity, self.parameters.headroom);
         let now = DiskLayout::new(self.capacity, Headroom::NONE);

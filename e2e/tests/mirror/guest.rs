@@ -51,6 +51,17 @@ pub(crate) fn main() {
     load(Path::new("/zpod/modules"), Some("zfs"));
     wait_for("the disks", || Path::new("/dev/vdc").exists());
     wait_for("/dev/zfs", || Path::new("/dev/zfs").exists());
+    for name in DISKS {
+        mount(
+            Some(format!("/dev/vd{name}").as_str()),
+            format!("/{name}").as_str(),
+            Some("xfs"),
+            MsFlags::empty(),
+            none,
+        )
+        .unwrap();
+    }
+    super::node::mirrored();
     mirror();
     println!("{PASS}");
     nix::unistd::sync();
@@ -62,10 +73,6 @@ pub(crate) fn main() {
 fn mirror() {
     // The host: a file system on each disk, a backing file in each, a loop device for each.
     let [a, b, c] = DISKS.map(|name| {
-        mount(Some(format!("/dev/vd{name}").as_str()), format!("/{name}").as_str(), Some("xfs"), MsFlags::empty(), {
-            None::<&str>
-        })
-        .unwrap();
         let file = format!("/{name}/volume.img");
         File::create(&file).unwrap().set_len(HALF * 512).unwrap();
         run(LOSETUP, &["--find", "--show", "--direct-io=on", &file], "").trim().to_owned()
@@ -210,7 +217,7 @@ fn dmsetup(arguments: &[&str], table: &str) {
     run(DMSETUP, &[arguments, &["--noudevsync", "--noudevrules"]].concat(), table);
 }
 
-fn run(program: &str, arguments: &[&str], input: &str) -> String {
+pub(crate) fn run(program: &str, arguments: &[&str], input: &str) -> String {
     let mut command = Command::new(program);
     command.args(arguments).env("ZFS_VDEV_DEVID_OPT_OUT", "YES");
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

@@ -6,7 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-use zpod_volume::VolumeParameters;
+use zpod_volume::{Half, VolumeParameters};
 
 use crate::Quantity;
 
@@ -215,6 +215,10 @@ pub struct ZfsVolumeStatus {
     /// Whose contents the disk was copied from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<OriginStatus>,
+    /// Of a mirror: the half, `first` or `second`, that does not have all that the other one has. It is never used alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub behind: Option<Half>,
     /// The attributes that the node has taken over: set in the running guest, or to be set at its next start.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub attributes: BTreeMap<String, String>,
@@ -348,6 +352,7 @@ fn parameters(_: &mut SchemaGenerator) -> Schema {
         "properties": {
             "backing": {"type": "string", "description": "provider of the block device"},
             "provisioning": {"type": "string", "description": "thin or thick"},
+            "vdevs": {"type": "string", "description": "mirror-2, or absent for one device"},
             "headroom": {"type": "string", "description": "how far it can grow while its pod runs, such as 8x"},
             "quota": {"type": "string", "description": "refquota, quota or none"},
             "allowCopy": {"type": "boolean", "description": "snapshots may be full copies where blocks can't be shared"},

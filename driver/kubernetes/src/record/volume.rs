@@ -172,6 +172,7 @@ fn volume_of(object: &ZfsVolume) -> Result<Volume, CatalogError> {
         source: source.transpose()?,
         origin: origin.transpose()?,
         ephemeral: spec.ephemeral,
+        behind: status.behind,
         revision: u64::try_from(status.revision).map_err(|_| unreadable("status.revision is negative"))?,
     })
 }
@@ -226,6 +227,7 @@ fn node_status(object: &ZfsVolume, volume: &Volume) -> ZfsVolumeStatus {
         written: volume.written,
         publication: volume.publication.as_ref().map(publication_status),
         origin: volume.origin.as_ref().map(origin_status),
+        behind: volume.behind,
         attributes: volume.attributes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         observed_generation: generation,
         revision: i64::try_from(volume.revision).unwrap_or(i64::MAX - 1) + 1,
@@ -244,7 +246,7 @@ mod tests {
     use super::*;
     use std::path::PathBuf;
     use uuid::Uuid;
-    use zpod_volume::{Bytes, Mark, Origin, VolumeMode, VolumeParameters};
+    use zpod_volume::{Bytes, Half, Mark, Origin, VolumeMode, VolumeParameters};
 
     fn volume() -> Volume {
         Volume {
@@ -283,6 +285,7 @@ mod tests {
                 initialized: true,
             }),
             ephemeral: false,
+            behind: Some(Half::Second),
             revision: 4,
         }
     }

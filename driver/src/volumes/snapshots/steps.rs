@@ -10,6 +10,7 @@ use zpod_volume::{DiskLayout, Mark, SnapshotId, VolumeId};
 
 use crate::volumes::context::device_spec;
 use crate::volumes::copies::Target;
+use crate::volumes::mirror::check_copied;
 use crate::volumes::published::Heard;
 use crate::volumes::{Context, VolumeError};
 
@@ -73,6 +74,7 @@ pub(in crate::volumes) async fn mark_volume(
     allow_copy: bool,
 ) -> Result<Option<Heard>, VolumeError> {
     let id = volume.id;
+    check_copied(volume)?;
     let shares = context.with_backing(|backing| Ok(backing.shares_blocks())).await?;
     if !shares && !allow_copy {
         let location = context.location().display().to_string();
