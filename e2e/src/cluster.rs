@@ -20,6 +20,7 @@ pub mod images;
 mod isolation;
 mod kata;
 mod kubectl;
+mod shell;
 mod snapshots;
 mod worker;
 

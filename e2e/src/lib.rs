@@ -28,6 +28,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod report;
 pub mod screen;
+pub mod secrets;
 pub mod shim;
 pub mod slot;
 pub mod vsock;

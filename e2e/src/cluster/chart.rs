@@ -27,6 +27,8 @@ impl Cluster {
         if self.helm(&["status", "zpod", "-n", NAMESPACE]).await.is_ok() {
             return Ok(());
         }
+        // What the chart makes of snapshots depends on what the cluster knows of them.
+        self.add_snapshots().await?;
         // The node plugin is privileged: it mounts for kubelet.
         self.apply(&format!(
             "{{apiVersion: v1, kind: Namespace, metadata: {{name: {NAMESPACE}, labels: \
@@ -43,19 +45,22 @@ impl Cluster {
             }
         }
     }
-    /// Waits until there is no record and no file of any volume.
+
+    /// Waits until there is no record and no file of any volume or snapshot.
     ///
     /// # Errors
     /// When something stays for two minutes.
     pub async fn wait_for_no_volumes(&self) -> Result<()> {
-        self.wait(GONE, "nothing is left of any volume", async || {
-            let records = self.kubectl(&["get", "zfsvolumes,persistentvolumes", "-o", "name"]).await?;
+        self.wait(GONE, "nothing is left of any volume or snapshot", async || {
+            let records = self.kubectl(&["get", "zfsvolumes,zfssnapshots,persistentvolumes", "-o", "name"]).await?;
             ensure!(records.trim().is_empty(), "records: {records}");
             for node in std::fs::read_dir(self.workdir.path().join("n")).context("list the nodes")?.flatten() {
                 let files = std::fs::read_dir(node.path().join("var/lib/zpod/volumes")).into_iter().flatten().flatten();
                 let names: Vec<_> = files.map(|file| file.path()).collect();
-                let image = names.iter().find(|path| path.extension().is_some_and(|extension| extension == "img"));
-                ensure!(image.is_none(), "files: {names:?}");
+                let kept = |path: &&PathBuf| {
+                    path.extension().is_some_and(|extension| extension == "img" || extension == "snap")
+                };
+                ensure!(!names.iter().any(|path| kept(&path)), "files: {names:?}");
             }
             Ok(())
         })

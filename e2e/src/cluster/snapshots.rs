@@ -18,12 +18,14 @@ impl Cluster {
         }
         let crds = inputs::snapshot_crds()?;
         self.kubectl(&["apply", "-f", &crds.display().to_string()]).await?;
-        let names = ["volumesnapshots", "volumesnapshotcontents", "volumesnapshotclasses"];
-        for name in names {
-            let crd = format!("crd/{name}.snapshot.storage.k8s.io");
-            self.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", &crd]).await?;
+        for (group, prefix) in [("snapshot", "volumesnapshot"), ("groupsnapshot", "volumegroupsnapshot")] {
+            for suffix in ["s", "contents", "classes"] {
+                let crd = format!("crd/{prefix}{suffix}.{group}.storage.k8s.io");
+                self.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", &crd]).await?;
+            }
         }
-        let arguments = [format!("--kubeconfig={}", self.kubeconfig.display()), "--v=2".to_owned()];
+        let kubeconfig = format!("--kubeconfig={}", self.kubeconfig.display());
+        let arguments = [&kubeconfig, "--v=2", "--feature-gates=CSIVolumeGroupSnapshot=true"].map(str::to_owned);
         let log = self.workdir.path().join("logs/snapshot-controller.log");
         let controller = Process::start(&inputs::kubernetes("snapshot-controller")?, arguments, &[], &log)
             .context("start the snapshot-controller")?;

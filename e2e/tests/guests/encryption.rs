@@ -1,13 +1,12 @@
 //! Encrypted volumes: what opens them, and what of them is never to be found.
 
-use std::fs;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use tokio::time::{Instant, sleep};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
+use zpod_e2e::secrets::{holds, must_not_be_found};
 use zpod_e2e::workdir::Workdir;
 use zpod_e2e::{Container, Sandbox};
 use zpod_proto::guest::guest_client::GuestClient;
@@ -15,7 +14,7 @@ use zpod_proto::guest::{Health, MarkRequest, ProvideKeyRequest, StatusRequest};
 use zpod_volume::{Bytes, Encryption, Mark, SnapshotId};
 
 use crate::disk::pod;
-use crate::image::{Image, holds};
+use crate::image::Image;
 
 const SIZE: Bytes = Bytes::mib(256);
 const TELLS: Duration = Duration::from_secs(60);
@@ -61,42 +60,6 @@ async fn run_with(pod: &mut Sandbox, container: Container, image: &Image, key: &
         }
         Ok(_) => Err(error),
     })
-}
-
-fn files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for item in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
-        let (path, kind) = item.map(|item| (item.path(), item.file_type()))?;
-        match kind? {
-            kind if kind.is_dir() => found.extend(files(&path)?),
-            kind if kind.is_file() => found.push(path),
-            _ => {}
-        }
-    }
-    Ok(found)
-}
-
-/// Fails where one of the secrets stands in a file of these directories, or in a command line or the environment of any
-/// process of this machine.
-fn must_not_be_found(secrets: &[&[u8]], dirs: &[&Path]) -> Result<()> {
-    let mut looked = 0;
-    for path in dirs.iter().map(|dir| files(dir)).collect::<Result<Vec<_>>>()?.concat() {
-        for secret in secrets {
-            ensure!(!holds(&path, secret)?, "{:?} is in {}", String::from_utf8_lossy(secret), path.display());
-        }
-        looked += 1;
-    }
-    for process in fs::read_dir("/proc")?.flatten() {
-        for name in ["cmdline", "environ"] {
-            let Ok(text) = fs::read(process.path().join(name)) else { continue };
-            for secret in secrets {
-                let found = text.windows(secret.len()).any(|window| window == *secret);
-                ensure!(!found, "a secret is in {}/{name}", process.path().display());
-            }
-        }
-    }
-    println!("{looked} files have none of {} secrets in them", secrets.len());
-    Ok(())
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -82,21 +82,4 @@ impl Image {
     pub(crate) fn mount(&self, at: &str) -> Mount {
         Mount::new(&self.target, at)
     }
-}
-
-/// Whether a file holds some bytes. Holes are not read.
-pub(crate) fn holds(path: &Path, bytes: &[u8]) -> Result<bool> {
-    // GNU grep skips holes where a zero ends a line (-z); the pattern is no argument, since those are searched too.
-    let mut grep = Command::new("grep");
-    grep.args(["-q", "-z", "-a", "-F", "-f", "/dev/stdin"]).arg(path);
-    let pattern = File::from(std::os::fd::OwnedFd::from(pipe(bytes)?));
-    let status = grep.stdin(pattern).status().context("grep")?;
-    ensure!(matches!(status.code(), Some(0 | 1)), "grep {}: {status}", path.display());
-    Ok(status.success())
-}
-
-fn pipe(bytes: &[u8]) -> Result<std::io::PipeReader> {
-    let (reader, mut writer) = std::io::pipe()?;
-    std::io::Write::write_all(&mut writer, bytes)?;
-    Ok(reader)
 }

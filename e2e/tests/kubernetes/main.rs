@@ -3,8 +3,14 @@
 //! A scenario is an `async fn(&Cluster) -> Result<()>` in a module of its own, and a line in `main`. All share one
 //! cluster, which the first one starts, and run one after another: each leaves the cluster as it was.
 
+mod attributes;
+mod block;
 mod capacity;
 mod chart;
+mod claims;
+mod encryption;
+mod ephemeral;
+mod growth;
 mod kubectl;
 mod outage;
 mod refusals;
@@ -48,6 +54,35 @@ fn main() -> Result<ExitCode> {
         stage.trial(
             "a_volume_that_fills_is_told_of_on_its_claim_and_its_pod",
             running::a_volume_that_fills_is_told_of_on_its_claim_and_its_pod,
+        ),
+        stage.trial(
+            "a_snapshot_of_a_running_pod_is_restored_larger_and_outlives_its_source",
+            snapshots::a_snapshot_of_a_running_pod_is_restored_larger_and_outlives_its_source,
+        ),
+        stage.trial("a_claim_is_cloned_while_its_pod_runs", snapshots::a_claim_is_cloned_while_its_pod_runs),
+        stage.trial(
+            "a_group_is_taken_as_a_whole_and_goes_as_a_whole",
+            snapshots::a_group_is_taken_as_a_whole_and_goes_as_a_whole,
+        ),
+        stage.trial(
+            "a_running_pod_gets_the_attributes_of_another_class",
+            attributes::a_running_pod_gets_the_attributes_of_another_class,
+        ),
+        stage.trial(
+            "an_encrypted_volume_opens_with_its_tenants_secret_only",
+            encryption::an_encrypted_volume_opens_with_its_tenants_secret_only,
+        ),
+        stage.trial(
+            "a_block_volume_is_a_device_and_keeps_its_data",
+            block::a_block_volume_is_a_device_and_keeps_its_data,
+        ),
+        stage.trial(
+            "an_inline_volume_begins_and_ends_with_its_pod",
+            ephemeral::an_inline_volume_begins_and_ends_with_its_pod,
+        ),
+        stage.trial(
+            "a_growth_beyond_the_headroom_is_told_of_and_done_at_the_next_start",
+            growth::a_growth_beyond_the_headroom_is_told_of_and_done_at_the_next_start,
         ),
         stage.trial(
             "a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl",

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::Value;
 use zpod_e2e::cluster::Cluster;
 use zpod_e2e::cluster::chart::NAMESPACE;
+
+use super::claims::volume;
 
 const SECOND: Duration = Duration::from_secs(1);
 const POD: Duration = Duration::from_secs(240);
@@ -102,12 +103,6 @@ pub(crate) async fn a_volume_that_fills_is_told_of_on_its_claim_and_its_pod(clus
 async fn events(cluster: &Cluster, kind: &str) -> Result<String> {
     let selector = format!("involvedObject.name=filler,involvedObject.kind={kind}");
     cluster.kubectl(&["get", "events", "--field-selector", &selector]).await
-}
-
-/// The only volume there is.
-async fn volume(cluster: &Cluster) -> Result<Value> {
-    let volumes = cluster.kubectl_json(&["get", "zfsvolumes"]).await?;
-    volumes["items"].get(0).cloned().context("there is no ZfsVolume")
 }
 
 async fn health(cluster: &Cluster, wanted: &str) -> Result<()> {

@@ -42,7 +42,11 @@ impl Stage {
                 let result = result.unwrap_or_else(|_| Err(anyhow!("not done after {DEADLINE:?}")));
                 match result {
                     Ok(()) => Ok(()),
-                    Err(error) => Err(Failed::from(format!("{error:#}\n{}", cluster.diagnosis().await))),
+                    Err(error) => {
+                        // All that a run says that is stopped before its end.
+                        eprintln!("{error:#}");
+                        Err(Failed::from(format!("{error:#}\n{}", cluster.diagnosis().await)))
+                    }
                 }
             })
         })
