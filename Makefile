@@ -47,9 +47,9 @@ charts: kubernetes ## write what is generated of the chart: definitions, README,
 # Programs as they are built for their own tests: an optimized build of all of it is for what measures.
 test: export ZPOD_BIN := $(TARGET)/debug/zpod
 test: lint chart image ## everything: lint, chart, unit, property, csi-sanity, crash, e2e in real guests and a cluster
-	cargo test --locked --workspace --exclude zpod-e2e --features zpod-driver/crash-points
+	cargo test --no-fail-fast --locked --workspace --exclude zpod-e2e --features zpod-driver/crash-points
 	cargo build --quiet --locked -p zpod-driver -p zpod-installer -p zpod-kubectl
-	cargo test --locked -p zpod-e2e
+	cargo test --no-fail-fast --locked -p zpod-e2e
 
 bench: build image kubernetes ## measure; tables on the terminal, JSON in bench-results/
 	cargo bench --locked -p zpod-e2e
