@@ -13,6 +13,9 @@ mod daemon;
 #[path = "support/fake_guest.rs"]
 #[allow(dead_code)]
 mod fake_guest;
+#[cfg(feature = "crash-points")]
+#[path = "support/kills.rs"]
+mod kills;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
@@ -276,17 +279,7 @@ async fn live(at: u64, again: Option<u64>) -> bool {
 #[cfg(feature = "crash-points")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_block_volume_survives_a_kill_between_any_two_steps_of_its_life() {
-    let mut at = 1;
-    while live(at, None).await {
-        // Killed again soon after, while it is picking up what the first kill left.
-        if at % 4 == 0 {
-            live(at, Some(1 + at % 5)).await;
-        }
-        at += 1;
-        assert!(at < 300, "no end of crash points");
-    }
-    println!("killed at each of {} points", at - 1);
-    assert!(at > 20, "no crash point was reached");
+    assert!(kills::at_each_point(live).await > 20, "no crash point was reached");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

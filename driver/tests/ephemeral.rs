@@ -11,6 +11,9 @@ mod calls;
 #[path = "support/daemon.rs"]
 #[allow(dead_code)]
 mod daemon;
+#[cfg(feature = "crash-points")]
+#[path = "support/kills.rs"]
+mod kills;
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -170,14 +173,5 @@ async fn live(at: u64, again: Option<u64>) -> bool {
 #[cfg(feature = "crash-points")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_inline_volume_survives_a_kill_between_any_two_steps_and_leaves_nothing_at_its_end() {
-    let mut at = 1;
-    while live(at, None).await {
-        if at % 4 == 0 {
-            live(at, Some(1 + at % 5)).await;
-        }
-        at += 1;
-        assert!(at < 300, "no end of crash points");
-    }
-    println!("killed at each of {} points", at - 1);
-    assert!(at > 15, "no crash point was reached");
+    assert!(kills::at_each_point(live).await > 15, "no crash point was reached");
 }
