@@ -93,10 +93,7 @@ impl<K: Kept> KubeCatalog<K> {
     /// # Errors
     /// When the API server can't be asked or refuses.
     pub async fn destroy(&self, object: &K) -> Result<(), CatalogError> {
-        let mut spec = object.spec().clone();
-        if !std::mem::replace(K::destroy(&mut spec), true) {
-            self.apply_spec(object, spec).await?;
-        }
+        self.ask(object, |spec| *K::destroy(spec) = true).await?;
         crash::point("cluster delete: destroy set");
         if object.meta().deletion_timestamp.is_none() {
             self.delete(object).await?;
@@ -150,6 +147,30 @@ impl<K: Kept> KubeCatalog<K> {
             Ok(Err(kube::Error::Api(status))) if status.code == 404 => Ok(()),
             answer => flatten(K::REQUESTS.delete, answer).map(drop),
         }
+    }
+
+    /// Changes what is asked for. The node writes to the same object at any time, of which a caller would know nothing to
+    /// do but to try again.
+    async fn ask(&self, object: &K, change: impl Fn(&mut K::Spec) + Send + Sync) -> Result<K, CatalogError> {
+        let id = id_of(object)?;
+        let mut object = object.clone();
+        for _ in 0..TRIES {
+            let mut spec = object.spec().clone();
+            change(&mut spec);
+            if spec == *object.spec() {
+                return Ok(object);
+            }
+            match self.apply_spec(&object, spec).await {
+                Err(CatalogError::Conflict(_)) => {}
+                asked => return asked,
+            }
+            let now = self.object(id).await?.ok_or(CatalogError::not_found::<K::Record>(id))?;
+            if now.meta().uid != object.meta().uid {
+                break;
+            }
+            object = now;
+        }
+        Err(CatalogError::conflict::<K::Record>(id))
     }
 
     async fn apply_spec(&self, object: &K, spec: K::Spec) -> Result<K, CatalogError> {

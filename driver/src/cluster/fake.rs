@@ -23,6 +23,7 @@ pub(super) struct Answers(Arc<Mutex<Inner>>);
 struct Inner {
     objects: BTreeMap<String, Value>,
     failing: bool,
+    conflicts: usize,
     asked: Vec<Asked>,
 }
 
@@ -48,6 +49,11 @@ impl Answers {
 
     pub(super) fn fail(&self, failing: bool) {
         self.0.lock().unwrap().failing = failing;
+    }
+
+    /// So many changes are refused, because somebody else was first.
+    pub(super) fn conflict(&self, times: usize) {
+        self.0.lock().unwrap().conflicts = times;
     }
 
     /// What was written since the last time.
@@ -90,7 +96,11 @@ impl Answers {
                 _ => inner.objects.get(path.trim_end_matches("/status")).cloned(),
             };
             inner.asked.push(Asked { method: head.method.clone(), path, query, body });
-            known.map_or_else(|| (StatusCode::NOT_FOUND, status(404, "NotFound")), |object| (StatusCode::OK, object))
+            let conflict = inner.conflicts > 0;
+            inner.conflicts = inner.conflicts.saturating_sub(1);
+            let known = known.map(|object| (StatusCode::OK, object));
+            let known = if conflict { Some((StatusCode::CONFLICT, status(409, "Conflict"))) } else { known };
+            known.unwrap_or_else(|| (StatusCode::NOT_FOUND, status(404, "NotFound")))
         };
         let mut response = Response::new(Body::from(serde_json::to_vec(&answer).unwrap()));
         *response.status_mut() = code;

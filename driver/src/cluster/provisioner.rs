@@ -336,20 +336,26 @@ mod tests {
 
     const KIND: &str = "/apis/zpod.storage/v1alpha1/zfsvolumes";
 
-    /// What CreateVolume says of a volume that is not made in time, of which its node says this.
-    async fn create(said: Value) -> (tonic::Code, String) {
+    /// A volume that is asked for, of which its node says this.
+    fn asked_for(status: Value) -> (Volume, Answers, ClusterProvisioner) {
         let wanted = volume("data");
         let object = json!({
             "apiVersion": "zpod.storage/v1alpha1", "kind": "ZfsVolume",
             "metadata": {"name": wanted.id.to_string(), "generation": 1, "resourceVersion": "1", "uid": "u"},
             "spec": {"volumeName": wanted.name, "nodeName": "n1", "capacity": "1Gi", "parameters": wanted.parameters},
-            "status": {"conditions": said},
+            "status": status,
         });
         let list = json!({"apiVersion": "zpod.storage/v1alpha1", "kind": "ZfsVolumeList",
                           "metadata": {"resourceVersion": "1"}, "items": [object.clone()]});
         let api = Answers::default().with(KIND, list).with(&format!("{KIND}/{}", wanted.id), object);
         let nodes = Arc::new(Nodes::watch(api.client()));
         let provisioner = ClusterProvisioner::new(api.client(), nodes, Duration::from_secs(8));
+        (wanted, api, provisioner)
+    }
+
+    /// What CreateVolume says of a volume that is not made in time.
+    async fn create(said: Value) -> (tonic::Code, String) {
+        let (wanted, _, provisioner) = asked_for(json!({"conditions": said}));
         let request = CreateRequest {
             name: wanted.name,
             range: CapacityRange { required: Some(Bytes::gib(1)), limit: None },
@@ -380,5 +386,28 @@ mod tests {
             let (code, text) = create(said).await;
             assert!(code == tonic::Code::DeadlineExceeded && text.contains("node n1 has not answered"), "{text}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_node_writes_at_the_same_time_makes_no_request_fail() {
+        let (volume, api, provisioner) = asked_for(json!({"phase": "Ready", "capacity": "1Gi", "revision": 1}));
+        let silent = |error: VolumeError| assert!(matches!(error, VolumeError::NodeSilent { .. }), "{error}");
+        let more = CapacityRange { required: Some(Bytes::gib(2)), limit: None };
+        api.conflict(2);
+        silent(provisioner.expand(volume.id, more).await.unwrap_err());
+        let written: Vec<_> = api.writes().iter().map(|asked| asked.body["spec"]["capacity"].clone()).collect();
+        assert_eq!(written, ["2Gi", "2Gi", "2Gi"]);
+
+        api.conflict(1);
+        let changes = VolumeAttributes::parse([("compression", "zstd")]).unwrap();
+        silent(provisioner.modify(volume.id, changes).await.unwrap_err());
+        let written: Vec<_> =
+            api.writes().iter().map(|asked| asked.body["spec"]["attributes"]["compression"].clone()).collect();
+        assert_eq!(written, ["zstd", "zstd"]);
+
+        // Somebody who never lets it be.
+        api.conflict(usize::MAX);
+        let error = to_status(&provisioner.expand(volume.id, more).await.unwrap_err());
+        assert_eq!(error.code(), tonic::Code::Aborted);
     }
 }

@@ -3,7 +3,7 @@ use zpod_storage::catalog::CatalogError;
 use zpod_volume::{GroupId, SnapshotId, VolumeId};
 
 use super::{KubeCatalog, PAGE};
-use crate::crd::{ZfsSnapshot, ZfsSnapshotSpec};
+use crate::crd::ZfsSnapshot;
 use crate::record::GROUP_LABEL;
 
 impl KubeCatalog<ZfsSnapshot> {
@@ -12,10 +12,7 @@ impl KubeCatalog<ZfsSnapshot> {
     /// # Errors
     /// When the API server can't be asked or refuses.
     pub async fn want_copy(&self, object: &ZfsSnapshot) -> Result<ZfsSnapshot, CatalogError> {
-        if object.spec.copy {
-            return Ok(object.clone());
-        }
-        self.apply_spec(object, ZfsSnapshotSpec { copy: true, ..object.spec.clone() }).await
+        self.ask(object, |spec| spec.copy = true).await
     }
 
     /// A page of the snapshots of one volume, as [`KubeCatalog::page`].

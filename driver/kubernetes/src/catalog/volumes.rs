@@ -3,7 +3,7 @@ use zpod_volume::{Bytes, VolumeAttributes};
 
 use super::KubeCatalog;
 use crate::Quantity;
-use crate::crd::{ZfsVolume, ZfsVolumeSpec};
+use crate::crd::ZfsVolume;
 
 impl KubeCatalog<ZfsVolume> {
     /// Asks for another capacity. The node then finds the room, or says in the condition `Expanded` why it can't.
@@ -11,8 +11,8 @@ impl KubeCatalog<ZfsVolume> {
     /// # Errors
     /// When the API server can't be asked or refuses.
     pub async fn want_capacity(&self, object: &ZfsVolume, capacity: Bytes) -> Result<ZfsVolume, CatalogError> {
-        let spec = ZfsVolumeSpec { capacity: Quantity(capacity), ..object.spec.clone() };
-        self.apply_spec(object, spec).await
+        // Volumes never shrink: whoever asked for more in the meantime gets it.
+        self.ask(object, |spec| spec.capacity = Quantity(spec.capacity.0.max(capacity))).await
     }
 
     /// Asks for other attributes, on top of those that were asked for before. The node then takes them over, or says in
@@ -25,8 +25,7 @@ impl KubeCatalog<ZfsVolume> {
         object: &ZfsVolume,
         changes: &VolumeAttributes,
     ) -> Result<ZfsVolume, CatalogError> {
-        let mut spec = object.spec.clone();
-        spec.attributes.extend(changes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())));
-        if spec == object.spec { Ok(object.clone()) } else { self.apply_spec(object, spec).await }
+        let changes = || changes.iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
+        self.ask(object, |spec| spec.attributes.extend(changes())).await
     }
 }
