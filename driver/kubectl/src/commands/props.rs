@@ -129,7 +129,11 @@ pub(super) async fn set(cluster: &Cluster, options: &PropsSet, format: Format) -
     let patched = patched.map_err(|error| Failure::api("the properties can't be changed", &error))?;
     let volume = match options.no_wait {
         true => patched,
-        false => wait(cluster, &name, &changes, patched.metadata.generation, options.timeout).await?,
+        false => {
+            // Where nothing is asked for anew, the node has nothing to say.
+            let generation = patched.metadata.generation.filter(|now| Some(*now) != volume.metadata.generation);
+            wait(cluster, &name, &changes, generation, options.timeout).await?
+        }
     };
     let keys: Vec<_> = changes.keys().cloned().collect();
     show_properties(name, properties(&volume), &keys, format)
@@ -145,7 +149,8 @@ fn applied_before(volume: &ZfsVolume) -> BTreeMap<String, String> {
     keys.filter_map(|key| Some((key.to_owned(), volume.spec.attributes.get(key)?.clone()))).collect()
 }
 
-/// Waits until the node has taken the changes over, or says that it can't.
+/// Waits until the node has taken the changes over and the guest that runs has them, or the node says that it can't.
+/// `generation` is that of the spec which asks for them.
 async fn wait(
     cluster: &Cluster,
     name: &str,
@@ -158,12 +163,13 @@ async fn wait(
     loop {
         let volume = cluster.volumes().get(name).await.map_err(|error| Failure::api("the volume", &error))?;
         let status = volume.status.clone().unwrap_or_default();
-        let taken = |(key, value): (&String, &String)| status.attributes.get(key) == Some(value);
-        let refused = status.conditions.iter().find(|condition| {
-            let of_this = condition.observed_generation.is_none_or(|seen| generation.is_none_or(|ours| seen >= ours));
-            condition.type_ == MODIFIED && condition.status == "False" && of_this
-        });
-        if changes.iter().all(taken) {
+        // The record has them before the guest does.
+        let recorded = changes.iter().all(|(key, value)| status.attributes.get(key) == Some(value));
+        let said = status.conditions.iter().find(|condition| condition.type_ == MODIFIED);
+        let said = said.filter(|said| said.observed_generation >= generation);
+        let done = said.map_or(generation.is_none(), |said| said.status == "True");
+        let refused = said.filter(|said| said.status == "False");
+        if recorded && done {
             bar.finish_and_clear();
             return Ok(volume);
         }
@@ -236,13 +242,24 @@ mod tests {
         let failure = set(&answers.cluster(), &options(&[("atime", "off")]), Format::Table).await.unwrap_err();
         assert!(failure.to_string().contains("node n1 can't change them: recordsize is too large"), "{failure}");
         // A refusal of what was asked for before is none of this.
-        object["metadata"]["generation"] = json!(8);
-        let answers = Answers::default().with(&path(&id), object);
-        tokio::time::pause();
-        let short = PropsSet { timeout: Duration::ZERO, ..options(&[("atime", "off")]) };
-        let failure = set(&answers.cluster(), &short, Format::Table).await.unwrap_err();
+        let changes = [("atime".to_owned(), "off".to_owned())].into();
+        let failure = wait(&answers.cluster(), &id, &changes, Some(8), Duration::ZERO).await.unwrap_err();
         assert_eq!(failure.kind, Kind::TimedOut, "{failure}");
         assert!(failure.to_string().contains("kubectl zpod doctor n1"), "{failure}");
+    }
+
+    #[tokio::test]
+    async fn what_is_recorded_and_not_in_the_guest_yet_is_waited_for() {
+        let changes = [("atime".to_owned(), "off".to_owned())].into();
+        for (seen, status, done) in [(7, "True", false), (8, "Unknown", false), (8, "True", true), (9, "True", true)] {
+            let condition = json!({"type": "Modified", "status": status, "reason": "TakenOver", "message": "",
+                                   "observedGeneration": seen, "lastTransitionTime": "2026-01-01T00:00:00Z"});
+            let status = json!({"phase": "Ready", "attributes": {"atime": "off"}, "conditions": [condition]});
+            let (id, object) = volume("db", status);
+            let answers = Answers::default().with(&path(&id), object);
+            let result = wait(&answers.cluster(), &id, &changes, Some(8), Duration::ZERO).await;
+            assert_eq!(result.is_ok(), done, "seen {seen}: {result:?}");
+        }
     }
 
     #[test]
