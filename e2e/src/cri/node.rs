@@ -24,7 +24,7 @@ use super::runtime::Runtime;
 use super::service::Service;
 
 /// Directories that a node has of its own: below its directory, bound over the path of the same name.
-const OWN: [&str; 10] = [
+const OWN: [&str; 11] = [
     "var/lib/kubelet",
     "var/lib/zpod",
     "var/log/pods",
@@ -32,6 +32,7 @@ const OWN: [&str; 10] = [
     "run/kata-containers",
     "run/kata",
     "run/vc",
+    "run/udev",
     "opt/kata",
     "opt/zpod",
     "etc/kata-containers",
