@@ -60,7 +60,7 @@ impl World {
         };
         let guest = FakeGuest::start(&node.path("kata"), "sandbox-1", behaviour, vec![status]);
         let world = Self { daemon, guest, id, node };
-        let deadline = Instant::now() + Duration::from_secs(15);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while world.text("properties").await.0 == 503 {
             assert!(Instant::now() < deadline, "guest is not heard\n{}", world.node.log());
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -207,7 +207,7 @@ async fn whoever_reads_slowly_slows_the_guest_down_and_leaves_its_reports_alone(
     let (code, busy) = world.text("send?snapshot=1").await;
     assert_eq!(code, 409, "{busy}");
     drop(answer);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while world.get(&world.path("send?snapshot=1")).await.status() == 409 {
         assert!(Instant::now() < deadline, "the transfer does not end with its reader");
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -230,7 +230,7 @@ async fn a_stream_that_breaks_off_is_no_success_at_either_end() {
     stream.write_all(head.as_bytes()).await.unwrap();
     stream.write_all(format!("100000\r\n{}\r\n", "a".repeat(1 << 20)).as_bytes()).await.unwrap();
     let passed = &world.guest.state.passed;
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while passed.coming.load(Ordering::Relaxed) < MIB {
         assert!(Instant::now() < deadline, "the guest does not read");
         tokio::time::sleep(Duration::from_millis(10)).await;

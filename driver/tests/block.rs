@@ -169,7 +169,7 @@ async fn each_guest_of_a_device_is_told_what_its_note_is_too_old_for() {
     let spec = left_note(&target);
     let wait = Duration::from_millis(50);
     let guest = FakeGuest::start(&node.path("kata"), "sandbox-1", Behaviour::Honest, vec![report(&spec)]);
-    let deadline = Instant::now() + Duration::from_secs(15);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while let Err(error) = calls.modify(&id, &[("compression", "zstd")]).await {
         assert!(error.code() == Code::Unavailable && Instant::now() < deadline, "{error}\n{}", node.log());
         tokio::time::sleep(wait).await;
@@ -181,7 +181,7 @@ async fn each_guest_of_a_device_is_told_what_its_note_is_too_old_for() {
     // The virtual machine ends, and kubelet starts another one in the same pod.
     drop(guest);
     let guest = FakeGuest::start(&node.path("kata"), "sandbox-2", Behaviour::Honest, vec![report(&spec)]);
-    let deadline = Instant::now() + Duration::from_secs(15);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while guest.state.set.lock().unwrap().is_empty() {
         assert!(Instant::now() < deadline, "it is not told\n{}", node.log());
         tokio::time::sleep(wait).await;
@@ -202,7 +202,7 @@ async fn a_device_has_statistics_without_inodes_and_its_guest_grows_it() {
     let spec = left_note(&target);
     let guest = FakeGuest::start(&node.path("kata"), "sandbox-1", Behaviour::Honest, vec![report(&spec)]);
     let asked = node.path("volumeDevices/pv-1/dev/uid-1");
-    let deadline = Instant::now() + Duration::from_secs(15);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let stats = loop {
         let stats = calls.stats(&id, &asked).await.unwrap();
         if stats.usage[0].used == 4096 {

@@ -222,7 +222,7 @@ async fn hear(at: u64) -> bool {
     let guest = FakeGuest::start(&node.path("kata"), "sandbox-1", Behaviour::Honest, vec![report]);
 
     let mut daemon = node.start(Some(at));
-    let (mut killed, deadline) = (false, Instant::now() + Duration::from_secs(20));
+    let (mut killed, deadline) = (false, Instant::now() + Duration::from_secs(60));
     loop {
         if daemon.ended() {
             killed = true;

@@ -88,7 +88,7 @@ impl World {
     }
 
     async fn until_condition(&mut self, what: &str) {
-        let deadline = Instant::now() + Duration::from_secs(15);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !self.condition().await.1.contains(what) {
             assert!(Instant::now() < deadline, "{:?}\n{}", self.condition().await, self.node.log());
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -139,7 +139,7 @@ fn waiting(spec: &VolumeSpec) -> VolumeStatus {
 }
 
 async fn provided(state: &Arc<State>, count: usize) {
-    let deadline = Instant::now() + Duration::from_secs(15);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while state.provided.lock().unwrap().len() < count {
         assert!(Instant::now() < deadline, "no key came");
         tokio::time::sleep(Duration::from_millis(20)).await;

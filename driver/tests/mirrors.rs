@@ -160,7 +160,7 @@ impl World {
         let status = VolumeStatus { volume_id: id.to_string(), token, ..status };
         let _guest = FakeGuest::start(&kata, sandbox, Behaviour::Honest, vec![status]);
         let _monitor = Monitor::start(vec![kata], Arc::new(self.node.clone()));
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !want(&self.record(id).await) {
             assert!(Instant::now() < deadline, "it is not recorded: {:?}", self.record(id).await);
             tokio::time::sleep(Duration::from_millis(50)).await;

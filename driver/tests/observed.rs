@@ -147,7 +147,7 @@ async fn what_a_believed_guest_says_reaches_the_observer_and_stats_ask_no_catalo
     let _liar = FakeGuest::start(&kata, "liar", Behaviour::Honest, vec![liar]);
     let _guest = FakeGuest::start(&kata, "guest", Behaviour::Honest, vec![said(token.to_string(), WireHealth::Online)]);
     let _monitor = Monitor::start(vec![kata], Arc::new(world.node.clone()));
-    let deadline = Instant::now() + Duration::from_secs(15);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while world.notes.reported.lock().unwrap().len() < 3 {
         assert!(Instant::now() < deadline, "nothing is heard");
         tokio::time::sleep(Duration::from_millis(50)).await;

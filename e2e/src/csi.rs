@@ -16,9 +16,10 @@ use zpod_proto::csi::node_client::NodeClient;
 use zpod_proto::csi::{self, volume_capability};
 use zpod_volume::Bytes;
 
-/// csi-provisioner and kubelet give up later than this; nothing here should take nearly as long.
-const DEADLINE: Duration = Duration::from_secs(60);
-const REPORTED: Duration = Duration::from_secs(20);
+use crate::PATIENCE;
+
+/// kubelet gives up after two minutes.
+const DEADLINE: Duration = Duration::from_secs(120);
 
 /// The three CSI services on one socket.
 #[derive(Debug, Clone)]
@@ -173,12 +174,12 @@ impl Csi {
         target: &Path,
         wanted: impl Fn(&csi::NodeGetVolumeStatsResponse) -> bool,
     ) -> anyhow::Result<csi::NodeGetVolumeStatsResponse> {
-        let end = Instant::now() + REPORTED;
+        let end = Instant::now() + PATIENCE;
         loop {
             let answer = self.stats(volume, target).await;
             match answer {
                 Ok(stats) if wanted(&stats) => return Ok(stats),
-                other if Instant::now() >= end => anyhow::bail!("after {REPORTED:?} the stats are still {other:?}"),
+                other if Instant::now() >= end => anyhow::bail!("after {PATIENCE:?} the stats are still {other:?}"),
                 _ => sleep(Duration::from_millis(200)).await,
             }
         }

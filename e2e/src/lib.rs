@@ -12,6 +12,8 @@
 //! Whatever is started dies with the process that started it, and is cleaned up on `Drop`. Everything has a deadline;
 //! a failure shows the end of the guest's console.
 
+use std::time::Duration;
+
 pub mod accel;
 pub mod agent;
 pub mod authority;
@@ -34,6 +36,10 @@ pub mod slot;
 pub mod vsock;
 pub mod workdir;
 pub mod zpod;
+
+/// How long anything is waited for that is to become so. Nothing is measured by it: guests in emulation boot and work at
+/// the same time on a machine that may be slow, and sidecars and kubelet try again after some time.
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 pub use node::Node;
 pub use qemu::{Boot, Guest};

@@ -18,7 +18,7 @@ use crate::process::Process;
 use crate::qmp::Qmp;
 use crate::slot::Slot;
 use crate::workdir::Workdir;
-use crate::{base_initrd, console, inputs, vsock};
+use crate::{PATIENCE, base_initrd, console, inputs, vsock};
 
 mod faults;
 
@@ -27,8 +27,8 @@ pub use faults::Fault;
 /// Free PCIe root ports for disks, from this slot of the root bus on.
 const FIRST_PORT: usize = 0x10;
 const PORTS: usize = 9;
-/// runtime-rs waits as long for DEVICE_DELETED (`DEVICE_DELETED_TIMEOUT`).
-const UNPLUG: Duration = Duration::from_secs(10);
+/// runtime-rs waits 10 s for DEVICE_DELETED (`DEVICE_DELETED_TIMEOUT`); guests in emulation may be slower.
+const UNPLUG: Duration = Duration::from_secs(60);
 const MEMORY_MIB: u32 = 512;
 
 /// What the guest starts.
@@ -173,7 +173,7 @@ impl Guest {
         }
         let power_on = Instant::now();
         let qemu = Process::start(&inputs::qemu()?, arguments, &[], &dir.path().join("qemu.log"))?;
-        let qmp = Qmp::connect(&dir.path().join("qmp.sock"), Duration::from_secs(10)).await;
+        let qmp = Qmp::connect(&dir.path().join("qmp.sock"), PATIENCE).await;
         let qmp = qmp.with_context(|| format!("QEMU: {}", qemu.tail()))?;
         Ok(Self {
             qmp,

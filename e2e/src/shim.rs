@@ -15,6 +15,7 @@ use base64::engine::general_purpose::URL_SAFE;
 use tokio::time::{Instant, sleep};
 use zpod_proto::agent;
 
+use crate::PATIENCE;
 use crate::agent::{AgentClient, AgentError};
 use crate::direct_volume::DirectVolume;
 use crate::node::Node;
@@ -23,9 +24,6 @@ use crate::qemu::{Boot, Guest};
 pub use container::{Container, Device, Mount, User};
 pub use exec::{Output, Running};
 pub use monitor::Monitor;
-
-/// In emulation, with another guest on the other core.
-const BOOT: Duration = Duration::from_secs(90);
 
 /// Whose manners the shim has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -400,7 +398,7 @@ impl Runtime {
 }
 
 async fn connect(guest: &mut Guest) -> Result<AgentClient> {
-    let end = Instant::now() + BOOT;
+    let end = Instant::now() + PATIENCE;
     loop {
         let stream = guest.connect(agent::PORT, end.saturating_duration_since(Instant::now())).await?;
         let client = AgentClient::new(stream);

@@ -7,10 +7,8 @@ use anyhow::{Context as _, Result};
 use tokio::time::{Instant, sleep};
 
 use crate::csi::Csi;
-use crate::inputs;
 use crate::process::Process;
-
-const READY: Duration = Duration::from_secs(20);
+use crate::{PATIENCE, inputs};
 
 /// Starts it in a node's directory and waits until it answers Probe.
 ///
@@ -41,7 +39,7 @@ pub(crate) async fn start(dir: &Path, csi: &mut Csi) -> Result<Process> {
     ];
     let filter = std::env::var("ZPOD_E2E_LOG").unwrap_or_else(|_| "info".to_owned());
     let mut process = Process::start(&inputs::zpod()?, arguments, &[("RUST_LOG", &filter)], &dir.join("zpod.log"))?;
-    let deadline = Instant::now() + READY;
+    let deadline = Instant::now() + PATIENCE;
     loop {
         process.must_run()?;
         match csi.probe().await {

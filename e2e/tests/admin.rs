@@ -9,13 +9,12 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tokio::process::Command;
 use zpod_e2e::csi::Publish;
-use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, inputs};
+use zpod_e2e::{Container, Mount, Node, PATIENCE, Runtime, Sandbox, inputs};
 use zpod_proto::csi::Volume;
 use zpod_volume::Bytes;
 
 const SIZE: Bytes = Bytes::mib(512);
 const FILES: &str = "cat /data/*.txt; sha256sum < /data/blob";
-const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A volume in a guest of its own.
 struct Pod {

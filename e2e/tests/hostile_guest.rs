@@ -20,7 +20,7 @@ use zpod_proto::guest::*;
 use zpod_volume::{Bytes, Create, VolumeSpec};
 
 /// What a call may take with bad guests about: a few deadlines on guests, none of them kubelet's two minutes.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 const LIE: u64 = 0x00BA_DBAD;
 const NO_TOKEN: &str = "00000000-0000-0000-0000-000000000000";
 

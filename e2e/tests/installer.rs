@@ -9,11 +9,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use zpod_e2e::agent::AgentClient;
 use zpod_e2e::workdir::Workdir;
-use zpod_e2e::{Guest, base_initrd, inputs};
+use zpod_e2e::{Guest, PATIENCE, base_initrd, inputs};
 use zpod_installer::install::{Places, install};
 
-/// In emulation on a busy machine; the proxy is there after a few seconds otherwise.
-const BOOT: Duration = Duration::from_secs(180);
 /// Where Kata's shim finds the agent.
 const AGENT_PORT: u32 = 1024;
 
@@ -43,9 +41,9 @@ async fn a_guest_boots_from_the_kernel_and_the_initrd_that_the_installer_made_of
     let mut guest = Guest::boot_installed(&installed.join("vmlinuz"), &installed.join("initrd")).await?;
     // Our proxy, and behind it the agent that was in Kata's initrd.
     let answered = async {
-        guest.shows("zpod-guest: proxy ready", BOOT).await?;
-        let agent = AgentClient::new(guest.connect(AGENT_PORT, BOOT).await?);
-        agent.check(BOOT).await.context("ask the agent")
+        guest.shows("zpod-guest: proxy ready", PATIENCE).await?;
+        let agent = AgentClient::new(guest.connect(AGENT_PORT, PATIENCE).await?);
+        agent.check(PATIENCE).await.context("ask the agent")
     };
     answered.await.map_err(|error| guest.explain(error))
 }

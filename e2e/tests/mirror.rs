@@ -34,7 +34,7 @@ use zpod_image::debian::Versions;
 use zpod_image::modules::{self, Group};
 use zpod_image::{Archive, initrd};
 
-const DEADLINE: Duration = Duration::from_secs(300);
+const DEADLINE: Duration = Duration::from_secs(600);
 
 const MODULES: [(Group, &str); 4] =
     [(Group::Boot, "virtio_blk"), (Group::Boot, "xfs"), (Group::Boot, "loop"), (Group::Boot, "dm_mod")];

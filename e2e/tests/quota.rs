@@ -26,7 +26,7 @@ use zpod_image::chroot::Chroot;
 use zpod_image::debian::Versions;
 use zpod_image::modules::{self, Group};
 
-const DEADLINE: Duration = Duration::from_secs(300);
+const DEADLINE: Duration = Duration::from_secs(600);
 const MIB: u64 = 1 << 20;
 
 /// `quota_v2` is ext4's.

@@ -63,7 +63,7 @@ impl Node {
         command.env_remove("ZPOD_CRASH_AT").envs(crash_at.map(|at| ("ZPOD_CRASH_AT", at.to_string())));
         command.envs(environment.iter().copied());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while std::os::unix::net::UnixStream::connect(&socket).is_err() {
             if let Some(status) = child.try_wait().unwrap() {
                 assert!(crash_at.is_some() && status.signal() == Some(9), "zpod ended: {status}\n{}", self.log());
@@ -155,7 +155,7 @@ impl Daemon {
 
     /// Whether it has ended by SIGKILL, waiting a little for it.
     pub(crate) fn crashed(&mut self) -> bool {
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.signal() == Some(9);

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use tokio::net::UnixListener;
@@ -61,7 +61,7 @@ impl Floor {
         let arguments = std::iter::once("node-driver-registrar".to_owned()).chain(arguments);
         let registrar = Process::start(&inputs::sidecar()?, arguments, &[], &logs.join("floor-registrar.log"))?;
         cluster
-            .wait(Duration::from_secs(60), "the floor is registered", async || {
+            .wait("the floor is registered", async || {
                 let node = cluster.kubectl(&["get", "csinode", NODE, "-o", "jsonpath={.spec.drivers[*].name}"]).await?;
                 anyhow::ensure!(node.contains(NAME), "drivers: {node}");
                 Ok(())

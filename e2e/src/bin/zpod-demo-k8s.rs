@@ -1,7 +1,6 @@
 //! `make demo-k8s`: the chart on a real control plane, and a claim whose pod finds ZFS at /data.
 
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use tokio::runtime::Builder;
@@ -15,9 +14,6 @@ const CLAIM: &str = include_str!("../../manifests/claim.yaml");
 const EXPANDED: &str = include_str!("../../manifests/claim-expanded.yaml");
 const POD: &str = include_str!("../../manifests/pod.yaml");
 
-const SECOND: Duration = Duration::from_secs(1);
-/// In emulation a guest boots within that on a busy machine.
-const BOOT: Duration = Duration::from_secs(240);
 /// Of an event's line.
 const WIDTH: usize = 120;
 
@@ -71,7 +67,7 @@ async fn on_cluster(screen: &mut Screen, cluster: &Cluster) -> Result<()> {
     cluster.apply(CLAIM).await?;
     cluster.apply(POD).await?;
     let accel = if Accel::detect().await? == Accel::Kvm { "with KVM" } else { "in pure emulation" };
-    let first = cluster.wait_for_writer(BOOT).await?;
+    let first = cluster.wait_for_writer().await?;
     screen.done(&format!("Bound and Running, in a QEMU guest of its own, {accel}"));
     screen.detail(&cluster.kubectl(&["get", "pvc,pod,zfsvolumes"]).await?);
     screen.begin("kubectl logs writer");
@@ -80,14 +76,14 @@ async fn on_cluster(screen: &mut Screen, cluster: &Cluster) -> Result<()> {
 
     screen.begin("kubectl apply -f claim-expanded.yaml");
     cluster.apply(EXPANDED).await?;
-    cluster.wait_for_size("data", "2Gi", 90 * SECOND).await?;
+    cluster.wait_for_size("data", "2Gi").await?;
     screen.done("1Gi to 2Gi while the pod runs: nothing unmounted, the machine untouched");
     screen.detail(&cluster.kubectl(&["get", "pvc"]).await?);
 
     screen.begin("kubectl delete pod writer; apply it again");
     cluster.delete(POD).await?;
     cluster.apply(POD).await?;
-    let second = cluster.wait_for_writer(BOOT).await?;
+    let second = cluster.wait_for_writer().await?;
     ensure!(first.sum == second.sum, "the first pod wrote {}, the next one reads {}", first.sum, second.sum);
     screen.done("another guest, the same checksum:");
     screen.detail(&second.sum);
@@ -113,7 +109,7 @@ async fn on_cluster(screen: &mut Screen, cluster: &Cluster) -> Result<()> {
 /// The table, when the guest has spoken of its pool.
 async fn reported(cluster: &Cluster) -> Result<String> {
     cluster
-        .wait(60 * SECOND, "the guest's report", async || {
+        .wait("the guest's report", async || {
             let volumes = cluster.kubectl_json(&["get", "zfsvolumes"]).await?;
             let health = volumes["items"][0]["status"]["pool"]["health"].as_str().unwrap_or_default().to_owned();
             ensure!(health == "Online", "the pool is {health:?}");

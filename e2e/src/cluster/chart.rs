@@ -1,7 +1,6 @@
 //! zpod in the cluster: the chart, as an administrator installs it.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -9,9 +8,6 @@ use super::Cluster;
 
 /// Where the chart is installed.
 pub const NAMESPACE: &str = "zpod-system";
-
-/// kubelet and the sidecars try again after some time when they find a volume in use.
-const GONE: Duration = Duration::from_secs(120);
 
 /// The chart's directory.
 pub fn chart() -> PathBuf {
@@ -36,7 +32,7 @@ impl Cluster {
         ))
         .await?;
         let chart = chart().display().to_string();
-        let install = ["install", "zpod", &chart, "-n", NAMESPACE, "--wait", "--timeout", "4m"];
+        let install = ["install", "zpod", &chart, "-n", NAMESPACE, "--wait", "--timeout", "5m"];
         match self.helm(&install).await {
             Ok(_) => Ok(()),
             Err(error) => {
@@ -46,12 +42,31 @@ impl Cluster {
         }
     }
 
+    /// Ends what a scenario that failed has left in the tenants' namespaces, lest the next ones fail by it.
+    ///
+    /// # Errors
+    /// When something stays.
+    pub async fn clear(&self) -> Result<()> {
+        let kinds = "statefulsets,pods,persistentvolumeclaims";
+        let snapshots = "volumesnapshots,volumegroupsnapshots";
+        let namespaces = self.kubectl(&["get", "namespaces", "-o", "jsonpath={.items[*].metadata.name}"]).await?;
+        let tenants = |name: &&str| !name.starts_with("kube-") && *name != NAMESPACE;
+        for namespace in namespaces.split_whitespace().filter(tenants) {
+            for kinds in [kinds, snapshots] {
+                let delete = ["delete", kinds, "--all", "-n", namespace, "--wait=false", "--ignore-not-found"];
+                // There may be no snapshots in this cluster.
+                let _ = self.kubectl(&delete).await;
+            }
+        }
+        self.wait_for_no_volumes().await
+    }
+
     /// Waits until there is no record and no file of any volume or snapshot.
     ///
     /// # Errors
-    /// When something stays for two minutes.
+    /// When something stays.
     pub async fn wait_for_no_volumes(&self) -> Result<()> {
-        self.wait(GONE, "nothing is left of any volume or snapshot", async || {
+        self.wait("nothing is left of any volume or snapshot", async || {
             let records = self.kubectl(&["get", "zfsvolumes,zfssnapshots,persistentvolumes", "-o", "name"]).await?;
             ensure!(records.trim().is_empty(), "records: {records}");
             for node in std::fs::read_dir(self.workdir.path().join("n")).context("list the nodes")?.flatten() {

@@ -1,13 +1,8 @@
 //! The claim `data` and the pod `writer` of `e2e/manifests`, which tests and the demo share.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 
 use super::Cluster;
-
-/// From Running until the pod has written its file, or found it.
-const WRITES: Duration = Duration::from_secs(60);
 
 /// What the pod says of its volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,11 +17,11 @@ impl Cluster {
     /// Waits until `writer` runs, and its log says that /data is ZFS and what its file's checksum is.
     ///
     /// # Errors
-    /// When it doesn't run within that time, or doesn't say so.
-    pub async fn wait_for_writer(&self, within: Duration) -> Result<Written> {
-        self.wait_for_pod("default", "writer", "Running", within).await?;
+    /// When it doesn't run, or doesn't say so.
+    pub async fn wait_for_writer(&self) -> Result<Written> {
+        self.wait_for_pod("default", "writer", "Running").await?;
         let log = self
-            .wait(WRITES, "the pod's log", async || {
+            .wait("the pod's log", async || {
                 let log = self.kubectl(&["logs", "writer"]).await?;
                 ensure!(log.contains("/data/file"), "the log is: {log}");
                 Ok(log)
@@ -41,9 +36,9 @@ impl Cluster {
     /// Waits until a claim has a size.
     ///
     /// # Errors
-    /// When it doesn't within that time.
-    pub async fn wait_for_size(&self, claim: &str, size: &str, within: Duration) -> Result<()> {
-        self.wait(within, &format!("claim {claim} has {size}"), async || {
+    /// When it doesn't get it.
+    pub async fn wait_for_size(&self, claim: &str, size: &str) -> Result<()> {
+        self.wait(&format!("claim {claim} has {size}"), async || {
             let claim = self.kubectl_json(&["get", "pvc", claim]).await?;
             ensure!(claim["status"]["capacity"]["storage"] == size, "it is {}", claim["status"]);
             Ok(())

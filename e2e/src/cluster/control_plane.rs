@@ -1,7 +1,6 @@
 //! etcd, kube-apiserver, kube-controller-manager and kube-scheduler.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use nix::mount::{MsFlags, mount};
@@ -14,7 +13,6 @@ use crate::inputs;
 use crate::process::Process;
 use crate::workdir::Workdir;
 
-const READY: Duration = Duration::from_secs(90);
 const ETCD: &str = "http://127.0.0.1:2379";
 const SERVICES: &str = "10.96.0.0/16";
 
@@ -38,7 +36,7 @@ impl ControlPlane {
         plane.controllers = Some((plane.start_controller_manager(authority)?, plane.start_scheduler(authority)?));
         // kube-controller-manager makes it; pods are refused without.
         let account = ["get", "serviceaccount", "default"];
-        plane.until(READY, "the default service account", async || kubectl.run(&account).await.map(drop)).await?;
+        plane.until("the default service account", async || kubectl.run(&account).await.map(drop)).await?;
         Ok(plane)
     }
 
@@ -66,7 +64,7 @@ impl ControlPlane {
         ];
         self.api_server = Some(self.process("kube-apiserver", arguments)?);
         let ready = ["get", "--raw", "/readyz"];
-        self.until(READY, "/readyz of kube-apiserver", async || kubectl.run(&ready).await.map(drop)).await
+        self.until("/readyz of kube-apiserver", async || kubectl.run(&ready).await.map(drop)).await
     }
 
     /// Kills the API server; etcd and everything else goes on.
@@ -107,9 +105,8 @@ impl ControlPlane {
     }
 
     /// Waits until something succeeds, or any part has ended.
-    async fn until(&mut self, within: Duration, what: &str, mut check: impl AsyncFnMut() -> Result<()>) -> Result<()> {
-        let deadline = Instant::now() + within;
-        poll(deadline, what, async || {
+    async fn until(&mut self, what: &str, mut check: impl AsyncFnMut() -> Result<()>) -> Result<()> {
+        poll(Instant::now() + crate::PATIENCE, what, async || {
             self.must_run()?;
             Ok(check().await)
         })

@@ -1,12 +1,10 @@
 //! Volumes that are made from copies of others: of one in use, in the same guest and in another.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result};
 use tokio::time::timeout;
 use zpod_e2e::shim::User;
 use zpod_e2e::workdir::Workdir;
-use zpod_e2e::{Container, Sandbox};
+use zpod_e2e::{Container, PATIENCE, Sandbox};
 use zpod_proto::guest::{MarkRequest, StatusRequest, UnmarkRequest};
 use zpod_volume::{Bytes, DiskLayout, Mark, PoolName, QuotaMode, SnapshotId};
 
@@ -81,7 +79,7 @@ async fn clones_of_a_volume_in_use_show_the_marked_instant_beside_it_and_in_anot
     let writer = first.spawn("app", User::ROOT, &["/bin/e2e", "append", "/data/records"]).await?;
     let mut printed = String::new();
     while printed.len() < 64 {
-        let read = timeout(Duration::from_secs(20), writer.read()).await.context("the writer is stuck")?;
+        let read = timeout(PATIENCE, writer.read()).await.context("the writer is stuck")?;
         printed.push_str(&String::from_utf8(read.context("the writer has ended")?)?);
     }
     let promised = printed.rsplit_once('\n').and_then(|(text, _)| text.lines().last()).context("no record")?.parse()?;

@@ -8,7 +8,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 use zpod_e2e::secrets::{holds, must_not_be_found};
 use zpod_e2e::workdir::Workdir;
-use zpod_e2e::{Container, Sandbox};
+use zpod_e2e::{Container, PATIENCE, Sandbox};
 use zpod_proto::guest::guest_client::GuestClient;
 use zpod_proto::guest::{Health, MarkRequest, ProvideKeyRequest, StatusRequest};
 use zpod_volume::{Bytes, Encryption, Mark, SnapshotId};
@@ -17,7 +17,6 @@ use crate::disk::pod;
 use crate::image::Image;
 
 const SIZE: Bytes = Bytes::mib(256);
-const TELLS: Duration = Duration::from_secs(60);
 
 type Control = GuestClient<Channel>;
 
@@ -29,7 +28,7 @@ async fn provide(control: &mut Control, image: &Image, key: &[u8], previous: &[u
 
 /// Waits until the guest says that the volume waits for its key.
 async fn awaited(control: &mut Control, image: &Image) -> Result<()> {
-    let end = Instant::now() + TELLS;
+    let end = Instant::now() + PATIENCE;
     loop {
         let volumes = control.status(StatusRequest {}).await?.into_inner().volumes;
         if let Some(told) = volumes.iter().find(|told| told.volume_id == image.id() && told.awaits_key) {

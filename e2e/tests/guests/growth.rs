@@ -1,13 +1,11 @@
 //! Volumes that grow, and zpod going away meanwhile.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result};
 use tokio::time::{Instant, timeout};
 use tonic::Code;
 use zpod_e2e::csi::{Publish, bytes, from_guest};
 use zpod_e2e::shim::User;
-use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox};
+use zpod_e2e::{Container, Mount, Node, PATIENCE, Runtime, Sandbox};
 use zpod_volume::Bytes;
 
 const CAPACITY: &str = "df -P -B1 /data | awk 'NR==2{print $2}'";
@@ -52,7 +50,7 @@ async fn a_volume_grows_under_a_writer_and_after_a_restart_of_zpod_and_beyond_it
 
     let mut printed = String::new();
     while printed.len() < 64 {
-        let read = timeout(Duration::from_secs(20), writer.read()).await.context("the writer is stuck")?;
+        let read = timeout(PATIENCE, writer.read()).await.context("the writer is stuck")?;
         printed.push_str(&String::from_utf8(read.context("the writer has ended")?)?);
     }
     let promised: u64 =

@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
 use zpod_e2e::csi::{Publish, bytes};
 use zpod_e2e::shim::User;
-use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox};
+use zpod_e2e::{Container, Mount, Node, PATIENCE, Runtime, Sandbox};
 use zpod_volume::Bytes;
 
 const SIZE: Bytes = Bytes::mib(512);
@@ -77,7 +77,7 @@ async fn a_hard_kill_loses_no_fsynced_write_and_nobody_else_gets_the_volume_befo
     let mut printed = Vec::new();
     let end = Instant::now() + Duration::from_secs(10);
     while Instant::now() < end {
-        let read = timeout(Duration::from_secs(20), writer.read()).await.context("the writer is stuck")?;
+        let read = timeout(PATIENCE, writer.read()).await.context("the writer is stuck")?;
         printed.extend(read.context("the writer has ended")?);
     }
     // Kubelet may have lost track of the pod: without a publication, but with a machine that has the disk open.

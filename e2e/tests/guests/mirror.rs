@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 use zpod_e2e::workdir::Workdir;
-use zpod_e2e::{Container, Mount, Sandbox, direct_volume};
+use zpod_e2e::{Container, Mount, PATIENCE, Sandbox, direct_volume};
 use zpod_proto::guest::{GrowRequest, Health, VolumeStatus};
 use zpod_volume::{Bytes, Create, DiskLayout, Half, Headroom, Mirror, VolumeId, VolumeSpec, gpt};
 
@@ -17,8 +17,6 @@ use crate::disk::pod;
 
 const SIZE: Bytes = Bytes::mib(256);
 const LARGER: Bytes = Bytes::mib(400);
-/// A half is believed after three looks, one each 10 s.
-const PATIENCE: Duration = Duration::from_secs(150);
 
 struct Volume {
     spec: VolumeSpec,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use tokio::time::{Instant, sleep};
 use zpod_e2e::csi::Publish;
-use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox};
+use zpod_e2e::{Container, Mount, Node, PATIENCE, Runtime, Sandbox};
 use zpod_volume::Bytes;
 
 use crate::condition;
@@ -15,10 +15,6 @@ const SIZE: Bytes = Bytes::mib(256);
 const RECORDS: u64 = 8;
 /// Nothing is kept in memory: each read of a file goes to the disk.
 const UNCACHED: (&str, &str) = ("primarycache", "metadata");
-/// zpod looks each 5 s whether a scrub is due, and the guest tells of errors each 30 s.
-const SCRUBBED: Duration = Duration::from_secs(180);
-
-const METRICS: Duration = Duration::from_secs(60);
 
 /// What the metrics count of errors of a kind, of the one volume there is.
 fn error_count(metrics: &str, kind: &str) -> Option<f64> {
@@ -54,7 +50,7 @@ async fn with_two_copies_a_scheduled_scrub_heals_what_was_damaged_and_the_volume
         if said.message.contains("checksum errors") {
             break said.message;
         }
-        ensure!(begin.elapsed() < SCRUBBED, "nothing was found after {SCRUBBED:?}: {said:?}\n{}", node.log_tail());
+        ensure!(begin.elapsed() < PATIENCE, "nothing was found after {PATIENCE:?}: {said:?}\n{}", node.log_tail());
         sleep(Duration::from_secs(1)).await;
     };
     println!("after {:?}: {mended}", begin.elapsed());
@@ -101,7 +97,7 @@ async fn without_a_second_copy_a_damaged_file_gives_eio_and_the_volume_turns_abn
     println!("{said}");
     assert!(said.contains("permanent errors"), "{said}");
     // The metrics follow the guest's stream of reports, whose details are half a minute old at most.
-    let end = Instant::now() + METRICS;
+    let end = Instant::now() + PATIENCE;
     while error_count(&node.metrics().await?, "data") != Some(1.0) {
         ensure!(Instant::now() < end, "{}", node.metrics().await?);
         sleep(Duration::from_secs(1)).await;
@@ -118,7 +114,7 @@ async fn without_a_second_copy_a_damaged_file_gives_eio_and_the_volume_turns_abn
     // zpod has it scrubbed once by itself: how much is damaged?
     let scrubbed = Instant::now();
     while !pod.zfs_tool("tools", "zpool status").await?.contains("with 1 errors") {
-        ensure!(scrubbed.elapsed() < SCRUBBED, "the damaged pool is not scrubbed\n{}", node.log_tail());
+        ensure!(scrubbed.elapsed() < PATIENCE, "the damaged pool is not scrubbed\n{}", node.log_tail());
         sleep(Duration::from_secs(1)).await;
     }
     pod.sh("app", "rm /data/file && sync").await?;

@@ -7,7 +7,7 @@ use tokio::time::{Instant, timeout};
 use zpod_e2e::csi::Publish;
 use zpod_e2e::qemu::Fault;
 use zpod_e2e::shim::User;
-use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox};
+use zpod_e2e::{Container, Mount, Node, PATIENCE, Runtime, Sandbox};
 use zpod_volume::Bytes;
 
 use crate::condition;
@@ -15,8 +15,6 @@ use crate::image::{RECORD, copies, write};
 
 const SIZE: Bytes = Bytes::mib(256);
 const RECORDS: u64 = 8;
-/// zpod-guest tries a suspended pool again every 10 s.
-const RESUMED: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn a_disk_that_fails_writes_suspends_the_pool_which_resumes_by_itself_when_the_disk_works() -> Result<()> {
@@ -51,15 +49,15 @@ async fn a_disk_that_fails_writes_suspends_the_pool_which_resumes_by_itself_when
             println!("{:?} after the disk worked again: {}", begin.elapsed(), said.message);
             break;
         }
-        ensure!(begin.elapsed() < RESUMED, "still {said:?}\n{}", pod.guest().console_tail(40));
+        ensure!(begin.elapsed() < PATIENCE, "still {said:?}\n{}", pod.guest().console_tail(40));
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     // Who had to wait goes on, in the same container; nothing was lost.
-    let output = timeout(RESUMED, writer.finish()).await.context("the writer hangs")??;
+    let output = timeout(PATIENCE, writer.finish()).await.context("the writer hangs")??;
     println!("the writer: {output:?}");
     assert_eq!(pod.sh("app", "sha256sum < /data/file").await?, sum);
     assert_eq!(pod.sh("app", "echo after > /data/after && sync && cat /data/after").await?, "after");
-    pod.guest().shows("and is resumed", Duration::from_secs(5)).await?;
+    pod.guest().shows("and is resumed", PATIENCE).await?;
     pod.stop().await?;
     node.csi.unpublish(&volume, &target).await?;
     node.csi.delete(&volume).await?;

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use tokio::time::{Instant, sleep, timeout};
 use zpod_e2e::csi::Publish;
 use zpod_e2e::shim::{Running, User};
-use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, inputs};
+use zpod_e2e::{Container, Mount, Node, PATIENCE, Runtime, Sandbox, inputs};
 use zpod_proto::csi::Volume;
 use zpod_volume::Bytes;
 
@@ -19,11 +19,10 @@ use crate::image::write;
 const SIZE: Bytes = Bytes::mib(256);
 const XFS_MIB: u64 = 800;
 const RECORDS: u64 = 8;
-const MORE: u64 = 60_000_000;
-const NOTICED: Duration = Duration::from_secs(60);
+/// More than fits into the room that its pool has taken already.
+const MORE: u64 = 24_000_000;
 /// A stream of reports is given up after some silence, and that is told as abnormal after a minute.
 const SILENT: Duration = Duration::from_secs(180);
-const RESUMED: Duration = Duration::from_secs(60);
 
 /// A node whose backing directory is a small file system of its own.
 async fn node() -> Result<Node> {
@@ -114,7 +113,7 @@ async fn where_the_vmm_tells_the_guest_the_volume_turns_abnormal_and_is_well_by_
             println!("{:?} after the file system was full: {}", begin.elapsed(), said.message);
             break;
         }
-        ensure!(begin.elapsed() < NOTICED, "nothing is told: {said:?}\n{}", world.pod.guest().console_tail(30));
+        ensure!(begin.elapsed() < PATIENCE, "nothing is told: {said:?}\n{}", world.pod.guest().console_tail(30));
         sleep(Duration::from_millis(500)).await;
     }
     assert_eq!(world.pod.guest_mut().state().await?, "running");
@@ -127,10 +126,10 @@ async fn where_the_vmm_tells_the_guest_the_volume_turns_abnormal_and_is_well_by_
             println!("{:?} after there was room: {}", begin.elapsed(), said.message);
             break;
         }
-        ensure!(begin.elapsed() < RESUMED, "still {said:?}\n{}", world.pod.guest().console_tail(30));
+        ensure!(begin.elapsed() < PATIENCE, "still {said:?}\n{}", world.pod.guest().console_tail(30));
         sleep(Duration::from_millis(500)).await;
     }
-    let output = timeout(RESUMED, writer.finish()).await.context("the writer hangs")??;
+    let output = timeout(PATIENCE, writer.finish()).await.context("the writer hangs")??;
     println!("the writer: {output:?}");
     world.end().await
 }
@@ -142,7 +141,7 @@ async fn where_qemu_stops_the_virtual_machine_its_silence_is_told_and_all_is_wri
     let _writer = world.writer().await?;
     let begin = Instant::now();
     while world.pod.guest_mut().state().await? != "io-error" {
-        ensure!(begin.elapsed() < NOTICED, "QEMU doesn't stop: {}", world.pod.guest().console_tail(30));
+        ensure!(begin.elapsed() < PATIENCE, "QEMU doesn't stop: {}", world.pod.guest().console_tail(30));
         sleep(Duration::from_millis(500)).await;
     }
     println!("stopped after {:?}", begin.elapsed());

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tokio::time::{Instant, sleep};
-use zpod_e2e::Sandbox;
+use zpod_e2e::{PATIENCE, Sandbox};
 
 /// ZFS's default: files of random bytes lie in the image in pieces of this size.
 pub(crate) const RECORD: u64 = 128 << 10;
@@ -17,8 +17,6 @@ pub(crate) const RECORD: u64 = 128 << 10;
 const ALIGNMENT: usize = 4096;
 /// Bytes that tell a record from all others.
 const PREFIX: usize = 48;
-/// Transaction groups are written each 5 s, and emulation is slow.
-const WRITTEN: Duration = Duration::from_secs(60);
 
 /// Writes a file of random bytes, and gives its checksum once it is on the disk.
 pub(crate) async fn write(pod: &mut Sandbox, path: &str, records: u64) -> Result<String> {
@@ -43,7 +41,7 @@ pub(crate) async fn copies(
         ensure!(prefix.len() == PREFIX, "record {record} of {path} has {} bytes", prefix.len());
         prefixes.push(prefix);
     }
-    let end = Instant::now() + WRITTEN;
+    let end = Instant::now() + PATIENCE;
     loop {
         let found = find(image, &prefixes)?;
         if found.iter().all(|found| found.len() == copies) {

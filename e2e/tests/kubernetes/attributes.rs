@@ -1,14 +1,10 @@
 //! VolumeAttributesClasses of a claim whose pod runs.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use zpod_e2e::cluster::Cluster;
 
 use super::claims;
 
-const SECOND: Duration = Duration::from_secs(1);
-const POD: Duration = Duration::from_secs(240);
 const CLAIM: &str = include_str!("../../manifests/claim.yaml");
 const WRITER: &str = include_str!("../../manifests/pod.yaml");
 const CLASSES: &str = include_str!("../../manifests/attributes.yaml");
@@ -19,13 +15,13 @@ pub(crate) async fn a_running_pod_gets_the_attributes_of_another_class(cluster: 
     cluster.apply(CLASSES).await?;
     cluster.apply(CLAIM).await?;
     cluster.apply(WRITER).await?;
-    cluster.wait_for_writer(POD).await?;
+    cluster.wait_for_writer().await?;
     let before = read(cluster).await?;
     ensure!(read(cluster).await? == before, "by default access times are off");
 
     ask(cluster, "zpod-traced").await?;
     cluster
-        .wait(60 * SECOND, "the claim's class is the new one", async || {
+        .wait("the claim's class is the new one", async || {
             let claim = cluster.kubectl_json(&["get", "pvc", "data"]).await?;
             let class = &claim["status"]["currentVolumeAttributesClassName"];
             ensure!(class == "zpod-traced", "it is {class}; its status: {}", claim["status"]);
@@ -38,7 +34,7 @@ pub(crate) async fn a_running_pod_gets_the_attributes_of_another_class(cluster: 
 
     ask(cluster, "zpod-mistaken").await?;
     cluster
-        .wait(60 * SECOND, "an event that names the unknown key", async || {
+        .wait("an event that names the unknown key", async || {
             let events = cluster.events_of("default", "data").await;
             ensure!(events.contains("speed"), "the events are: {events}");
             Ok(())

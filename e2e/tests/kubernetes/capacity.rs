@@ -2,12 +2,10 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use zpod_e2e::cluster::Cluster;
 
-const SECOND: Duration = Duration::from_secs(1);
 const SMALL: &str = "node-b";
 /// More than the small node has.
 const CLAIMS: usize = 3;
@@ -27,7 +25,7 @@ pub(crate) async fn the_scheduler_goes_where_the_room_is(cluster: &Cluster) -> R
 
 async fn claims_go_where_the_room_is(cluster: &Cluster) -> Result<()> {
     cluster
-        .wait(180 * SECOND, "the scheduler knows both nodes' room", async || {
+        .wait("the scheduler knows both nodes' room", async || {
             let capacities = cluster.kubectl_json(&["get", "csistoragecapacities", "-A"]).await?;
             let items = capacities["items"].as_array().context("no list")?;
             let of = |node: &str| {
@@ -46,7 +44,7 @@ async fn claims_go_where_the_room_is(cluster: &Cluster) -> Result<()> {
     for number in 0..CLAIMS {
         let name = format!("room-{number}");
         cluster
-            .wait(120 * SECOND, "the claim is bound", async || {
+            .wait("the claim is bound", async || {
                 let claim = cluster.kubectl_json(&["get", "pvc", &name]).await?;
                 ensure!(claim["status"]["phase"] == "Bound", "it is {}", claim["status"]);
                 Ok(())
@@ -58,7 +56,7 @@ async fn claims_go_where_the_room_is(cluster: &Cluster) -> Result<()> {
 
     cluster.apply(&claim_and_pod("room-nowhere", "900Ti")).await?;
     cluster
-        .wait(60 * SECOND, "an event that says that there is no room", async || {
+        .wait("an event that says that there is no room", async || {
             let events = cluster.events_of("default", "room-nowhere").await;
             ensure!(events.contains("did not have enough free storage"), "the events are: {events}");
             Ok(())

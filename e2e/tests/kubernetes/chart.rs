@@ -1,12 +1,9 @@
 //! The chart, as an administrator uses it.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, bail, ensure};
 use zpod_e2e::cluster::Cluster;
 use zpod_e2e::cluster::chart::{NAMESPACE, chart};
 
-const MINUTE: Duration = Duration::from_secs(60);
 const NODE: &str = "node-a";
 const VOLUME: &str = "11111111-1111-4111-8111-111111111111";
 
@@ -15,7 +12,7 @@ const VOLUME: &str = "11111111-1111-4111-8111-111111111111";
 pub(crate) async fn the_chart_is_installed_upgraded_and_uninstalled(cluster: &Cluster) -> Result<()> {
     cluster.install_chart().await?;
     cluster
-        .wait(MINUTE, "the node says what room it has", async || {
+        .wait("the node says what room it has", async || {
             let node = cluster.kubectl_json(&["get", "zfsnode", NODE]).await?;
             ensure!(node["status"]["backing"]["total"].is_string(), "its object is {node}");
             Ok(())

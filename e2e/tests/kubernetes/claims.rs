@@ -1,12 +1,8 @@
 //! What is asked of the objects of volumes in more than one scenario.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use zpod_e2e::cluster::Cluster;
-
-const GONE: Duration = Duration::from_secs(120);
 
 /// The only volume there is.
 pub(crate) async fn volume(cluster: &Cluster) -> Result<Value> {
@@ -17,7 +13,7 @@ pub(crate) async fn volume(cluster: &Cluster) -> Result<Value> {
 /// Waits until there are so many volumes.
 pub(crate) async fn wait_for_volumes(cluster: &Cluster, count: usize) -> Result<()> {
     cluster
-        .wait(GONE, &format!("{count} volumes"), async || {
+        .wait(&format!("{count} volumes"), async || {
             let names = cluster.kubectl(&["get", "zfsvolumes", "-o", "name"]).await?;
             ensure!(names.lines().count() == count, "volumes: {names}");
             Ok(())
@@ -28,7 +24,7 @@ pub(crate) async fn wait_for_volumes(cluster: &Cluster, count: usize) -> Result<
 /// Waits until there is no object of any snapshot.
 pub(crate) async fn wait_for_no_snapshots(cluster: &Cluster) -> Result<()> {
     cluster
-        .wait(GONE, "no snapshots", async || {
+        .wait("no snapshots", async || {
             let kinds = "zfssnapshots,volumesnapshotcontents,volumegroupsnapshotcontents";
             let names = cluster.kubectl(&["get", kinds, "-o", "name"]).await?;
             ensure!(names.trim().is_empty(), "snapshots: {names}");
@@ -40,7 +36,7 @@ pub(crate) async fn wait_for_no_snapshots(cluster: &Cluster) -> Result<()> {
 /// Waits until a pod's log contains this; gives the log.
 pub(crate) async fn wait_for_log(cluster: &Cluster, namespace: &str, pod: &str, text: &str) -> Result<String> {
     cluster
-        .wait(Duration::from_secs(60), &format!("{text:?} in the log of {pod}"), async || {
+        .wait(&format!("{text:?} in the log of {pod}"), async || {
             let log = cluster.kubectl(&["logs", "-n", namespace, pod]).await?;
             ensure!(log.contains(text), "the log is: {log}");
             Ok(log)

@@ -1,15 +1,11 @@
 //! Encrypted volumes, whose keys come from Secrets of their tenants.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use zpod_e2e::cluster::Cluster;
 use zpod_e2e::secrets::must_not_be_found;
 
 use super::claims;
 
-const SECOND: Duration = Duration::from_secs(1);
-const POD: Duration = Duration::from_secs(240);
 const MANIFEST: &str = include_str!("../../manifests/encrypted.yaml");
 const KEY: &str = "correct horse battery staple 7f3a";
 
@@ -18,7 +14,7 @@ pub(crate) async fn an_encrypted_volume_opens_with_its_tenants_secret_only(clust
     cluster.install_chart().await?;
     cluster.apply(MANIFEST).await?;
     cluster
-        .wait(90 * SECOND, "an event that says which Secret is missing", async || {
+        .wait("an event that says which Secret is missing", async || {
             let events = cluster.events_of("tenant", "secret").await;
             ensure!(events.contains("FailedMount") && events.contains("key"), "the events are: {events}");
             Ok(())
@@ -26,7 +22,7 @@ pub(crate) async fn an_encrypted_volume_opens_with_its_tenants_secret_only(clust
         .await?;
     let secret = format!("--from-literal=encryptionKey={KEY}");
     cluster.kubectl(&["create", "secret", "generic", "key", "-n", "tenant", &secret]).await?;
-    cluster.wait_for_pod("tenant", "secret", "Running", POD).await?;
+    cluster.wait_for_pod("tenant", "secret", "Running").await?;
     let log = claims::wait_for_log(cluster, "tenant", "secret", "treasure").await?;
     ensure!(log.contains(" zfs "), "/data is not ZFS: {log}");
     is_nowhere(cluster).await?;
@@ -34,7 +30,7 @@ pub(crate) async fn an_encrypted_volume_opens_with_its_tenants_secret_only(clust
     // The next guest needs it again.
     cluster.kubectl(&["delete", "pod", "secret", "-n", "tenant", "--wait"]).await?;
     cluster.apply(MANIFEST).await?;
-    cluster.wait_for_pod("tenant", "secret", "Running", POD).await?;
+    cluster.wait_for_pod("tenant", "secret", "Running").await?;
     claims::wait_for_log(cluster, "tenant", "secret", "treasure").await?;
     is_nowhere(cluster).await?;
     cluster.delete(MANIFEST).await?;

@@ -1,12 +1,8 @@
 //! Growth that a running guest can't see.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use zpod_e2e::cluster::Cluster;
 
-const SECOND: Duration = Duration::from_secs(1);
-const POD: Duration = Duration::from_secs(240);
 const MANIFEST: &str = include_str!("../../manifests/tight.yaml");
 
 /// The claim says what to do, and the next start does it.
@@ -15,11 +11,11 @@ pub(crate) async fn a_growth_beyond_the_headroom_is_told_of_and_done_at_the_next
 ) -> Result<()> {
     cluster.install_chart().await?;
     cluster.apply(MANIFEST).await?;
-    cluster.wait_for_pod("default", "tight", "Running", POD).await?;
+    cluster.wait_for_pod("default", "tight", "Running").await?;
     let patch = r#"{"spec":{"resources":{"requests":{"storage":"1Gi"}}}}"#;
     cluster.kubectl(&["patch", "pvc", "tight", "--type=merge", "-p", patch]).await?;
     cluster
-        .wait(120 * SECOND, "the claim says what to do", async || {
+        .wait("the claim says what to do", async || {
             let claim = cluster.kubectl_json(&["get", "pvc", "tight"]).await?;
             let conditions = claim["status"]["conditions"].as_array().cloned().unwrap_or_default();
             let told = |each: &serde_json::Value| {
@@ -31,8 +27,8 @@ pub(crate) async fn a_growth_beyond_the_headroom_is_told_of_and_done_at_the_next
         .await?;
     cluster.kubectl(&["delete", "pod", "tight", "--wait"]).await?;
     cluster.apply(&MANIFEST.replace("storage: 256Mi", "storage: 1Gi")).await?;
-    cluster.wait_for_pod("default", "tight", "Running", POD).await?;
-    cluster.wait_for_size("tight", "1Gi", 120 * SECOND).await?;
+    cluster.wait_for_pod("default", "tight", "Running").await?;
+    cluster.wait_for_size("tight", "1Gi").await?;
     let df = cluster.sh("tight", "df -Pk /data").await?;
     let blocks: u64 = df.lines().last().and_then(|line| line.split_whitespace().nth(1)?.parse().ok()).unwrap_or(0);
     ensure!((1_000_000..=1_048_576).contains(&blocks), "it is to have 1 GiB: {df}");

@@ -10,8 +10,6 @@ use tokio::process::Command;
 use zpod_e2e::cluster::Cluster;
 use zpod_e2e::inputs;
 
-const SECOND: Duration = Duration::from_secs(1);
-const POD: Duration = Duration::from_secs(240);
 const CALL: Duration = Duration::from_secs(300);
 const CLAIM: &str = include_str!("../../manifests/claim.yaml");
 const WRITER: &str = include_str!("../../manifests/pod.yaml");
@@ -40,9 +38,9 @@ pub(crate) async fn a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl(clust
     cluster.install_chart().await?;
     cluster.apply(CLAIM).await?;
     cluster.apply(WRITER).await?;
-    let written = cluster.wait_for_writer(POD).await?;
+    let written = cluster.wait_for_writer().await?;
     cluster
-        .wait(60 * SECOND, "status shows the pool", async || {
+        .wait("status shows the pool", async || {
             let status = json(cluster, &["status", "data"]).await?;
             let volume = &status["volumes"][0];
             ensure!(volume["claim"] == "data" && volume["pod"] == "writer" && volume["health"] == "Online", "{status}");
@@ -84,7 +82,7 @@ pub(crate) async fn a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl(clust
     let pods = cluster.kubectl(&["get", "pods", "-o", "name"]).await?;
     cluster.delete(WRITER).await?;
     cluster
-        .wait(60 * SECOND, "the plugin's pod is gone", async || {
+        .wait("the plugin's pod is gone", async || {
             let pods = cluster.kubectl(&["get", "pods", "-o", "name"]).await?;
             ensure!(!pods.contains("zpod-transfer"), "{pods}");
             Ok(())
@@ -93,7 +91,7 @@ pub(crate) async fn a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl(clust
         .context(pods)?;
     let reader = WRITER.replace("claimName: data", "claimName: copy");
     cluster.apply(&reader).await?;
-    let copied = cluster.wait_for_writer(POD).await?;
+    let copied = cluster.wait_for_writer().await?;
     ensure!(copied.log.lines().last() == written.log.lines().last(), "{} {}", copied.log, written.log);
     cluster.delete(&reader).await?;
     cluster.delete(CLAIM).await?;

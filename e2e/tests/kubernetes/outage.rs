@@ -1,11 +1,8 @@
 //! What the cluster's parts do when others are gone.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use zpod_e2e::cluster::Cluster;
 
-const SECOND: Duration = Duration::from_secs(1);
 const NOTE: &str = "{apiVersion: v1, kind: ConfigMap, metadata: {name: note, namespace: default}}";
 
 pub(crate) async fn the_api_server_comes_back_with_what_it_knew(cluster: &Cluster) -> Result<()> {
@@ -29,7 +26,7 @@ pub(crate) async fn a_killed_node_comes_back_with_its_name(cluster: &Cluster) ->
     cluster.remove_node("node-b").await?;
     // The other one was not touched by any of it.
     cluster
-        .wait(30 * SECOND, "node-a alone", async || {
+        .wait("node-a alone", async || {
             let nodes = cluster.kubectl(&["get", "nodes", "-o", "name"]).await?;
             ensure!(nodes.trim() == "node/node-a", "nodes: {nodes}");
             Ok(())

@@ -1,11 +1,8 @@
 //! Pods that can't have their volume, and what they are told.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use zpod_e2e::cluster::Cluster;
 
-const SECOND: Duration = Duration::from_secs(1);
 const WRONG_RUNTIME: &str = include_str!("../../manifests/wrong-runtime.yaml");
 const SUBPATH: &str = include_str!("../../manifests/subpath.yaml");
 
@@ -23,7 +20,7 @@ async fn is_refused(cluster: &Cluster, manifest: &str, pod: &str, remedy: &str) 
     cluster.install_chart().await?;
     cluster.apply(manifest).await?;
     cluster
-        .wait(90 * SECOND, "an event that says what to write", async || {
+        .wait("an event that says what to write", async || {
             let events = cluster.events_of("default", pod).await;
             ensure!(events.contains("FailedMount") && events.contains(remedy), "the events are: {events}");
             Ok(())

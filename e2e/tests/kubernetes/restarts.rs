@@ -1,12 +1,10 @@
 //! zpod's own programs end in the middle of things.
 
 use std::fmt::Write as _;
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use zpod_e2e::cluster::{Cluster, chart::NAMESPACE};
 
-const MINUTE: Duration = Duration::from_secs(60);
 const CLAIMS: usize = 100;
 const CLASSES: &str = include_str!("../../manifests/classes.yaml");
 const STATEFUL_SET: &str = include_str!("../../manifests/statefulset.yaml");
@@ -23,9 +21,9 @@ pub(crate) async fn a_node_plugin_restarts_while_three_replicas_run(cluster: &Cl
     ensure!(before == after, "containers started before the restart {before}, and after it {after}");
     // The new one knows the volumes of the old: their pod can be replaced.
     cluster.kubectl(&["delete", "pod", "store-1", "--wait"]).await?;
-    cluster.wait_for_pod("default", "store-1", "Running", 4 * MINUTE).await?;
+    cluster.wait_for_pod("default", "store-1", "Running").await?;
     cluster
-        .wait(MINUTE, "what both pods of that name wrote", async || {
+        .wait("what both pods of that name wrote", async || {
             let names = cluster.kubectl(&["logs", "store-1"]).await?;
             ensure!(names.lines().filter(|line| *line == "store-1").count() == 2, "the volume has: {names}");
             Ok(())
@@ -57,7 +55,7 @@ pub(crate) async fn a_burst_of_claims_outlives_the_controllers(cluster: &Cluster
     let kill = ["delete", "pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=zpod-controller", "--force"];
     cluster.kubectl(&[&kill[..], &["--grace-period=0"]].concat()).await?;
     cluster
-        .wait(4 * MINUTE, "all claims are bound", async || {
+        .wait("all claims are bound", async || {
             let phases = cluster.kubectl(&["get", "pvc", "-o", "jsonpath={.items[*].status.phase}"]).await?;
             let bound = phases.split(' ').filter(|phase| *phase == "Bound").count();
             ensure!(bound == CLAIMS, "{bound} of {CLAIMS} are");

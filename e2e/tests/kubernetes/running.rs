@@ -9,7 +9,6 @@ use zpod_e2e::cluster::chart::NAMESPACE;
 use super::claims::volume;
 
 const SECOND: Duration = Duration::from_secs(1);
-const POD: Duration = Duration::from_secs(240);
 const OUTAGE: Duration = Duration::from_secs(30);
 const CLAIM: &str = include_str!("../../manifests/claim.yaml");
 const EXPANDED: &str = include_str!("../../manifests/claim-expanded.yaml");
@@ -24,7 +23,7 @@ pub(crate) async fn a_pod_runs_on_whatever_happens_around_it(cluster: &Cluster) 
     cluster.install_chart().await?;
     cluster.apply(CLAIM).await?;
     cluster.apply(WRITER).await?;
-    cluster.wait_for_pod("default", "writer", "Running", POD).await?;
+    cluster.wait_for_pod("default", "writer", "Running").await?;
     health(cluster, "Online").await?;
 
     cluster.kubectl(&["delete", "pod", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=zpod-node", "--wait"]).await?;
@@ -35,7 +34,7 @@ pub(crate) async fn a_pod_runs_on_whatever_happens_around_it(cluster: &Cluster) 
     tokio::time::sleep(OUTAGE).await;
     cluster.start_api_server().await?;
     cluster.apply(EXPANDED).await?;
-    let grows = cluster.wait_for_size("data", "2Gi", 120 * SECOND).await;
+    let grows = cluster.wait_for_size("data", "2Gi").await;
     grows.context("after the API server was away")?;
     runs_on(cluster).await.context("after the API server was away")?;
 
@@ -46,7 +45,7 @@ pub(crate) async fn a_pod_runs_on_whatever_happens_around_it(cluster: &Cluster) 
     ensure!(error.contains("volumes never shrink"), "the API server let a volume shrink: {error}");
     cluster.kubectl(&["delete", "zfsvolume", &name, "--wait=false"]).await?;
     cluster
-        .wait(30 * SECOND, "a volume deleted by hand says that it is kept", async || {
+        .wait("a volume deleted by hand says that it is kept", async || {
             let volume = volume(cluster).await?;
             let conditions = volume["status"]["conditions"].as_array().cloned().unwrap_or_default();
             let kept = conditions.iter().any(|each| each["type"] == "Destroyed" && each["reason"] == "NotAskedFor");
@@ -68,9 +67,9 @@ pub(crate) async fn a_pod_runs_on_whatever_happens_around_it(cluster: &Cluster) 
 pub(crate) async fn a_pod_that_is_not_root_writes_to_its_volume(cluster: &Cluster) -> Result<()> {
     cluster.install_chart().await?;
     cluster.apply(GROUP).await?;
-    cluster.wait_for_pod("default", "group", "Running", POD).await?;
+    cluster.wait_for_pod("default", "group", "Running").await?;
     cluster
-        .wait(30 * SECOND, "the file's owner", async || {
+        .wait("the file's owner", async || {
             let log = cluster.kubectl(&["logs", "group"]).await?;
             ensure!(log.trim() == "1000:2000", "the log is: {log}");
             Ok(())
@@ -84,10 +83,10 @@ pub(crate) async fn a_pod_that_is_not_root_writes_to_its_volume(cluster: &Cluste
 pub(crate) async fn a_volume_that_fills_is_told_of_on_its_claim_and_its_pod(cluster: &Cluster) -> Result<()> {
     cluster.install_chart().await?;
     cluster.apply(FILLER).await?;
-    cluster.wait_for_pod("default", "filler", "Running", POD).await?;
+    cluster.wait_for_pod("default", "filler", "Running").await?;
     for reason in ["VolumeFilling", "VolumeNearlyFull"] {
         cluster
-            .wait(180 * SECOND, reason, async || {
+            .wait(reason, async || {
                 let (claim, pod) = (events(cluster, "PersistentVolumeClaim").await?, events(cluster, "Pod").await?);
                 ensure!(claim.contains(reason) && pod.contains(reason), "on the claim: {claim}\non the pod: {pod}");
                 Ok(())
@@ -107,7 +106,7 @@ async fn events(cluster: &Cluster, kind: &str) -> Result<String> {
 
 async fn health(cluster: &Cluster, wanted: &str) -> Result<()> {
     cluster
-        .wait(60 * SECOND, "the pool's health in the volume's status", async || {
+        .wait("the pool's health in the volume's status", async || {
             let volume = volume(cluster).await?;
             let health = &volume["status"]["pool"]["health"];
             ensure!(health == wanted, "it is {health}; status: {}", volume["status"]);
@@ -118,7 +117,7 @@ async fn health(cluster: &Cluster, wanted: &str) -> Result<()> {
 
 /// It is the same container, never started again, and its guest is heard.
 async fn runs_on(cluster: &Cluster) -> Result<()> {
-    let pod = cluster.wait_for_pod("default", "writer", "Running", 60 * SECOND).await?;
+    let pod = cluster.wait_for_pod("default", "writer", "Running").await?;
     let status = &pod["status"]["containerStatuses"][0];
     ensure!(status["restartCount"] == 0, "its container was started again: {status}");
     health(cluster, "Online").await

@@ -1,16 +1,11 @@
 //! Snapshots, what is made from them, and clones.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use zpod_e2e::cluster::Cluster;
 
 use super::claims;
 
-const SECOND: Duration = Duration::from_secs(1);
-const POD: Duration = Duration::from_secs(240);
-const TAKEN: Duration = Duration::from_secs(90);
 const CLAIM: &str = include_str!("../../manifests/claim.yaml");
 const WRITER: &str = include_str!("../../manifests/pod.yaml");
 const DENSE: &str = include_str!("../../manifests/dense.yaml");
@@ -41,7 +36,7 @@ pub(crate) async fn a_snapshot_of_a_running_pod_is_restored_larger_and_outlives_
     cluster.install_chart().await?;
     cluster.apply(CLAIM).await?;
     cluster.apply(WRITER).await?;
-    let written = cluster.wait_for_writer(POD).await?;
+    let written = cluster.wait_for_writer().await?;
     cluster.apply(SNAPSHOT).await?;
     ready(cluster, "volumesnapshot/data").await?;
     let size = cluster.kubectl_json(&["get", "volumesnapshot", "data"]).await?["status"]["restoreSize"].clone();
@@ -75,7 +70,7 @@ pub(crate) async fn a_claim_is_cloned_while_its_pod_runs(cluster: &Cluster) -> R
     cluster.install_chart().await?;
     cluster.apply(CLAIM).await?;
     cluster.apply(WRITER).await?;
-    let written = cluster.wait_for_writer(POD).await?;
+    let written = cluster.wait_for_writer().await?;
     cluster.apply(CLONE).await?;
     read(cluster, "clone", &written.sum).await?;
     cluster.sh("clone", "rm /data/file && sync").await?;
@@ -91,7 +86,7 @@ pub(crate) async fn a_claim_is_cloned_while_its_pod_runs(cluster: &Cluster) -> R
 pub(crate) async fn a_group_is_taken_as_a_whole_and_goes_as_a_whole(cluster: &Cluster) -> Result<()> {
     cluster.install_chart().await?;
     cluster.apply(DATABASE).await?;
-    cluster.wait_for_pod("default", "database", "Running", POD).await?;
+    cluster.wait_for_pod("default", "database", "Running").await?;
     cluster.apply(GROUP).await?;
     ready(cluster, "volumegroupsnapshot/database").await?;
     let members = cluster.kubectl_json(&["get", "zfssnapshots"]).await?;
@@ -110,7 +105,7 @@ pub(crate) async fn a_group_is_taken_as_a_whole_and_goes_as_a_whole(cluster: &Cl
 /// Waits until a snapshot or a group can be used.
 async fn ready(cluster: &Cluster, name: &str) -> Result<Value> {
     let what = format!("{name} is ready");
-    let taken = cluster.wait(TAKEN, &what, async || {
+    let taken = cluster.wait(&what, async || {
         let snapshot = cluster.kubectl_json(&["get", name]).await?;
         ensure!(snapshot["status"]["readyToUse"] == true, "its status: {}", snapshot["status"]);
         Ok(snapshot)
@@ -126,9 +121,9 @@ async fn ready(cluster: &Cluster, name: &str) -> Result<Value> {
 
 /// Waits until a reader has said what is in its volume: the file of that checksum.
 async fn read(cluster: &Cluster, pod: &str, sum: &str) -> Result<String> {
-    cluster.wait_for_pod("default", pod, "Running", POD).await?;
+    cluster.wait_for_pod("default", pod, "Running").await?;
     cluster
-        .wait(30 * SECOND, "the reader's log", async || {
+        .wait("the reader's log", async || {
             let log = cluster.kubectl(&["logs", pod]).await?;
             ensure!(log.contains(sum), "{pod} reads something else than {sum}: {log}");
             Ok(log)

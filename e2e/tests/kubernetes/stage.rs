@@ -9,7 +9,7 @@ use tokio::runtime::{Builder, Runtime};
 use zpod_e2e::cluster::Cluster;
 
 /// Longer than any scenario may take.
-const DEADLINE: Duration = Duration::from_secs(600);
+const DEADLINE: Duration = Duration::from_secs(1200);
 const NODE: &str = "node-a";
 
 /// Starts the cluster when the first trial needs it. Ends it on drop.
@@ -45,7 +45,10 @@ impl Stage {
                     Err(error) => {
                         // All that a run says that is stopped before its end.
                         eprintln!("{error:#}");
-                        Err(Failed::from(format!("{error:#}\n{}", cluster.diagnosis().await)))
+                        let diagnosis = cluster.diagnosis().await;
+                        let cleared = tokio::time::timeout(DEADLINE, cluster.clear()).await;
+                        eprintln!("what it left is ended: {cleared:?}");
+                        Err(Failed::from(format!("{error:#}\n{diagnosis}")))
                     }
                 }
             })

@@ -1,13 +1,8 @@
 //! A claim, the pods that use it, and its end.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use zpod_e2e::cluster::Cluster;
 
-const SECOND: Duration = Duration::from_secs(1);
-/// Two guests in emulation boot within that on a busy machine.
-const POD: Duration = Duration::from_secs(240);
 const CLAIM: &str = include_str!("../../manifests/claim.yaml");
 const EXPANDED: &str = include_str!("../../manifests/claim-expanded.yaml");
 const WRITER: &str = include_str!("../../manifests/pod.yaml");
@@ -27,7 +22,7 @@ pub(crate) async fn a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next(clus
 
     // While that pod runs.
     cluster.apply(EXPANDED).await?;
-    cluster.wait_for_size("data", "2Gi", 60 * SECOND).await.context(cluster.events_of("default", "data").await)?;
+    cluster.wait_for_size("data", "2Gi").await.context(cluster.events_of("default", "data").await)?;
 
     cluster.delete(WRITER).await?;
     cluster.delete(CLAIM).await?;
@@ -37,5 +32,5 @@ pub(crate) async fn a_claim_waits_for_a_pod_and_keeps_its_data_for_the_next(clus
 /// Runs the pod until its log says where /data is from; its file's checksum.
 async fn run_writer(cluster: &Cluster) -> Result<String> {
     cluster.apply(WRITER).await?;
-    Ok(cluster.wait_for_writer(POD).await?.sum)
+    Ok(cluster.wait_for_writer().await?.sum)
 }

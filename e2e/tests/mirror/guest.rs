@@ -30,7 +30,7 @@ const VOLUME: &str = "volume";
 /// By the kernel's name for it: there is no udev.
 const DEVICE: &str = "/dev/dm-0";
 const POOL: &str = "tank";
-const NOTICED: Duration = Duration::from_secs(60);
+const NOTICED: Duration = Duration::from_secs(240);
 
 /// What half of the volume is on.
 #[derive(Clone, Copy)]

@@ -16,7 +16,7 @@ use zpod_e2e::inputs;
 use zpod_e2e::process::Process;
 use zpod_e2e::workdir::Workdir;
 
-const READY: Duration = Duration::from_secs(20);
+const READY: Duration = Duration::from_secs(120);
 
 /// One pod, on the machine's network, and the node it runs on.
 pub(crate) struct Pod {

@@ -39,7 +39,7 @@ pub(crate) fn main() {
     for module in modules {
         finit_module(File::open(&module).unwrap(), c"", ModuleInitFlags::empty()).unwrap();
     }
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !Path::new(EXT4.0).exists() {
         assert!(Instant::now() < deadline, "no disks");
         std::thread::sleep(Duration::from_millis(20));
