@@ -246,12 +246,15 @@ async fn a_volume_that_grew_while_its_guest_was_silent_is_grown_when_the_guest_i
     let (id, target, spec) = world.published("a").await;
     let _vmm = fs::File::open(world.node.device(&id)).unwrap();
     world.calls.expand(&id, 2 * GIB as i64).await.unwrap();
-    let error = world.calls.node_expand(&id, &target).await.unwrap_err();
-    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    let (mut calls, asked, path) = (Calls::new(world.daemon.channel()), id.clone(), target.clone());
+    let waits = tokio::spawn(async move { calls.node_expand(&asked, &path).await });
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(!waits.is_finished(), "a guest that boots is waited for");
     assert_eq!(world.node.entry(&target).unwrap(), spec, "nothing was changed under a running machine");
 
     let guest = world.guest("sandbox-1", Behaviour::Honest, vec![status(&spec)]);
-    eventually("grown without being asked again", || !guest.state.grown.lock().unwrap().is_empty()).await;
+    eventually("grown", || !guest.state.grown.lock().unwrap().is_empty()).await;
+    assert_eq!(waits.await.unwrap().unwrap(), 2 * GIB as i64);
     assert_eq!(world.calls.node_expand(&id, &target).await.unwrap(), 2 * GIB as i64);
 }
 

@@ -16,8 +16,8 @@ use fake_guest::{Behaviour, FakeGuest};
 use zpod_driver::guest::{Health, Monitor, VolumeReport};
 use zpod_driver::kata::DirectVolumes;
 use zpod_driver::volumes::{
-    CLAIM_NAME, Context, CreateRequest, EphemeralVolume, NodeVolumes, Observed, Observer, PodCheck, Provision,
-    Provisioner, PublishRequest, VolumeError,
+    CLAIM_NAME, CapacityRange, Context, CreateRequest, EphemeralVolume, NodeVolumes, Observed, Observer, PodCheck,
+    Provision, Provisioner, PublishRequest, VolumeError,
 };
 use zpod_proto::guest::{Health as WireHealth, VolumeStatus};
 use zpod_storage::backing::sim::SimBacking;
@@ -95,6 +95,7 @@ struct World {
     dir: tempfile::TempDir,
     catalog: Arc<Counting>,
     context: Arc<Context>,
+    backing: SimBacking,
     node: NodeVolumes,
     notes: Arc<Notes>,
 }
@@ -106,13 +107,13 @@ impl World {
         let (catalog, snapshots) = zpod_storage::catalog::dir::open(dir.path().join("state")).unwrap();
         let catalog = Arc::new(Counting(catalog, AtomicUsize::default()));
         let backing = SimBacking::new(Bytes::gib(100), 1.0);
-        let context =
-            Context::new("node-1".into(), "boot-1".into(), catalog.clone(), Arc::new(snapshots), Arc::new(backing));
+        let (snapshots, shared) = (Arc::new(snapshots), Arc::new(backing.clone()));
+        let context = Context::new("node-1".into(), "boot-1".into(), catalog.clone(), snapshots, shared);
         let direct = DirectVolumes::open(&dir.path().join("direct-volumes")).unwrap();
         let notes = Arc::new(Notes::default());
         let node = NodeVolumes::load(context.clone(), direct).await.unwrap();
         let node = node.observed_by(notes.clone()).checking_pods(Arc::new(Only("good"))).with_ephemeral(Bytes::gib(1));
-        Self { dir, catalog, context, node, notes }
+        Self { dir, catalog, context, backing, node, notes }
     }
 
     async fn volume(&self) -> VolumeId {
@@ -210,4 +211,28 @@ async fn a_pod_that_is_refused_leaves_nothing_behind() {
     // Another pod is not kept from it, at the same path.
     world.publish(id, &target, "good").await.unwrap();
     world.node.unpublish(id, target).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn growth_waits_for_a_guest_that_is_not_heard_yet_and_goes_on_when_its_machine_ends() {
+    let world = World::new().await;
+    let (id, target) = (world.volume().await, world.dir.path().join("pod"));
+    world.publish(id, &target, "good").await.unwrap();
+    let to = |gib| CapacityRange { required: Some(Bytes::gib(gib)), limit: None };
+    Provisioner::new(world.context.clone()).expand(id, to(2)).await.unwrap();
+    let vmm = world.backing.open_device(id).unwrap();
+    let begun = tokio::time::Instant::now();
+    let error = world.node.expand(id, to(2)).await.unwrap_err();
+    assert!(matches!(error, VolumeError::GuestSilent { .. }), "{error}");
+    // kubelet waits for two minutes.
+    let waited = begun.elapsed().as_secs();
+    assert!((60..100).contains(&waited), "{waited} s");
+
+    let node = world.node.clone();
+    let waits = tokio::spawn(async move { node.expand(id, to(2)).await });
+    tokio::time::sleep(std::time::Duration::from_secs(20)).await;
+    assert!(!waits.is_finished());
+    drop(vmm);
+    assert_eq!(waits.await.unwrap().unwrap(), Bytes::gib(2));
+    assert_eq!(world.backing.table(id), Some(zpod_volume::DiskLayout::partition_for(Bytes::gib(2))));
 }

@@ -1,3 +1,6 @@
+use std::time::Duration;
+
+use tokio::time::Instant;
 use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::Volume;
 use zpod_storage::crash;
@@ -9,16 +12,31 @@ use super::published::Heard;
 use super::{CapacityRange, VolumeError};
 use crate::guest::{GuestError, VolumeReport};
 
+/// How long a guest that is not heard yet is waited for. kubelet gives up after two minutes, and the first reason why a
+/// volume did not grow stays in its claim's conditions whatever is said later (`MergeResizeConditionOnPVC` of Kubernetes
+/// 1.37): that of a guest which is merely slow to boot would hide that the pod has to be restarted.
+const HEARD: Duration = Duration::from_secs(60);
+const HEARD_STEP: Duration = Duration::from_millis(500);
+
 impl NodeVolumes {
     /// Carries out on this node what [`super::Provisioner::expand`] has promised: in the running guest, or on the
     /// device while nobody has it.
     ///
     /// # Errors
     /// [`VolumeError::BeyondHeadroom`] when only a new start of the pod can do it, [`VolumeError::GuestSilent`] when the
-    /// guest can't be asked yet.
+    /// guest can't be asked in a minute.
     pub async fn expand(&self, id: VolumeId, range: CapacityRange) -> Result<Bytes, VolumeError> {
-        let node = self.clone();
-        to_the_end(async move { node.expand_now(id, range).await }).await
+        let begun = Instant::now();
+        loop {
+            let node = self.clone();
+            match to_the_end(async move { node.expand_now(id, range).await }).await {
+                // Not under the volume's lock: its pod may end meanwhile.
+                Err(VolumeError::GuestSilent { .. }) if begun.elapsed() < HEARD => {
+                    tokio::time::sleep(HEARD_STEP).await;
+                }
+                expanded => return expanded,
+            }
+        }
     }
 
     async fn expand_now(&self, id: VolumeId, range: CapacityRange) -> Result<Bytes, VolumeError> {
