@@ -16,6 +16,8 @@ mod fake_guest;
 #[cfg(feature = "crash-points")]
 #[path = "support/kills.rs"]
 mod kills;
+#[path = "support/mortal.rs"]
+mod mortal;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
@@ -25,6 +27,7 @@ use std::time::{Duration, Instant};
 use calls::{Calls, capability};
 use daemon::Node;
 use fake_guest::{Behaviour, FakeGuest};
+use mortal::Mortal;
 use tonic::{Code, Status};
 use zpod_proto::csi::volume_capability::{AccessType, BlockVolume};
 use zpod_proto::csi::{self, VolumeCapability};
@@ -230,15 +233,14 @@ const TENANTS_BYTES: &[u8] = b"the tenant's bytes";
 async fn live(at: u64, again: Option<u64>) -> bool {
     let node = Node::new();
     let (target, second) = (node.path("pods/device"), node.path("pods/second"));
-    let mut kills = [Some(at), again].into_iter().flatten();
-    let mut daemon = node.start(kills.next());
-    let mut calls = Calls::new(daemon.channel());
-    let (mut killed, mut step, mut id) = (false, 0, String::new());
+    let mut zpod = Mortal::start(&node, at, again);
+    let (mut step, mut id) = (0, String::new());
     while step < 7 {
         let context = format!("point {at}, again {again:?}, step {step}");
+        let calls = &mut zpod.calls;
         let done = match step {
-            0 => create(&mut calls, "thick").await.map(|made| id = made),
-            1 => publish(&mut calls, &id, &target, false).await,
+            0 => create(calls, "thick").await.map(|made| id = made),
+            1 => publish(calls, &id, &target, false).await,
             2 => {
                 let file = OpenOptions::new().write(true).open(&target).unwrap();
                 file.write_all_at(TENANTS_BYTES, DiskLayout::PARTITION_START).unwrap();
@@ -246,15 +248,11 @@ async fn live(at: u64, again: Option<u64>) -> bool {
                 Ok(())
             }
             3 => calls.unpublish(&id, &target).await,
-            4 => publish(&mut calls, &id, &second, false).await,
+            4 => publish(calls, &id, &second, false).await,
             5 => calls.unpublish(&id, &second).await,
             _ => calls.delete(&id).await,
         };
-        if let Err(status) = done {
-            assert!(daemon.crashed(), "{context}: {status:?}\n{}", node.log());
-            killed = true;
-            daemon = node.start(kills.next());
-            calls = Calls::new(daemon.channel());
+        if zpod.lived(done, &context).is_none() {
             continue;
         }
         if !id.is_empty() {
@@ -273,7 +271,7 @@ async fn live(at: u64, again: Option<u64>) -> bool {
     for dir in ["volumes", "state/volumes", "direct-volumes", "pods"] {
         assert_eq!(node.names(dir), [""; 0], "point {at}, again {again:?}: {dir} is not empty\n{}", node.log());
     }
-    killed
+    zpod.killed
 }
 
 #[cfg(feature = "crash-points")]

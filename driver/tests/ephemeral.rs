@@ -14,6 +14,8 @@ mod daemon;
 #[cfg(feature = "crash-points")]
 #[path = "support/kills.rs"]
 mod kills;
+#[path = "support/mortal.rs"]
+mod mortal;
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -22,6 +24,7 @@ use std::path::Path;
 
 use calls::{Calls, capability};
 use daemon::Node;
+use mortal::Mortal;
 use tonic::{Code, Status};
 use zpod_proto::csi::NodePublishVolumeRequest;
 use zpod_proto::csi::volume_capability::{AccessType, BlockVolume};
@@ -131,16 +134,14 @@ async fn what_can_not_be_had_inline_is_refused_and_leaves_nothing() {
 }
 
 /// One life with a kill at the Nth point and, to make it worse, at another soon after. Whether it was killed.
-#[cfg(feature = "crash-points")]
 async fn live(at: u64, again: Option<u64>) -> bool {
     let node = Node::new();
     let target = node.path("pods/pod-1");
-    let mut kills = [Some(at), again].into_iter().flatten();
-    let mut daemon = node.start(kills.next());
-    let mut calls = Calls::new(daemon.channel());
-    let (mut killed, mut step) = (false, 0);
+    let mut zpod = Mortal::start(&node, at, again);
+    let mut step = 0;
     while step < 4 {
         let context = format!("point {at}, again {again:?}, step {step}");
+        let calls = &mut zpod.calls;
         let done: Result<(), Status> = match step {
             0 | 2 => calls.publish_as(request(&target, &[("size", "256Mi"), ("provisioning", "thick")])).await,
             1 => {
@@ -151,11 +152,7 @@ async fn live(at: u64, again: Option<u64>) -> bool {
             }
             _ => calls.unpublish(&handle(), &target).await,
         };
-        if let Err(status) = done {
-            assert!(daemon.crashed(), "{context}: {status:?}\n{}", node.log());
-            killed = true;
-            daemon = node.start(kills.next());
-            calls = Calls::new(daemon.channel());
+        if zpod.lived(done, &context).is_none() {
             continue;
         }
         // Kubelet repeats its call as long as the pod lives.
@@ -167,11 +164,16 @@ async fn live(at: u64, again: Option<u64>) -> bool {
         step += 1;
     }
     nothing_is_left(&node, &format!("point {at}, again {again:?}"));
-    killed
+    zpod.killed
 }
 
 #[cfg(feature = "crash-points")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_inline_volume_survives_a_kill_between_any_two_steps_and_leaves_nothing_at_its_end() {
     assert!(kills::at_each_point(live).await > 15, "no crash point was reached");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_inline_volume_lives_its_life() {
+    assert!(!live(u64::MAX, None).await);
 }

@@ -12,7 +12,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use zpod_storage::backing::mirrored::Mirrored;
 use zpod_storage::backing::{Backing, BackingError, Outcome};
@@ -21,7 +20,7 @@ use zpod_storage::crash;
 use zpod_volume::{Half, VolumeId, VolumeMode};
 
 use super::context::{blocking, device_spec};
-use super::publish::{CLOSING, CLOSING_STEP, NodeVolumes};
+use super::publish::{Closing, NodeVolumes};
 use super::spec::discard;
 use super::{Context, CreateRequest, VolumeError};
 use crate::kata::{Halves, KataError, MapperError, Removal};
@@ -147,14 +146,10 @@ impl NodeVolumes {
         if !volume.is_mirrored() {
             return Ok(volume);
         }
-        let (context, id, begun) = (&self.context, volume.id, Instant::now());
+        let (context, id, closing) = (&self.context, volume.id, Closing::begin());
         let lost = loop {
-            match self.look_for_halves(&volume).await {
-                // A virtual machine, or a device, that is on its way out.
-                Err(VolumeError::Backing { source: BackingError::InUse { .. }, .. }) if begun.elapsed() < CLOSING => {
-                    tokio::time::sleep(CLOSING_STEP).await;
-                }
-                found => break found?,
+            if let Some(found) = closing.over(self.look_for_halves(&volume).await).await {
+                break found?;
             }
         };
         let Some(lost) = lost else { return Ok(volume) };

@@ -1,7 +1,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use tokio::time::Instant;
 use uuid::Uuid;
 use zpod_storage::backing::{BackingError, Exclusive, Outcome};
 use zpod_storage::catalog::{PodRef, Publication, Volume};
@@ -18,8 +19,8 @@ use super::{Context, VolumeError, mount_options};
 use crate::kata::{DirectVolume, DirectVolumes, KataError, Removal, TargetPath};
 
 /// How long a virtual machine that is on its way out is waited for.
-pub(super) const CLOSING: Duration = Duration::from_millis(2500);
-pub(super) const CLOSING_STEP: Duration = Duration::from_millis(100);
+const CLOSING: Duration = Duration::from_millis(2500);
+const CLOSING_STEP: Duration = Duration::from_millis(100);
 /// Records are read this many at a time at start.
 const LOAD_PAGE: usize = 256;
 
@@ -415,14 +416,33 @@ impl NodeVolumes {
 
     /// Proves that no virtual machine has the device; one that is on its way out is given a moment.
     pub(super) async fn prove_exclusive(&self, volume: &Volume) -> Result<Box<dyn Exclusive>, VolumeError> {
-        let (id, begun) = (volume.id, Instant::now());
+        let (id, closing) = (volume.id, Closing::begin());
         loop {
-            match self.context.with_device(volume, move |backing| backing.exclusive(id)).await {
-                Err(VolumeError::Backing { source: BackingError::InUse { .. }, .. }) if begun.elapsed() < CLOSING => {
-                    tokio::time::sleep(CLOSING_STEP).await;
-                }
-                answer => return answer,
+            let answer = self.context.with_device(volume, move |backing| backing.exclusive(id)).await;
+            if let Some(answer) = closing.over(answer).await {
+                return answer;
             }
+        }
+    }
+}
+
+/// Patience with a virtual machine, or a device, that is on its way out.
+#[derive(Debug)]
+pub(super) struct Closing(Instant);
+
+impl Closing {
+    pub(super) fn begin() -> Self {
+        Self(Instant::now())
+    }
+
+    /// An answer that is final; `None`, after a moment, where it is worth while to try again.
+    pub(super) async fn over<T>(&self, answer: Result<T, VolumeError>) -> Option<Result<T, VolumeError>> {
+        match answer {
+            Err(VolumeError::Backing { source: BackingError::InUse { .. }, .. }) if self.0.elapsed() < CLOSING => {
+                tokio::time::sleep(CLOSING_STEP).await;
+                None
+            }
+            answer => Some(answer),
         }
     }
 }
