@@ -1,6 +1,7 @@
 //! A node whose file system is full, because others than zpod write to it.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -22,7 +23,8 @@ const RECORDS: u64 = 8;
 /// More than fits into the room that its pool has taken already.
 const MORE: u64 = 24_000_000;
 /// A stream of reports is given up after some silence, and that is told as abnormal after a minute.
-const SILENT: Duration = Duration::from_secs(180);
+const SILENT: Duration = Duration::from_secs(300);
+const QUIET: Duration = Duration::from_secs(30);
 
 /// A node whose backing directory is a small file system of its own.
 async fn node() -> Result<Node> {
@@ -54,6 +56,24 @@ fn hog(node: &Node) -> Result<std::path::PathBuf> {
     while std::io::Write::write_all(&mut file, &piece[..512]).is_ok() {}
     file.sync_all().ok();
     Ok(path)
+}
+
+/// Waits until nothing has been written to the volumes for half a minute.
+async fn settled(node: &Node) -> Result<()> {
+    let blocks = || -> Result<u64> {
+        let files = fs::read_dir(node.backing_dir())?;
+        files.map(|file| Ok(file?.metadata()?.blocks())).sum()
+    };
+    let begin = Instant::now();
+    let (mut last, mut since) = (blocks()?, Instant::now());
+    while since.elapsed() < QUIET && begin.elapsed() < PATIENCE {
+        sleep(Duration::from_secs(1)).await;
+        let now = blocks()?;
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+    }
+    Ok(())
 }
 
 struct World {
@@ -171,7 +191,7 @@ async fn where_qemu_stops_the_virtual_machine_its_silence_is_told_and_all_is_wri
     }
     assert_eq!(world.pod.guest_mut().state().await?, "running");
     // The tests' vsock device does not outlive a stopped machine: the next pod tells what was written.
-    sleep(Duration::from_secs(30)).await;
+    settled(&world.node).await?;
     let World { mut node, pod, volume, target, sum } = world;
     pod.kill();
     node.csi.unpublish(&volume, &target).await?;
