@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use zpod_proto::agent;
 
 use crate::PATIENCE;
@@ -274,7 +274,7 @@ impl Sandbox {
         };
         self.agent.run("ExecProcess", &request).await?;
         // kata-agent starts an exec at once; the shims send nothing more.
-        Ok(Running { agent: self.agent.clone(), container: container.into(), exec_id })
+        Ok(Running { agent: self.agent.patient(), container: container.into(), exec_id })
     }
 
     /// Runs a shell command in a container and gives what it prints.
@@ -291,7 +291,8 @@ impl Sandbox {
     /// When it fails.
     pub async fn sh_as(&mut self, container: &str, user: User, script: &str) -> Result<String> {
         let running = self.spawn(container, user, &["/bin/sh", "-c", script]).await?;
-        let output = running.finish().await.map_err(|error| self.guest.explain(error))?;
+        let output = timeout(2 * PATIENCE, running.finish()).await.with_context(|| format!("no end of {script}"));
+        let output = output.flatten().map_err(|error| self.guest.explain(error))?;
         output.ok().with_context(|| format!("in the container: {script}"))
     }
 

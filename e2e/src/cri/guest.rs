@@ -130,7 +130,6 @@ impl Machine for GuestPod {
             let sandbox = sandbox.as_mut().context("the pod was stopped")?;
             sandbox.spawn_process(id, process(&program.with_args(command))).await?
         };
-        let running = running.patient();
         let mut kill = Kill(Some(running.clone()));
         let output = running.finish().await;
         kill.0 = None;

@@ -18,7 +18,8 @@ pub struct Output {
     pub stderr: String,
 }
 
-/// A running process of a container.
+/// A running process of a container. Nothing that is asked of it has a deadline: a read that runs into one would look like
+/// the end of what it prints.
 #[derive(Debug, Clone)]
 pub struct Running {
     pub(super) agent: AgentClient,
@@ -45,12 +46,6 @@ impl Running {
         let request = agent::WaitProcessRequest { container_id: self.container.clone(), exec_id: self.exec_id.clone() };
         let answer: agent::WaitProcessResponse = self.agent.call("WaitProcess", &request).await?;
         Ok(answer.status)
-    }
-
-    /// The same process, waited for and read from without a deadline.
-    #[must_use]
-    pub fn patient(self) -> Self {
-        Self { agent: self.agent.patient(), ..self }
     }
 
     /// Reads both streams to their ends, then asks for the exit code: in the order of the shims, since kata-agent

@@ -1,9 +1,10 @@
 //! A volume that somebody else in the guest holds on to.
 
 use anyhow::{Result, ensure};
+use tokio::time::timeout;
 use zpod_e2e::csi::Publish;
 use zpod_e2e::shim::{Running, User};
-use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox};
+use zpod_e2e::{Container, Mount, Node, PATIENCE, Runtime, Sandbox};
 use zpod_volume::Bytes;
 
 const SIZE: Bytes = Bytes::mib(256);
@@ -56,7 +57,7 @@ async fn a_volume_that_another_process_holds_is_unplugged_and_resumes_when_it_is
 
     // With the holder gone, nothing is left in the kernel, and the next start is one like any other.
     holder.signal(SIGKILL).await?;
-    holder.finish().await?;
+    timeout(PATIENCE, holder.finish()).await??;
     pod.remove("app").await?;
     assert_eq!(pod.sh("bystander", POOLS).await?, "", "the pool is still imported");
     pod.run(app()).await?;
