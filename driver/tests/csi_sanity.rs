@@ -8,6 +8,8 @@
 #[path = "support/daemon.rs"]
 #[allow(dead_code)]
 mod daemon;
+#[path = "support/own_mounts.rs"]
+mod own_mounts;
 #[path = "support/xfs.rs"]
 mod xfs;
 
@@ -104,7 +106,7 @@ fn run(access_type: &str) {
 
 #[test]
 fn csi_sanity_finds_nothing_to_complain_about() {
-    xfs::in_own_mounts("file_systems");
+    own_mounts::in_own_mounts("file_systems");
 }
 
 #[test]
@@ -115,7 +117,7 @@ fn file_systems() {
 
 #[test]
 fn csi_sanity_finds_nothing_to_complain_about_with_block_devices() {
-    xfs::in_own_mounts("block_devices");
+    own_mounts::in_own_mounts("block_devices");
 }
 
 #[test]

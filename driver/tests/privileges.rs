@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "clippy allows it in test functions only, not in what they call")]
 
+#[path = "support/own_mounts.rs"]
+mod own_mounts;
+
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,42 +21,37 @@ use zpod_storage::backing::file::FileBacking;
 use zpod_storage::backing::{Backing, DeviceSpec, Outcome};
 use zpod_volume::{Bytes, Create, DiskLayout, Headroom, Provisioning, VolumeId, VolumeSpec};
 
-fn in_a_child(what: &str) {
-    let status = Command::new("unshare")
-        .args(["--mount", "--propagation", "private"])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "child", "--ignored", "--nocapture"])
-        .env("ZPOD_TEST_WHAT", what)
-        .stdin(Stdio::null())
-        .status()
-        .unwrap();
-    assert!(status.success(), "{what}: {status} (root is needed)");
+#[test]
+#[ignore = "what another test runs in a process of its own"]
+fn child_without_privileges() {
+    gone();
 }
 
 #[test]
-#[ignore = "what the other tests run in a process of its own"]
-fn child() {
-    match std::env::var("ZPOD_TEST_WHAT").unwrap().as_str() {
-        "gone" => gone(),
-        "xfs" => work("xfs"),
-        "tmpfs" => work("tmpfs"),
-        what => panic!("{what}?"),
-    }
+#[ignore = "what another test runs in a process of its own"]
+fn child_on_xfs() {
+    work("xfs");
+}
+
+#[test]
+#[ignore = "what another test runs in a process of its own"]
+fn child_on_tmpfs() {
+    work("tmpfs");
 }
 
 #[test]
 fn all_but_two_capabilities_are_gone_and_do_not_come_back() {
-    in_a_child("gone");
+    own_mounts::in_own_mounts("child_without_privileges");
 }
 
 #[test]
 fn what_is_kept_is_enough_for_images_on_xfs_placeholders_entries_and_sockets() {
-    in_a_child("xfs");
+    own_mounts::in_own_mounts("child_on_xfs");
 }
 
 #[test]
 fn what_is_kept_is_enough_for_images_on_tmpfs_placeholders_entries_and_sockets() {
-    in_a_child("tmpfs");
+    own_mounts::in_own_mounts("child_on_tmpfs");
 }
 
 fn run(command: &mut Command) {

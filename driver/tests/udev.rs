@@ -4,9 +4,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/own_mounts.rs"]
+mod own_mounts;
+
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use rustix::mount::{MountFlags, mount};
 use zpod_driver::kata::{LoopDevice, udev_rule};
@@ -37,14 +40,7 @@ fn image(dir: &Path) -> PathBuf {
 
 #[test]
 fn udev_does_not_look_into_the_devices_of_volumes() {
-    let status = Command::new("unshare")
-        .args(["--mount", "--propagation", "private"])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "child", "--ignored", "--nocapture"])
-        .stdin(Stdio::null())
-        .status()
-        .unwrap();
-    assert!(status.success(), "{status} (root is needed)");
+    own_mounts::in_own_mounts("child");
 }
 
 #[test]

@@ -1,20 +1,9 @@
-//! An XFS on a loop device, in a mount namespace of its own: mount and device are gone with it, however a test ends.
+//! An XFS on a loop device. In a mount namespace of a test's own (`own_mounts.rs`) mount and device are gone with it, however
+//! the test ends.
 
 use std::fs::File;
 use std::path::Path;
-use std::process::{Command, Stdio};
-
-/// Runs an ignored test of this file in a mount namespace of its own.
-pub(crate) fn in_own_mounts(test: &str) {
-    let status = Command::new("unshare")
-        .args(["--mount", "--propagation", "private"])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--ignored", "--nocapture"])
-        .stdin(Stdio::null())
-        .status()
-        .unwrap();
-    assert!(status.success(), "{test}: {status} (root is needed)");
-}
+use std::process::Command;
 
 /// Mounts a new XFS over a directory, on a sparse file beside it.
 pub(crate) fn mount(at: &Path, bytes: u64) {

@@ -47,12 +47,10 @@ impl Cluster {
     /// # Errors
     /// When something stays.
     pub async fn clear(&self) -> Result<()> {
-        let kinds = "statefulsets,pods,persistentvolumeclaims";
-        let snapshots = "volumesnapshots,volumegroupsnapshots";
         let namespaces = self.kubectl(&["get", "namespaces", "-o", "jsonpath={.items[*].metadata.name}"]).await?;
         let tenants = |name: &&str| !name.starts_with("kube-") && *name != NAMESPACE;
         for namespace in namespaces.split_whitespace().filter(tenants) {
-            for kinds in [kinds, snapshots] {
+            for kinds in ["statefulsets,pods,persistentvolumeclaims", "volumesnapshots,volumegroupsnapshots"] {
                 let delete = ["delete", kinds, "--all", "-n", namespace, "--wait=false", "--ignore-not-found"];
                 // There may be no snapshots in this cluster.
                 let _ = self.kubectl(&delete).await;
