@@ -68,7 +68,7 @@ pub(super) async fn create(context: &Arc<Context>, request: GroupRequest) -> Res
         let taken = if under_way {
             take_all(context, found).await
         } else {
-            // Of an attempt that was cut short: its instant is over.
+            // Of an attempt, or a removal, that was cut short: its instant is over.
             undo_all(context, found).await?;
             make(context, &request, &volumes).await
         };
@@ -88,9 +88,6 @@ pub(super) async fn create(context: &Arc<Context>, request: GroupRequest) -> Res
 
 /// Whether what exists under a name is what was asked for.
 fn check_same(found: &[Snapshot], request: &GroupRequest, volumes: &BTreeSet<VolumeId>) -> Result<(), VolumeError> {
-    if let Some(deleting) = found.iter().find(|snapshot| snapshot.phase == SnapshotPhase::Deleting) {
-        return Err(steps::deleting(deleting.id));
-    }
     let other = found.iter().find(|snapshot| {
         let group = snapshot.group.as_ref();
         !volumes.contains(&snapshot.volume) || group.is_some_and(|group| group.size != volumes.len())

@@ -175,7 +175,12 @@ async fn create(context: &Arc<Context>, request: SnapshotRequest) -> Result<Snap
 async fn record(context: &Context, request: &SnapshotRequest) -> Result<Snapshot, VolumeError> {
     let id = SnapshotId::from_name(&request.name);
     if let Some(found) = context.snapshots.get(id).await? {
-        return same(found, request);
+        let found = same(found, request)?;
+        if found.phase != SnapshotPhase::Deleting {
+            return Ok(found);
+        }
+        // Its removal was cut short, perhaps that of an attempt at it that failed: nobody else may come to end that.
+        steps::undo(context, id).await?;
     }
     let volume = context.ready(request.volume).await?;
     crash::point("snapshot: begin");
@@ -205,7 +210,7 @@ fn same(found: Snapshot, request: &SnapshotRequest) -> Result<Snapshot, VolumeEr
     } else if found.group.is_some() {
         "it was taken with a group".to_owned()
     } else {
-        return if found.phase == SnapshotPhase::Deleting { Err(steps::deleting(found.id)) } else { Ok(found) };
+        return Ok(found);
     };
     Err(VolumeError::SnapshotExists { name: request.name.clone(), id: found.id, difference })
 }
