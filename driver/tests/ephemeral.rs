@@ -101,6 +101,26 @@ async fn an_inline_volume_is_of_the_size_and_the_properties_its_pod_asks_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_inline_volume_ends_though_its_path_is_another_volumes_by_then() {
+    let node = Node::new();
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let target = node.path("pods/pod-1");
+    calls.publish_as(request(&target, &[])).await.unwrap();
+    let machine = File::open(device(&node)).unwrap();
+    assert_eq!(calls.unpublish(&handle(), &target).await.unwrap_err().code(), Code::FailedPrecondition);
+    let other = calls.create("other", 256 << 20).await.unwrap().volume_id;
+    calls.publish(&other, &target).await.unwrap();
+    drop(machine);
+    calls.unpublish(&handle(), &target).await.unwrap();
+    assert!(!device(&node).exists(), "nobody comes for it any more");
+    assert_eq!(node.entry(&target).unwrap().id.to_string(), other);
+    calls.unpublish(&other, &target).await.unwrap();
+    calls.delete(&other).await.unwrap();
+    nothing_is_left(&node, "deleted");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_can_not_be_had_inline_is_refused_and_leaves_nothing() {
     let node = Node::new();
     let daemon = node.start(None);

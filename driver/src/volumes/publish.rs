@@ -324,14 +324,14 @@ impl NodeVolumes {
     /// Whether that is also the end of the volume.
     async fn unpublish_now(&self, id: VolumeId, target: &Path) -> Result<(Outcome, bool), VolumeError> {
         let _lock = self.context.lock(id).await;
-        if self.context.published.owner(target).is_some_and(|owner| owner != id) {
-            // Another volume's path: this one is not published there, which is what was asked for.
-            return Ok((Outcome::Unchanged, false));
-        }
         let volume = self.context.catalog.get(id).await?;
         let here = |publication: &Publication| publication.target_path == target;
         let ends =
             volume.as_ref().is_some_and(|volume| volume.ephemeral && self.context.publication(volume).is_none_or(here));
+        if self.context.published.owner(target).is_some_and(|owner| owner != id) {
+            // Another volume's path: this one is not published there, which is what was asked for.
+            return Ok((Outcome::Unchanged, ends));
+        }
         crash::point("unpublish: begin");
         Ok((self.withdraw(volume, id, target).await?, ends))
     }
