@@ -21,8 +21,12 @@ use calls::Calls;
 use daemon::Node;
 use tonic::Code;
 use zpod_driver::kata::DirectVolumes;
-use zpod_driver::volumes::{Context, CreateRequest, NodeVolumes, Provision, Provisioner, PublishRequest, VolumeError};
+use zpod_driver::volumes::{
+    Context, CreateRequest, GroupRequest, NodeVolumes, Provision, Provisioner, PublishRequest, SnapshotRequest,
+    Snapshots, Snapshotter, VolumeError,
+};
 use zpod_storage::backing::sim::SimBacking;
+use zpod_storage::catalog::SnapshotPhase;
 use zpod_volume::{Bytes, Create, DiskLayout, VolumeId};
 
 const GIB: i64 = 1 << 30;
@@ -271,6 +275,54 @@ async fn a_failure_in_the_middle_keeps_no_name_and_no_pod_out() {
         }
     }
     provisioner.delete(id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_is_being_refused_stands_in_the_way_of_no_other_of_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let backing = SimBacking::new(Bytes::gib(3), 1.0);
+    let (provisioner, _node) = boot(dir.path(), &backing, "boot-1").await;
+    let request = |size| CreateRequest {
+        name: "a".into(),
+        range: zpod_driver::volumes::CapacityRange { required: Some(size), limit: Some(size) },
+        ..CreateRequest::default()
+    };
+    for round in 0..100 {
+        let (big, small) =
+            tokio::join!(provisioner.create(request(Bytes::gib(4))), provisioner.create(request(Bytes::gib(1))));
+        // The small one was there first, or there was nothing.
+        let small = small.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        assert!(matches!(big, Err(VolumeError::Exists { .. } | VolumeError::Backing { .. })), "{big:?}");
+        provisioner.delete(small.id).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_whose_removal_was_cut_short_can_be_taken_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let backing = SimBacking::new(Bytes::gib(3), 1.0);
+    let (provisioner, node) = boot(dir.path(), &backing, "boot-1").await;
+    let volume = provisioner.create(CreateRequest { name: "a".into(), ..CreateRequest::default() }).await.unwrap().id;
+    let snapshots = Snapshotter::new(node.context_shared());
+    let alone = SnapshotRequest { name: "alone".into(), volume, allow_copy: false };
+    let group = GroupRequest { name: "group".into(), volumes: vec![volume], allow_copy: false };
+    let id = snapshots.create(alone.clone()).await.unwrap().id;
+    let members = snapshots.create_group(group.clone()).await.unwrap();
+    let group_id = members[0].group.as_ref().unwrap().id;
+    for group_first in [true, false] {
+        for of_group in [group_first, !group_first] {
+            backing.fail_call(1, ErrorKind::Other);
+            let removed = if of_group { snapshots.delete_group(group_id).await } else { snapshots.delete(id).await };
+            removed.unwrap_err();
+        }
+        backing.fail_call(u64::MAX, ErrorKind::Other);
+        assert!(snapshots.list(None, None, 10).await.unwrap().snapshots.is_empty());
+        assert_eq!(snapshots.create(alone.clone()).await.unwrap().phase, SnapshotPhase::Ready);
+        assert_eq!(snapshots.create_group(group.clone()).await.unwrap()[0].phase, SnapshotPhase::Ready);
+    }
+    snapshots.delete_group(group_id).await.unwrap();
+    snapshots.delete(id).await.unwrap();
+    assert_eq!(backing.snapshots(), []);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

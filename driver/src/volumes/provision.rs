@@ -251,11 +251,9 @@ async fn create_now(context: &Arc<Context>, request: &CreateRequest) -> Result<V
         // Before anything is recorded.
         context.mirrors()?;
     }
-    if let Some(volume) = found {
-        let volume = check_same(context, volume, request)?;
-        if volume.phase == Phase::Ready {
-            return Ok(volume);
-        }
+    // One that is being made may come to nothing yet: it is compared when whoever makes it has let go of the lock.
+    if let Some(volume) = found.filter(|volume| volume.phase != Phase::Creating) {
+        return check_same(context, volume, request);
     }
     let _locks = lock_both(context, id, request.source).await?;
     let volume = record(context, request).await?;
