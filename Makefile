@@ -8,7 +8,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 export ZPOD_BIN := $(TARGET)/release/zpod
 export ZPOD_GUEST_IMAGE_DIR := $(TARGET)/guest-image
 
-.PHONY: help setup kubernetes build image demo demo-k8s test lint chart charts bench clean
+.PHONY: help setup kubernetes build image demo demo-k8s test fuzz lint chart charts bench clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
@@ -50,6 +50,9 @@ test: lint chart image ## everything: lint, chart, unit, property, csi-sanity, c
 	cargo test --no-fail-fast --locked --workspace --exclude zpod-e2e --features zpod-driver/crash-points
 	cargo build --quiet --locked -p zpod-driver -p zpod-installer -p zpod-kubectl
 	cargo test --no-fail-fast --locked -p zpod-e2e
+
+fuzz: setup ## ten minutes of CSI calls by chance, with kills and full disks; make test has half a minute of it
+	ZPOD_FUZZ_SECONDS=$${ZPOD_FUZZ_SECONDS:-600} cargo test --locked -p zpod-driver --features crash-points --test fuzz_csi -- --nocapture
 
 bench: build image kubernetes ## measure; tables on the terminal, JSON in bench-results/
 	cargo bench --locked -p zpod-e2e

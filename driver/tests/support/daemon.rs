@@ -17,6 +17,8 @@ use zpod_volume::VolumeSpec;
 /// The directories of one node. They outlive the process that works on them.
 pub(crate) struct Node {
     dir: TempDir,
+    /// How many times the space may be promised.
+    pub(crate) overprovision: f64,
 }
 
 /// A running zpod.
@@ -28,7 +30,8 @@ pub(crate) struct Daemon {
 impl Node {
     pub(crate) fn new() -> Self {
         // In memory, where nobody else's files make room come and go. Real file systems are zpod-storage's tests.
-        let node = Self { dir: tempfile::Builder::new().prefix("zpod").tempdir_in("/dev/shm").unwrap() };
+        let dir = tempfile::Builder::new().prefix("zpod").tempdir_in("/dev/shm").unwrap();
+        let node = Self { dir, overprovision: 20.0 };
         for name in ["volumes", "pods", "kata"] {
             fs::create_dir(node.path(name)).unwrap();
         }
@@ -49,7 +52,8 @@ impl Node {
         let socket = self.path("csi.sock");
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("zpod.log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_zpod"));
-        command.args(["--standalone", "--node-name", "node-1", "--overprovision", "20"]);
+        command.args(["--standalone", "--node-name", "node-1"]);
+        command.arg("--overprovision").arg(self.overprovision.to_string());
         command.arg("--endpoint").arg(&socket).arg("--admin-endpoint").arg(self.path("admin.sock"));
         for (option, name) in [
             ("--state-dir", "state"),

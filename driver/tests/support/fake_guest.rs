@@ -3,6 +3,7 @@
 #[path = "streams.rs"]
 mod streams;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -45,6 +46,8 @@ pub(crate) struct State {
     /// The key that the volumes' contents are encrypted with, and what came so far.
     pub(crate) key: Mutex<Vec<u8>>,
     pub(crate) provided: Mutex<Vec<ProvideKeyRequest>>,
+    /// Marks that were taken, of which volume and by which name.
+    pub(crate) marks: Mutex<BTreeSet<(String, String)>>,
     /// What was sent and received.
     pub(crate) passed: streams::Passed,
 }
@@ -203,12 +206,18 @@ impl Guest for Service {
         Ok(Response::new(ScrubResponse {}))
     }
 
-    async fn mark(&self, _: Request<MarkRequest>) -> Result<Response<MarkResponse>, Status> {
-        Err(Status::unimplemented(""))
+    async fn mark(&self, request: Request<MarkRequest>) -> Result<Response<MarkResponse>, Status> {
+        self.deaf().await;
+        let MarkRequest { volume_id, mark, .. } = request.into_inner();
+        self.state.marks.lock().unwrap().insert((volume_id, mark));
+        Ok(Response::new(MarkResponse {}))
     }
 
-    async fn unmark(&self, _: Request<UnmarkRequest>) -> Result<Response<UnmarkResponse>, Status> {
-        Err(Status::unimplemented(""))
+    async fn unmark(&self, request: Request<UnmarkRequest>) -> Result<Response<UnmarkResponse>, Status> {
+        self.deaf().await;
+        let UnmarkRequest { volume_id, mark, .. } = request.into_inner();
+        self.state.marks.lock().unwrap().remove(&(volume_id, mark));
+        Ok(Response::new(UnmarkResponse {}))
     }
 
     async fn provide_key(&self, request: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {
