@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
-use zpod_storage::backing::file::FileBacking;
+use zpod_storage::backing::late::LateBacking;
 use zpod_storage::backing::mirrored::Mirrored;
 use zpod_volume::Bytes;
 
@@ -67,13 +67,12 @@ impl NodeOptions {
 
     /// What there is for volumes with two devices, or why there is nothing. A second directory that can't be used keeps
     /// nobody from the other halves.
-    pub fn mirrors(&self, first: &Arc<FileBacking>) -> Result<Mirrors, String> {
+    pub fn mirrors(&self, first: &Arc<LateBacking>) -> Result<Mirrors, String> {
         let Some(dir) = &self.mirror_dir else { return Err(NO_MIRRORS.to_owned()) };
         let halves = MappedHalves::open().map_err(|error| error.to_string()).inspect_err(|error| {
             tracing::error!("no volumes with two devices: {error}");
         })?;
-        let second =
-            Mirrored::check_apart(&self.backing_dir, dir).and_then(|()| FileBacking::open(dir, self.overprovision));
+        let second = LateBacking::open_beside(&self.backing_dir, dir, self.overprovision);
         let backing = match second {
             Ok(second) => Mirrored::new(first.clone(), Arc::new(second)),
             Err(error) => {

@@ -16,7 +16,7 @@ use tokio::io::AsyncReadExt as _;
 use zpod_driver::admin::{Admin, AdminServer, Doctor, Places, Tokens};
 use zpod_driver::kata::DirectVolumes;
 use zpod_driver::volumes::{Context, NodeVolumes};
-use zpod_storage::backing::file::FileBacking;
+use zpod_storage::backing::late::LateBacking;
 use zpod_storage::catalog::dir;
 
 /// An API server that knows one token.
@@ -37,17 +37,17 @@ fn api_server() -> Client {
 async fn serve(dir: &TempDir) -> AdminServer {
     let path = |name: &str| dir.path().join(name);
     std::fs::create_dir(path("volumes")).unwrap();
-    let backing = FileBacking::open(path("volumes"), 1.0).unwrap();
+    let backing = Arc::new(LateBacking::open(path("volumes"), 1.0).unwrap());
     let places = Places {
         backing_dir: path("volumes"),
         direct_volume_dir: path("direct"),
         kata_run_dirs: vec![path("kata")],
         guest_dir: path("guest"),
     };
-    let doctor = Doctor::new(places, backing.abilities());
+    let doctor = Doctor::new(places, backing.clone());
     let (catalog, snapshots) = dir::open(path("state")).unwrap();
     let boot = Context::boot_id().unwrap();
-    let context = Context::new("n1".into(), boot, Arc::new(catalog), Arc::new(snapshots), Arc::new(backing));
+    let context = Context::new("n1".into(), boot, Arc::new(catalog), Arc::new(snapshots), backing);
     let direct = DirectVolumes::open(&path("direct")).unwrap();
     let volumes = NodeVolumes::load(context, direct).await.unwrap();
     let tokens = Tokens::new(api_server(), "zpod-system");

@@ -135,7 +135,7 @@ fn work(kind: &str) {
     drop_unneeded().unwrap();
 
     let backing = FileBacking::open(&volumes, 1.0).unwrap();
-    println!("{kind}: {}", backing.abilities());
+    println!("{kind}: {}", backing.abilities().unwrap());
     assert_eq!(backing.abilities(), before, "as much as with all capabilities");
     let id = VolumeId::from_name("a");
     let spec = |mib| DeviceSpec {

@@ -6,12 +6,13 @@ mod host;
 mod kata;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::{Api, Client};
 use zpod_admin::Check;
-use zpod_storage::backing::file::Abilities;
+use zpod_storage::backing::late::LateBacking;
 
 use crate::volumes::NodeVolumes;
 
@@ -34,7 +35,7 @@ pub struct Places {
 /// Looks at a node.
 pub struct Doctor {
     places: Places,
-    abilities: Abilities,
+    backing: Arc<LateBacking>,
     cluster: Option<(Client, Vec<String>)>,
 }
 
@@ -45,9 +46,9 @@ impl std::fmt::Debug for Doctor {
 }
 
 impl Doctor {
-    /// Looks at these places. `abilities` are what the backing directory's file system was found to be able to do.
-    pub fn new(places: Places, abilities: Abilities) -> Self {
-        Self { places, abilities, cluster: None }
+    /// Looks at these places, and at what the backing directory's file system was found to be able to do.
+    pub fn new(places: Places, backing: Arc<LateBacking>) -> Self {
+        Self { places, backing, cluster: None }
     }
 
     /// Looks for the RuntimeClasses of these handlers, too.
@@ -58,7 +59,7 @@ impl Doctor {
 
     /// Everything there is to say, in the same order each time.
     pub(super) async fn look(&self, volumes: &NodeVolumes) -> Vec<Check> {
-        let (places, abilities) = (self.places.clone(), self.abilities);
+        let (places, abilities) = (self.places.clone(), self.backing.abilities());
         let on_disk = tokio::task::spawn_blocking(move || {
             let mut checks = backing::checks(&places.backing_dir, abilities);
             checks.extend(kata::checks(&places));

@@ -68,7 +68,10 @@ pub(super) fn said_now<K: Kept>(object: &K, kind: &str) -> bool {
 pub(super) fn refusal<K: Kept>(object: &K, kind: &str, node: &str) -> VolumeError {
     match condition(object, kind) {
         Some(condition) => {
-            VolumeError::NodeRefused { no_room: condition.reason == super::reasons::NO_ROOM, reason: condition.message }
+            // Another node may have the room, or a file system that holds larger files.
+            let elsewhere = [super::reasons::NO_ROOM, super::reasons::TOO_LARGE];
+            let no_room = elsewhere.contains(&condition.reason.as_str());
+            VolumeError::NodeRefused { no_room, reason: condition.message }
         }
         None => VolumeError::NodeRefused {
             reason: format!("node {node} refused {}, and did not say why", object.name_any()),

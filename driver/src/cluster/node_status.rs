@@ -1,3 +1,4 @@
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,9 +13,9 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use zpod_kubernetes::crd::{BackingStatus, Manager, ZfsNode, ZfsNodeStatus};
 use zpod_kubernetes::{Quantity, READY};
-use zpod_volume::Bytes;
+use zpod_volume::{Bytes, Vdevs};
 
-use crate::volumes::{Context, Provisioner};
+use crate::volumes::{Context, Provisioner, Room};
 
 /// Room is looked at this often, and at once when a volume is made, grown or destroyed.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -62,14 +63,20 @@ pub async fn report_node(client: Client, reporter: NodeReporter) {
 }
 
 async fn status(context: &Context, provisioner: &Provisioner, before: Option<&ZfsNodeStatus>) -> ZfsNodeStatus {
-    let (ready, reason, message, backing) = match provisioner.capacity().await {
-        Ok((room, total)) => {
-            let backing = BackingStatus {
-                location: context.location().to_owned(),
-                total: Quantity(total),
-                available: Quantity(room.available),
-                largest: Quantity(room.largest),
-            };
+    let backing = |location: &Path, (room, total): (Room, Bytes)| BackingStatus {
+        location: location.to_owned(),
+        total: Quantity(total),
+        available: Quantity(room.available),
+        largest: Quantity(room.largest),
+    };
+    let mirrors = match context.mirror_location() {
+        // One that can't be told now has no room.
+        Some(location) => provisioner.capacity(Vdevs::Mirror2).await.ok().map(|found| backing(&location, found)),
+        None => None,
+    };
+    let (ready, reason, message, backing) = match provisioner.capacity(Vdevs::Single).await {
+        Ok(found) => {
+            let backing = backing(context.location(), found);
             ("True", "Reachable", "the devices can be reached".to_owned(), Some(backing))
         }
         Err(error) => ("False", "Unreachable", error.to_string(), None),
@@ -84,12 +91,12 @@ async fn status(context: &Context, provisioner: &Provisioner, before: Option<&Zf
         last_transition_time: since.map_or_else(|| Time(Timestamp::now()), |since| since.last_transition_time.clone()),
         observed_generation: None,
     };
-    ZfsNodeStatus { version: env!("CARGO_PKG_VERSION").into(), backing, conditions: vec![condition] }
+    ZfsNodeStatus { version: env!("CARGO_PKG_VERSION").into(), backing, mirrors, conditions: vec![condition] }
 }
 
 fn is_news(written: &ZfsNodeStatus, now: &ZfsNodeStatus) -> bool {
     let differs = |a: Quantity, b: Quantity| a.0.0.abs_diff(b.0.0) >= STEP.0;
-    let moved = match (&written.backing, &now.backing) {
+    let moved = |written: &Option<BackingStatus>, now: &Option<BackingStatus>| match (written, now) {
         (Some(a), Some(b)) => {
             differs(a.available, b.available)
                 || differs(a.largest, b.largest)
@@ -99,7 +106,10 @@ fn is_news(written: &ZfsNodeStatus, now: &ZfsNodeStatus) -> bool {
         (None, None) => false,
         _ => true,
     };
-    moved || written.conditions != now.conditions || written.version != now.version
+    moved(&written.backing, &now.backing)
+        || moved(&written.mirrors, &now.mirrors)
+        || written.conditions != now.conditions
+        || written.version != now.version
 }
 
 async fn write(

@@ -8,7 +8,7 @@ use kube::{Api, Client};
 use tokio::task::JoinHandle;
 use zpod_kubernetes::READY;
 use zpod_kubernetes::crd::ZfsNode;
-use zpod_volume::Bytes;
+use zpod_volume::{Bytes, Vdevs};
 
 use crate::volumes::Room;
 
@@ -61,12 +61,13 @@ impl Nodes {
         }
     }
 
-    /// The room on a node, or on the one that has most.
-    pub fn room(&self, node: Option<&str>) -> Room {
+    /// The room on a node, or on the one that has most, for volumes with so many devices.
+    pub fn room(&self, node: Option<&str>, vdevs: Vdevs) -> Room {
         match node {
-            Some(node) => self.store.get(&ObjectRef::new(node)).map(|node| room(&node)).unwrap_or_default(),
+            Some(node) => self.store.get(&ObjectRef::new(node)).map(|node| room(&node, vdevs)).unwrap_or_default(),
             None => {
-                self.store.state().iter().map(|node| room(node)).max_by_key(|room| room.largest).unwrap_or_default()
+                let rooms = self.store.state();
+                rooms.iter().map(|node| room(node, vdevs)).max_by_key(|room| room.largest).unwrap_or_default()
             }
         }
     }
@@ -75,7 +76,8 @@ impl Nodes {
     ///
     /// # Errors
     /// What each of them lacks.
-    pub fn choose(&self, allowed: Option<&[String]>, capacity: Bytes) -> Result<String, String> {
+    pub fn choose(&self, allowed: Option<&[String]>, capacity: Bytes, vdevs: Vdevs) -> Result<String, String> {
+        let room = |node: &ZfsNode| room(node, vdevs);
         let lacks = |name: &str| match self.store.get(&ObjectRef::new(name)) {
             None => Some(format!("{name} has no ZfsNode: zpod-node has never run there")),
             Some(node) if !is_ready(&node) => {
@@ -114,8 +116,11 @@ impl Drop for Nodes {
     }
 }
 
-fn room(node: &ZfsNode) -> Room {
-    let backing = node.status.as_ref().and_then(|status| status.backing.as_ref());
+fn room(node: &ZfsNode, vdevs: Vdevs) -> Room {
+    let backing = node.status.as_ref().and_then(|status| match vdevs {
+        Vdevs::Single => status.backing.as_ref(),
+        Vdevs::Mirror2 => status.mirrors.as_ref(),
+    });
     match backing {
         Some(backing) if is_ready(node) => Room { available: backing.available.0, largest: backing.largest.0 },
         _ => Room::default(),

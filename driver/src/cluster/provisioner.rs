@@ -11,10 +11,11 @@ use zpod_kubernetes::{CLAIM_UID, DESTROYED, EXPANDED, Kept as _, KubeCatalog, MO
 use zpod_storage::backing::Outcome;
 use zpod_storage::catalog::{Catalog as _, CatalogError, Created, Phase as RecordPhase, SnapshotPhase, Source, Volume};
 use zpod_storage::crash;
-use zpod_volume::{Bytes, VolumeAttributes, VolumeId};
+use zpod_volume::{Bytes, Vdevs, VolumeAttributes, VolumeId};
 
 use super::Nodes;
 use super::answers::{ANY_NODE, Wanted, condition, refusal, said_now, said_since, wait};
+use super::reasons::TOO_LARGE;
 use crate::volumes::{
     Bounds, CLAIM_NAME, CLAIM_NAMESPACE, CapacityRange, CreateRequest, Probe, Provision, Room, VolumeError, VolumePage,
     check_attributes, same,
@@ -131,7 +132,7 @@ impl ClusterProvisioner {
         self.nodes.listed().await.map_err(VolumeError::CutShort)?;
         let node = self
             .nodes
-            .choose(nodes.as_deref(), capacity)
+            .choose(nodes.as_deref(), capacity, request.parameters.vdevs)
             .map_err(|reason| VolumeError::NoNode { name: request.name.clone(), reason })?;
         let mut labels = request.labels.clone();
         if let Some(uid) = self.claim_uid(request).await {
@@ -221,7 +222,12 @@ impl Provision for ClusterProvisioner {
                 .await?
                 .ok_or_else(|| self.not_found(&id.to_string()))?;
             if !holds(&object, wanted) {
-                return Err(refusal(&object, EXPANDED, &volume.node));
+                let too_large = condition(&object, EXPANDED).filter(|said| said.reason == TOO_LARGE);
+                return Err(match too_large {
+                    // It can't go elsewhere.
+                    Some(said) => VolumeError::OutOfRange { reason: said.message },
+                    None => refusal(&object, EXPANDED, &volume.node),
+                });
             }
         }
         Ok(object.record()?)
@@ -274,9 +280,9 @@ impl Provision for ClusterProvisioner {
         Ok(VolumePage { volumes, next })
     }
 
-    async fn room(&self, node: Option<&str>) -> Result<Room, VolumeError> {
+    async fn room(&self, node: Option<&str>, vdevs: Vdevs) -> Result<Room, VolumeError> {
         self.nodes.listed().await.map_err(VolumeError::CutShort)?;
-        Ok(self.nodes.room(node))
+        Ok(self.nodes.room(node, vdevs))
     }
 
     fn not_found(&self, id: &str) -> VolumeError {

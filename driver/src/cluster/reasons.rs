@@ -6,6 +6,8 @@ use crate::volumes::VolumeError;
 
 /// Room is what is missing. The controller then asks another node.
 pub(super) const NO_ROOM: &str = "NoRoom";
+/// No file of the node's can be so long. The same, of a new volume; one that is there can't grow so far.
+pub(super) const TOO_LARGE: &str = "TooLarge";
 
 pub(super) fn reason(error: &VolumeError) -> &'static str {
     match error {
@@ -22,6 +24,7 @@ pub(super) fn reason(error: &VolumeError) -> &'static str {
             BackingError::InUse { .. } => "InUse",
             BackingError::CannotShare { .. } => "CannotShareBlocks",
             BackingError::Stopped => "Stopped",
+            BackingError::TooLarge { .. } => TOO_LARGE,
             _ => "DeviceFailed",
         },
         VolumeError::OutOfRange { .. } => "OutOfRange",

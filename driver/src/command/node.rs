@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use zpod_kubernetes::KubeCatalog;
 use zpod_kubernetes::crd::ZfsSnapshot;
 use zpod_kubernetes::crd::ZfsVolume;
-use zpod_storage::backing::file::FileBacking;
+use zpod_storage::backing::late::LateBacking;
 use zpod_storage::catalog::CatalogError;
 
 use super::{DoctorOptions, EndpointOptions, Failure, MetricsOptions, NodeOptions, main_of, told_to_end};
@@ -68,8 +68,8 @@ pub fn run() -> ExitCode {
 async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let (end, node) = (told_to_end()?, options.node);
     let client = zpod_kubernetes::connect().await?;
-    let backing = Arc::new(FileBacking::open(&node.backing_dir, node.overprovision)?);
-    let doctor = Doctor::new(options.doctor.places(&node), backing.abilities())
+    let backing = Arc::new(LateBacking::open(&node.backing_dir, node.overprovision)?);
+    let doctor = Doctor::new(options.doctor.places(&node), backing.clone())
         .in_cluster(client.clone(), options.runtime_handler.clone());
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     udev_rule::write(&node.udev_dir, &node.volume_dirs())?;

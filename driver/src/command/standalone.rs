@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use zpod_storage::backing::file::FileBacking;
+use zpod_storage::backing::late::LateBacking;
 use zpod_storage::catalog::dir;
 
 use super::{DoctorOptions, EndpointOptions, Failure, MetricsOptions, NodeOptions, main_of, told_to_end};
@@ -51,8 +51,8 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         return Err("give --standalone; in a cluster, zpod-controller and zpod-node are what runs".into());
     }
     let (end, node) = (told_to_end()?, options.node);
-    let backing = Arc::new(FileBacking::open(&node.backing_dir, node.overprovision)?);
-    let doctor = Doctor::new(options.doctor.places(&node), backing.abilities());
+    let backing = Arc::new(LateBacking::open(&node.backing_dir, node.overprovision)?);
+    let doctor = Doctor::new(options.doctor.places(&node), backing.clone());
     let (catalog, snapshots) = dir::open(&options.state_dir)?;
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     udev_rule::write(&node.udev_dir, &node.volume_dirs())?;
@@ -84,6 +84,11 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     );
     let snapshots = Arc::new(Snapshotter::new(context.clone()));
     let provisioner = Provisioner::new(context.clone()).telling(volumes.clone());
+    let (unmade, untaken) = (provisioner.clone(), snapshots.clone());
+    tokio::spawn(async move {
+        unmade.collect().await;
+        untaken.collect().await;
+    });
     let services = Services {
         identity: IdentityService::new(context),
         controller: Some(ControllerService::new(Arc::new(provisioner), snapshots.clone())),

@@ -129,13 +129,18 @@ impl ControllerService {
     }
 
     async fn capacity(&self, request: csi::GetCapacityRequest) -> Result<csi::GetCapacityResponse, VolumeError> {
-        parameters(&request.parameters)?;
+        let vdevs = parameters(&request.parameters)?.vdevs;
         let topology = request.accessible_topology.as_ref();
         let node = topology.and_then(request::node_of);
         let elsewhere = node.is_none() && topology.is_some_and(|topology| !topology.segments.is_empty());
         // CSI 1.12: what can be had for volumes of these capabilities; of those that can't be had at all, none.
-        let possible = request.volume_capabilities.iter().all(|wanted| capability::parse(Some(wanted)).is_ok());
-        let room = if possible && !elsewhere { self.provisioner.room(node.as_deref()).await? } else { Room::default() };
+        let possible = request.volume_capabilities.iter().all(|wanted| {
+            capability::parse(Some(wanted)).is_ok_and(|access| vdevs.is_single() || access.mode.is_filesystem())
+        });
+        let room = match possible && !elsewhere {
+            true => self.provisioner.room(node.as_deref(), vdevs).await?,
+            false => Room::default(),
+        };
         Ok(csi::GetCapacityResponse {
             available_capacity: int(room.available.0),
             maximum_volume_size: Some(int(room.largest.0)),

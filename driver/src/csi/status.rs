@@ -75,7 +75,8 @@ fn guest(error: &GuestError) -> Code {
 
 fn backing(error: &BackingError) -> Code {
     match error {
-        BackingError::NoRoom { .. } => Code::ResourceExhausted,
+        BackingError::NoRoom { .. } | BackingError::Restricted { .. } => Code::ResourceExhausted,
+        BackingError::TooLarge { .. } => Code::OutOfRange,
         BackingError::InUse { .. } => Code::FailedPrecondition,
         // The directory may be mounted in a moment. Nothing is ever made in the device's place.
         BackingError::CannotShare { .. } => Code::FailedPrecondition,
@@ -99,10 +100,16 @@ fn catalog(error: &CatalogError) -> Code {
         // CSI 1.12, ListVolumes: an invalid starting_token is ABORTED.
         CatalogError::Expired { .. } => Code::Aborted,
         CatalogError::Forbidden { .. } => Code::Internal,
+        CatalogError::Io { source, .. } if is_full(source) => Code::ResourceExhausted,
         CatalogError::Io { .. } => Code::Internal,
         #[allow(unreachable_patterns)]
         _ => Code::Internal,
     }
+}
+
+/// Nothing was written, and it can be asked for again when there is room.
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 fn kata(error: &KataError) -> Code {
@@ -183,6 +190,12 @@ mod tests {
             (backing(BackingError::Missing { id, device: "/d".into() }), Code::Unavailable),
             (backing(BackingError::CannotShare { location: s("/d") }), Code::FailedPrecondition),
             (backing(BackingError::Stopped), Code::Aborted),
+            (backing(BackingError::Restricted { location: s("/d"), reason: s("full") }), Code::ResourceExhausted),
+            (
+                backing(BackingError::TooLarge { location: s("/d"), wanted: Bytes(2), largest: Bytes(1) }),
+                Code::OutOfRange,
+            ),
+            (backing(BackingError::Gone { path: "/d".into(), reason: s("x") }), Code::Unavailable),
             (
                 backing(BackingError::SnapshotMissing { id: SnapshotId::from_name("x"), file: "/d".into() }),
                 Code::Unavailable,
@@ -196,6 +209,10 @@ mod tests {
             (CatalogError::not_found::<Volume>(id).into(), Code::NotFound),
             (CatalogError::Damaged { path: "/r".into(), reason: s("x") }.into(), Code::DataLoss),
             (CatalogError::Io { what: "open", path: "/r".into(), source: io() }.into(), Code::Internal),
+            (
+                CatalogError::Io { what: "write", path: "/r".into(), source: io::ErrorKind::StorageFull.into() }.into(),
+                Code::ResourceExhausted,
+            ),
             (CatalogError::Locked("/r".into()).into(), Code::Unavailable),
             (CatalogError::Unreadable { what: s("x"), reason: s("x") }.into(), Code::DataLoss),
             (CatalogError::Unavailable { what: "get", reason: s("x") }.into(), Code::Unavailable),

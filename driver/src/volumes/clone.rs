@@ -127,7 +127,7 @@ pub(super) async fn fill(context: &Arc<Context>, volume: Volume, source: Source)
     crash::point("copy: origin recorded");
     let spec = device_spec(&volume);
     let Prepared { source: from, partition, proof, .. } = prepared;
-    if context.with_backing(|backing| Ok(backing.shares_blocks())).await? {
+    if context.with_backing(|backing| backing.shares_blocks()).await? {
         let made = context
             .with_backing(move |backing| {
                 let made = backing.create_from(&spec, from, partition, &SHARING);
@@ -189,7 +189,7 @@ async fn prepare(context: &Context, volume: &Volume, source: Source) -> Result<P
             if snapshot.node != context.node {
                 return Err(elsewhere(volume, source, snapshot.node));
             }
-            let shares = context.with_backing(|backing| Ok(backing.shares_blocks())).await?;
+            let shares = context.with_backing(|backing| backing.shares_blocks()).await?;
             if !shares && !allow_copy && !snapshot.allow_copy {
                 let location = context.location().display().to_string();
                 return Err(context.backing_error(BackingError::CannotShare { location }));

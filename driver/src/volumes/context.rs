@@ -189,10 +189,12 @@ pub trait Probe: Send + Sync + fmt::Debug + 'static {
 #[async_trait]
 impl Probe for Context {
     async fn probe(&self) -> Result<(), String> {
-        let capacity = self.with_backing(|backing| backing.capacity()).await;
-        capacity
-            .map(drop)
-            .map_err(|error| format!("the devices at {} can't be reached: {error}", self.location().display()))
+        match self.with_backing(|backing| backing.look()).await {
+            // Another start does not mount a disk, and without one there still are publications to take back.
+            Err(VolumeError::Backing { source: BackingError::Gone { .. }, .. }) => Ok(()),
+            looked => looked,
+        }
+        .map_err(|error| format!("the devices at {} can't be reached: {error}", self.location().display()))
     }
 }
 

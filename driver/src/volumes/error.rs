@@ -414,10 +414,10 @@ pub enum VolumeError {
 impl VolumeError {
     /// Whether there is no room for what was asked for: nothing was made.
     pub fn is_no_room(&self) -> bool {
-        matches!(
-            self,
-            Self::Backing { source: BackingError::NoRoom { .. }, .. } | Self::NodeRefused { no_room: true, .. }
-        )
+        match self {
+            Self::Backing { source, .. } => source.is_no_room(),
+            error => matches!(error, Self::NodeRefused { no_room: true, .. }),
+        }
     }
 
     /// Whether asking again, as things are, can't help: nothing was made, and nothing is being made.
@@ -432,7 +432,7 @@ impl VolumeError {
             | Self::NoCopyWhileRunning { .. }
             | Self::MarkLost { .. }
             | Self::NoMirrors { .. }
-            | Self::Backing { source: BackingError::CannotShare { .. }, .. } => true,
+            | Self::Backing { source: BackingError::CannotShare { .. } | BackingError::TooLarge { .. }, .. } => true,
             Self::GroupMember { source, .. } => source.is_refusal(),
             error => error.is_no_room(),
         }

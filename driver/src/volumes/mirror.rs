@@ -78,6 +78,28 @@ pub(super) fn check_copied(volume: &Volume) -> Result<(), VolumeError> {
 }
 
 impl Context {
+    /// For a person: where mirrors are, where there can be any.
+    pub(crate) fn mirror_location(&self) -> Option<PathBuf> {
+        self.mirrors.as_ref().ok().map(|mirrors| mirrors.backing.location().to_owned())
+    }
+
+    /// Whether nothing of a volume's device was ever made, as far as can be seen. Not so while that can't be seen.
+    pub(super) async fn is_unmade(&self, volume: &Volume) -> Result<bool, VolumeError> {
+        let (id, missing) = (volume.id, |found: Result<PathBuf, BackingError>| match found {
+            Err(BackingError::Missing { .. }) => Ok(true),
+            found => found.map(|_| false),
+        });
+        match &self.mirrors {
+            Ok(mirrors) if volume.is_mirrored() => {
+                let backing = mirrors.backing.clone();
+                let looked = blocking(move || Ok(Half::BOTH.map(|half| missing(backing.image(id, half))))).await?;
+                let [first, second] = looked.map(|half| half.map_err(|source| self.backing_error(source)));
+                Ok(first? && second?)
+            }
+            _ => self.with_backing(move |backing| missing(backing.device(id))).await,
+        }
+    }
+
     /// What there is for volumes with two devices.
     pub(super) fn mirrors(&self) -> Result<&Mirrors, VolumeError> {
         self.mirrors

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use zpod_storage::backing::{BackingError, CopySource, Outcome};
 use zpod_storage::catalog::{Condition, Created, Phase, Source, Volume};
 use zpod_storage::crash;
-use zpod_volume::{Bytes, DiskLayout, VolumeAttributes, VolumeId, VolumeMode, VolumeParameters};
+use zpod_volume::{Bytes, DiskLayout, Vdevs, VolumeAttributes, VolumeId, VolumeMode, VolumeParameters};
 
 use super::context::{deleting, device_spec, to_the_end};
 use super::copies::Target;
@@ -22,6 +22,8 @@ use crate::kata::Removal;
 /// The topology key: the node whose backing store holds a volume.
 pub const TOPOLOGY_KEY: &str = "csi.zpod.storage/node";
 
+/// Records are looked through this many at a time.
+const SCAN: usize = 256;
 /// How long CreateVolume waits for a full copy before it says how far that is.
 const COPY_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -65,11 +67,11 @@ pub trait Provision: Send + Sync + fmt::Debug + 'static {
     /// When the catalog can't be read, or the token is none of ours.
     async fn list(&self, from: Option<String>, limit: usize) -> Result<VolumePage, VolumeError>;
 
-    /// Room for new volumes, on one node or on that where it is largest.
+    /// Room for new volumes with so many devices, on one node or on that where it is largest.
     ///
     /// # Errors
     /// When that can't be told.
-    async fn room(&self, node: Option<&str>) -> Result<Room, VolumeError>;
+    async fn room(&self, node: Option<&str>, vdevs: Vdevs) -> Result<Room, VolumeError>;
 
     /// The error for an id that nothing here has.
     fn not_found(&self, id: &str) -> VolumeError;
@@ -135,6 +137,13 @@ impl Provisioner {
         Self { node: Some(node), ..self }
     }
 
+    /// Clears away what creations have left that were cut short, where nobody but this process makes volumes.
+    pub async fn collect(&self) {
+        if let Err(error) = collect(&self.context, self).await {
+            tracing::warn!("creations that were cut short are left as they are: {error}");
+        }
+    }
+
     /// Makes the device of a volume that is recorded and has none yet, from its source where it has one. One that is
     /// there already is the answer too.
     ///
@@ -156,12 +165,12 @@ impl Provisioner {
         .await
     }
 
-    /// Room on this node, and what its volumes may take together.
+    /// Room on this node for volumes with so many devices, and what its volumes may take together.
     ///
     /// # Errors
-    /// When the provider can't tell.
-    pub async fn capacity(&self) -> Result<(Room, Bytes), VolumeError> {
-        let capacity = self.context.with_backing(|backing| backing.capacity()).await?;
+    /// When the provider can't tell, and for mirrors where there can be none.
+    pub async fn capacity(&self, vdevs: Vdevs) -> Result<(Room, Bytes), VolumeError> {
+        let capacity = self.context.with_devices(!vdevs.is_single(), |backing| backing.capacity()).await?;
         let usable = |partition| {
             let capacity = DiskLayout::capacity_for(partition).min(DiskLayout::MAX_CAPACITY);
             if capacity < DiskLayout::MIN_CAPACITY { Bytes(0) } else { capacity }
@@ -213,11 +222,17 @@ impl Provision for Provisioner {
         Ok(VolumePage { volumes: page.records, next: page.next.map(|id| id.to_string()) })
     }
 
-    async fn room(&self, node: Option<&str>) -> Result<Room, VolumeError> {
+    async fn room(&self, node: Option<&str>, vdevs: Vdevs) -> Result<Room, VolumeError> {
         if node.is_some_and(|node| node != self.context.node) {
             return Ok(Room::default());
         }
-        Ok(self.capacity().await?.0)
+        match self.capacity(vdevs).await {
+            // There is none for what can't be had, and none while the disk is not there.
+            Err(VolumeError::NoMirrors { .. } | VolumeError::Backing { source: BackingError::Gone { .. }, .. }) => {
+                Ok(Room::default())
+            }
+            capacity => Ok(capacity?.0),
+        }
     }
 
     fn not_found(&self, id: &str) -> VolumeError {
@@ -263,20 +278,67 @@ async fn create_now(context: &Arc<Context>, request: &CreateRequest) -> Result<V
     crash::point("create: recorded");
     let source = volume.source;
     let made = make(context, volume).await;
-    if let Err(error) = &made
-        && (error.is_no_room() || source.is_some() && !error.is_under_way())
-        && !clone::has_device(context, id).await?
-    {
-        // Nothing was made, and nothing will be: the name is free again, here and on other nodes.
-        context.catalog.remove(id).await?;
+    if made.as_ref().is_err_and(|error| !error.is_under_way()) {
+        discard_unmade(context, id, source).await;
     }
     made
+}
+
+/// Removes the record of a volume of which nothing was made: its name is free again, for another class and on other
+/// nodes. Under its lock, so that nobody is about to make it. Says whether there is no such record now.
+async fn discard_unmade(context: &Context, id: VolumeId, source: Option<Source>) -> bool {
+    let discarded = async {
+        let Some(volume) = context.catalog.get(id).await? else { return Ok(true) };
+        let begun = volume.phase != Phase::Creating || context.copies.is_known(Target::Volume(id));
+        if begun || !context.is_unmade(&volume).await? {
+            return Ok(false);
+        }
+        if let Some(source) = source {
+            clone::unmark_source(context, source, id).await;
+        }
+        context.catalog.remove(id).await?;
+        Ok::<_, VolumeError>(true)
+    };
+    discarded.await.unwrap_or_else(|error| {
+        tracing::warn!(volume = %id, "the record of a volume that was not made stays until it is asked for again: {error}");
+        false
+    })
+}
+
+/// What creations have left that were cut short: records of which there is nothing go, and a device that is whole becomes
+/// the volume it was to be, so that it is listed and can be deleted.
+async fn collect(context: &Arc<Context>, provisioner: &Provisioner) -> Result<(), VolumeError> {
+    let mut from = None;
+    loop {
+        let page = context.catalog.list(from, SCAN).await?;
+        for Volume { id, source, .. } in page.records.into_iter().filter(|v| v.phase == Phase::Creating && !v.ephemeral)
+        {
+            let gone = {
+                let _locks = lock_both(context, id, source).await?;
+                discard_unmade(context, id, source).await
+            };
+            let finished = if gone { Ok(()) } else { provisioner.finish(id).await.map(drop) };
+            match finished {
+                Ok(()) => tracing::info!(volume = %id, gone, "a creation that was cut short is over"),
+                Err(error) => tracing::warn!(volume = %id, "a creation that was cut short is left as it is: {error}"),
+            }
+        }
+        match page.next {
+            Some(next) => from = Some(next),
+            None => return Ok(()),
+        }
+    }
 }
 
 /// The record of a volume that is wanted, as it was found or as it is now made.
 async fn record(context: &Context, request: &CreateRequest) -> Result<Volume, VolumeError> {
     if let Some(volume) = context.catalog.get(VolumeId::from_name(&request.name)).await? {
-        return check_same(context, volume, request);
+        let (id, source, phase) = (volume.id, volume.source, volume.phase);
+        match check_same(context, volume, request) {
+            Err(VolumeError::Exists { .. })
+                if phase == Phase::Creating && discard_unmade(context, id, source).await => {}
+            same => return same,
+        }
     }
     let capacity = match request.source {
         None => request.range.choose()?,
@@ -315,6 +377,13 @@ async fn lock_both(context: &Context, id: VolumeId, source: Option<Source>) -> R
 
 /// Makes the device of a recorded volume. Under its lock, and that of its source.
 async fn make(context: &Arc<Context>, volume: Volume) -> Result<Volume, VolumeError> {
+    let largest = context.with_device(&volume, |backing| backing.largest_disk()).await?;
+    let volume = volume.within(largest);
+    if let Some(limit) = volume.disk_limit {
+        let (id, headroom) = (volume.id, volume.parameters.headroom);
+        tracing::info!(volume = %id, %headroom, disk = %limit, "the file system holds no larger disk: less headroom than \
+            was asked for");
+    }
     let volume = match volume.source {
         Some(source) => clone::fill(context, volume, source).await?,
         None => {

@@ -9,6 +9,7 @@
 mod conformance;
 pub mod file;
 mod kept;
+pub mod late;
 mod ledger;
 pub mod mirrored;
 mod overhead;
@@ -113,7 +114,22 @@ pub trait Backing: Send + Sync + fmt::Debug {
     fn ever_written(&self, spec: &DeviceSpec) -> Result<bool, BackingError>;
 
     /// Whether copies share blocks with what they are of: made at once, and taking no space until one of them changes.
-    fn shares_blocks(&self) -> bool;
+    ///
+    /// # Errors
+    /// [`BackingError::Restricted`] while that is not known.
+    fn shares_blocks(&self) -> Result<bool, BackingError>;
+
+    /// The largest disk there can be, whatever room there is.
+    ///
+    /// # Errors
+    /// [`BackingError::Restricted`] while that is not known.
+    fn largest_disk(&self) -> Result<Bytes, BackingError>;
+
+    /// Whether the place of the devices answers. Costs the same whatever is there.
+    ///
+    /// # Errors
+    /// When it does not.
+    fn look(&self) -> Result<(), BackingError>;
 
     /// Keeps a copy of a device's partition table and partition, as they are at this instant. The caller has seen to it
     /// that they are whole: nobody has the device open, or its guest has marked the instant and written everything out.
@@ -185,8 +201,35 @@ pub enum BackingError {
         /// What is left.
         available: Bytes,
     },
-    /// The place of one half of every mirror can't be used.
-    #[error("the directory of the second halves of mirrors, {path}, can't be used: {reason}")]
+    /// No file there can be so long.
+    #[error(
+        "capacity: the volume's disk would have {wanted}, and the file system of {location} holds no file longer than \
+         {largest}: ask for less, or put the backing directory on XFS or btrfs"
+    )]
+    TooLarge {
+        /// Directory.
+        location: String,
+        /// What was asked for.
+        wanted: Bytes,
+        /// What there can be.
+        largest: Bytes,
+    },
+    /// Nothing new can be made there now. What there is can be used, unpublished and removed.
+    #[error(
+        "nothing new can be made at {location} now ({reason}): delete volumes or snapshots there, free space otherwise, or \
+         see why the file system is read-only; it goes on by itself then"
+    )]
+    Restricted {
+        /// Directory.
+        location: String,
+        /// Why.
+        reason: String,
+    },
+    /// The place of the devices, or of one half of every mirror, can't be used.
+    #[error(
+        "the directory of devices {path} can't be used: {reason}; mount the disk that belongs there (nothing is made in its \
+         place), it is used as soon as it is there"
+    )]
     Gone {
         /// The directory.
         path: PathBuf,
@@ -280,6 +323,11 @@ pub enum BackingError {
 const DEAD: [i32; 6] = [libc::EIO, libc::ENXIO, libc::ENODEV, libc::EUCLEAN, libc::ENODATA, libc::EROFS];
 
 impl BackingError {
+    /// Whether there is no room now for what was asked for: nothing was made.
+    pub fn is_no_room(&self) -> bool {
+        matches!(self, Self::NoRoom { .. } | Self::Restricted { .. })
+    }
+
     /// Whether the device is not there, or its disk is dead: asking again, as things are, won't help.
     pub fn is_lost(&self) -> bool {
         match self {

@@ -95,6 +95,9 @@ pub struct Volume {
     /// start without it, and taken back when a guest says that both have everything. It is never used alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub behind: Option<Half>,
+    /// The largest disk that its place can have, where its headroom asks for a larger one: the disk is so large then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_limit: Option<Bytes>,
     /// Counts the changes of this record. Zero until it is stored.
     pub revision: u64,
 }
@@ -158,6 +161,7 @@ impl Volume {
             origin: None,
             ephemeral: false,
             behind: None,
+            disk_limit: None,
             revision: 0,
         }
     }
@@ -176,11 +180,19 @@ impl Volume {
         !self.parameters.vdevs.is_single()
     }
 
-    /// The layout of its disk now, of a mirror that of each half. The disk is as large as it was made, or as a growth beyond the headroom asked for.
+    /// The layout of its disk now, of a mirror that of each half. The disk is as large as it was made, or as a growth
+    /// beyond the headroom asked for.
     pub fn layout(&self) -> DiskLayout {
-        let made = DiskLayout::new(self.initial_capacity, self.parameters.headroom);
+        let made = DiskLayout::new(self.initial_capacity, self.parameters.headroom).disk;
+        let made = self.disk_limit.map_or(made, |limit| made.min(limit));
         let now = DiskLayout::new(self.capacity, Headroom::NONE);
-        DiskLayout { disk: made.disk.max(now.disk), ..now }
+        DiskLayout { disk: made.max(now.disk), ..now }
+    }
+
+    /// The same in a place that has no disk larger than that: there is as much headroom as there can be.
+    #[must_use]
+    pub fn within(self, largest: Bytes) -> Self {
+        if self.layout().disk > largest { Self { disk_limit: Some(largest), ..self } } else { self }
     }
 }
 

@@ -166,9 +166,9 @@ fn facts(kind: &'static str, reflink: bool) {
     let mount = Mount::new(kind, 1024);
     let open = || FileBacking::open(&mount.at, 1.0).unwrap();
     let backing = open();
-    assert_eq!(backing.abilities().reflink, reflink);
-    assert_eq!(backing.abilities().fencing, Fencing::Lease);
-    assert_eq!(backing.abilities().nocow, kind == "btrfs");
+    assert_eq!(backing.abilities().unwrap().reflink, reflink);
+    assert_eq!(backing.abilities().unwrap().fencing, Fencing::Lease);
+    assert_eq!(backing.abilities().unwrap().nocow, kind == "btrfs");
     let (thin, thick) = (spec("thin", 64, 514, Provisioning::Thin), spec("thick", 64, 514, Provisioning::Thick));
 
     for spec in [thin, thick] {

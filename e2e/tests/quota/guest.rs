@@ -97,7 +97,7 @@ fn open() -> FileBacking {
 
 fn limited() -> FileBacking {
     let backing = open();
-    assert!(backing.abilities().quota);
+    assert!(backing.abilities().unwrap().quota);
     backing
 }
 
@@ -338,7 +338,7 @@ fn shared_blocks() {
 
 fn rewrite_what_is_shared(scattered: bool) {
     let backing = limited();
-    assert!(backing.shares_blocks());
+    assert!(backing.shares_blocks().unwrap());
     // Scattered, a volume that has less room to rewrite in than it shares is slow: see below.
     let size = if scattered { 60 } else { 96 };
     let (spec, id) = (thin("a", size), SnapshotId::from_name("s"));
@@ -463,7 +463,7 @@ fn unlimited() {
     {
         let _mounted = Mounted::new(XFS, "noquota");
         let backing = open();
-        assert!(!backing.abilities().quota);
+        assert!(!backing.abilities().unwrap().quota);
         backing.create(&a).unwrap();
         backing.create(&b).unwrap();
         assert_eq!(guest_writes(&backing, a.id, MIB, 230 * MIB), None, "nothing stops it");
@@ -489,7 +489,7 @@ fn unlimited() {
 
 fn only_counted() {
     let _mounted = Mounted::new(XFS, "pqnoenforce");
-    assert!(!open().abilities().quota);
+    assert!(!open().abilities().unwrap().quota);
 }
 
 fn handed_down() {
@@ -498,7 +498,7 @@ fn handed_down() {
     fs::create_dir(&dir).unwrap();
     assert!(Command::new(CHATTR).args(["+P", &dir]).status().unwrap().success());
     let backing = FileBacking::open(&dir, 1.0).unwrap();
-    assert!(!backing.abilities().quota);
+    assert!(!backing.abilities().unwrap().quota);
     let spec = thin("a", 16);
     backing.create(&spec).unwrap();
     guest_fills(&backing, &spec);
@@ -511,7 +511,7 @@ fn handed_down() {
     assert_eq!(limits().len(), 1);
     assert!(Command::new(CHATTR).args(["+P", &dir]).status().unwrap().success());
     let backing = FileBacking::open(&dir, 1.0).unwrap();
-    assert!(!backing.abilities().quota);
+    assert!(!backing.abilities().unwrap().quota);
     backing.grow(&thin("a", 32)).unwrap();
     guest_fills(&backing, &thin("a", 32));
     backing.destroy(spec.id).unwrap();
@@ -520,7 +520,7 @@ fn handed_down() {
 fn ext4() {
     let _mounted = Mounted::new(EXT4, "prjquota");
     let backing = open();
-    assert!(!backing.abilities().quota, "or root is held to it by now: tell the docs");
+    assert!(!backing.abilities().unwrap().quota, "or root is held to it by now: tell the docs");
     let spec = thin("a", 16);
     backing.create(&spec).unwrap();
     assert_eq!(guest_writes(&backing, spec.id, MIB, 50 * MIB), None);

@@ -66,6 +66,9 @@ pub struct ZfsNodeStatus {
     /// Where the devices are, and what room there is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<BackingStatus>,
+    /// The same for volumes with two devices (`vdevs: mirror-2`), where there can be any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirrors: Option<BackingStatus>,
     /// `Ready`: whether the devices can be reached.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "super::conditions")]

@@ -219,6 +219,9 @@ pub struct ZfsVolumeStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub behind: Option<Half>,
+    /// The largest disk that the node's file system can hold, where the headroom asks for a larger one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_limit: Option<Quantity>,
     /// The attributes that the node has taken over: set in the running guest, or to be set at its next start.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub attributes: BTreeMap<String, String>,

@@ -173,6 +173,7 @@ fn volume_of(object: &ZfsVolume) -> Result<Volume, CatalogError> {
         origin: origin.transpose()?,
         ephemeral: spec.ephemeral,
         behind: status.behind,
+        disk_limit: status.disk_limit.map(|limit| limit.0),
         revision: u64::try_from(status.revision).map_err(|_| unreadable("status.revision is negative"))?,
     })
 }
@@ -228,6 +229,7 @@ fn node_status(object: &ZfsVolume, volume: &Volume) -> ZfsVolumeStatus {
         publication: volume.publication.as_ref().map(publication_status),
         origin: volume.origin.as_ref().map(origin_status),
         behind: volume.behind,
+        disk_limit: volume.disk_limit.map(Quantity),
         attributes: volume.attributes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         observed_generation: generation,
         revision: i64::try_from(volume.revision).unwrap_or(i64::MAX - 1) + 1,
@@ -286,6 +288,7 @@ mod tests {
             }),
             ephemeral: false,
             behind: Some(Half::Second),
+            disk_limit: Some(Bytes::gib(16)),
             revision: 4,
         }
     }

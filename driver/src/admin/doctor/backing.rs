@@ -23,7 +23,7 @@ const KNOWN: [(u64, &str); 8] = [
     (0xF2F5_2010, "F2FS"),
 ];
 
-pub(super) fn checks(dir: &Path, abilities: Abilities) -> Vec<Check> {
+pub(super) fn checks(dir: &Path, abilities: Option<Abilities>) -> Vec<Check> {
     let name = "backing-directory";
     let stat = match rustix::fs::statfs(dir) {
         Ok(stat) => stat,
@@ -46,6 +46,14 @@ pub(super) fn checks(dir: &Path, abilities: Abilities) -> Vec<Check> {
         }
         _ => Check::ok(name, format!("{} is on {kind}", dir.display())),
     }];
+    let Some(abilities) = abilities else {
+        checks.push(Check::fail(
+            "backing-usable",
+            format!("what the file system of {} can do can't be tried out: nothing new is made there", dir.display()),
+            "free space or inodes, or see why it is read-only (dmesg); zpod goes on by itself then",
+        ));
+        return checks;
+    };
     checks.push(match abilities.reflink {
         true => Check::ok("backing-reflink", "files share blocks: snapshots and clones take no time and no space"),
         false => Check::warn(
@@ -93,7 +101,7 @@ pub(super) fn checks(dir: &Path, abilities: Abilities) -> Vec<Check> {
 pub(super) async fn room(volumes: &NodeVolumes) -> Vec<Check> {
     let name = "backing-room";
     let provisioner = Provisioner::new(volumes.context_shared());
-    vec![match provisioner.capacity().await {
+    vec![match provisioner.capacity(zpod_volume::Vdevs::Single).await {
         Ok((room, total)) => {
             let message = format!("{} of {} can still be promised to new volumes", mib(room.available), mib(total));
             match room.available.0.saturating_mul(100) < total.0.saturating_mul(LOW) {
@@ -130,6 +138,8 @@ mod tests {
         assert_eq!((found[0].level, found[0].name.as_str()), (Level::Warn, "backing-directory"));
         assert!(found[0].message.contains("tmpfs"), "{found:?}");
         assert_eq!(found.len(), 5);
+        let untried = checks(dir.path(), None);
+        assert_eq!((untried[1].level, untried[1].name.as_str()), (Level::Fail, "backing-usable"));
         let missing = checks(&dir.path().join("missing"), abilities);
         assert_eq!(missing.len(), 1);
         assert_eq!(missing[0].level, Level::Fail);

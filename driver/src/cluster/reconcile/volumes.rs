@@ -9,6 +9,7 @@ use kube::runtime::controller::Action;
 use tokio::sync::Notify;
 use zpod_kubernetes::crd::{Phase, ZfsVolume};
 use zpod_kubernetes::{EXPANDED, KubeCatalog, MODIFIED, READY, Remark};
+use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::CatalogError;
 use zpod_volume::{Bytes, VolumeAttributes, VolumeId};
 
@@ -123,7 +124,14 @@ impl Volumes {
         self.changed.notify_one();
         let Err(error) = grown else { return Ok(None) };
         say(&self.catalog, id, None, EXPANDED, reason(&error), error.to_string()).await?;
-        if error.is_no_room() { Ok(Some(RETRY_NO_ROOM)) } else { Err(error) }
+        match error {
+            error if error.is_no_room() => Ok(Some(RETRY_NO_ROOM)),
+            // Nothing but another size helps.
+            VolumeError::OutOfRange { .. } | VolumeError::Backing { source: BackingError::TooLarge { .. }, .. } => {
+                Ok(None)
+            }
+            error => Err(error),
+        }
     }
 
     async fn modify(&self, object: &ZfsVolume, id: VolumeId) -> Result<(), VolumeError> {

@@ -65,6 +65,15 @@ impl Snapshotter {
         self.context.copies.progress(Target::Snapshot(id))
     }
 
+    /// Clears away what snapshots have left that were cut short, where nobody but this process takes any: one whose copy
+    /// is whole becomes the snapshot it was to be, all else goes.
+    pub async fn collect(&self) {
+        let context = self.context.clone();
+        if let Err(error) = to_the_end(async move { collect(&context).await }).await {
+            tracing::warn!("snapshots that were cut short are left as they are: {error}");
+        }
+    }
+
     /// Removes a snapshot and its record, whatever there is of it; those of groups too.
     ///
     /// # Errors
@@ -152,6 +161,7 @@ fn is_shown(snapshot: &Snapshot) -> bool {
 
 async fn create(context: &Arc<Context>, request: SnapshotRequest) -> Result<Snapshot, VolumeError> {
     let id = SnapshotId::from_name(&request.name);
+    discard_other(context, &request).await?;
     {
         let _lock = context.lock(request.volume).await;
         let snapshot = record(context, &request).await?;
@@ -199,6 +209,63 @@ async fn record(context: &Context, request: &SnapshotRequest) -> Result<Snapshot
         Created::Created(snapshot) => Ok(snapshot),
         Created::Existed(snapshot) => same(snapshot, request),
     }
+}
+
+async fn collect(context: &Arc<Context>) -> Result<(), VolumeError> {
+    let mut from = None;
+    loop {
+        let page = context.snapshots.list(from, SCAN).await?;
+        // A group is all or nothing: what is left of one waits for the group to be asked for, or deleted, again.
+        let left = |snapshot: &Snapshot| match snapshot.phase {
+            SnapshotPhase::Ready => false,
+            SnapshotPhase::Deleting => true,
+            _ => snapshot.group.is_none(),
+        };
+        for found in page.records.into_iter().filter(left) {
+            let (id, _lock) = (found.id, context.lock(found.volume).await);
+            let ended = match context.snapshots.get(id).await? {
+                Some(snapshot) => end(context, snapshot).await,
+                None => continue,
+            };
+            match ended {
+                Ok(()) => tracing::info!(snapshot = %id, "a snapshot that was cut short is over"),
+                Err(error) => tracing::warn!(snapshot = %id, "a snapshot that was cut short is left as it is: {error}"),
+            }
+        }
+        match page.next {
+            Some(next) => from = Some(next),
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Removes what a failed snapshot of another volume has left under that name: nothing was taken, and its name is free.
+async fn discard_other(context: &Arc<Context>, request: &SnapshotRequest) -> Result<(), VolumeError> {
+    let id = SnapshotId::from_name(&request.name);
+    let Some(found) = context.snapshots.get(id).await?.filter(|found| found.volume != request.volume) else {
+        return Ok(());
+    };
+    let _lock = context.lock(found.volume).await;
+    let Some(found) = context.snapshots.get(id).await? else { return Ok(()) };
+    let begun = match found.phase {
+        SnapshotPhase::Wanted | SnapshotPhase::Copying if found.name == request.name && found.group.is_none() => {
+            context.copies.is_known(Target::Snapshot(id)) || steps::is_there(context, id).await?
+        }
+        _ => true,
+    };
+    if begun { Ok(()) } else { steps::undo(context, id).await.map(drop) }
+}
+
+/// Ends a snapshot that nobody is at work on, one way or the other. Under the lock of its volume.
+async fn end(context: &Arc<Context>, snapshot: Snapshot) -> Result<(), VolumeError> {
+    let id = snapshot.id;
+    if snapshot.phase == SnapshotPhase::Ready || context.copies.is_known(Target::Snapshot(id)) {
+        return Ok(());
+    }
+    if snapshot.phase == SnapshotPhase::Copying && steps::is_there(context, id).await? {
+        return steps::take(context, snapshot).await.map(drop);
+    }
+    steps::undo(context, id).await.map(drop)
 }
 
 /// Whether what exists under a name is what was asked for.

@@ -75,7 +75,7 @@ pub(in crate::volumes) async fn mark_volume(
 ) -> Result<Option<Heard>, VolumeError> {
     let id = volume.id;
     check_copied(volume)?;
-    let shares = context.with_backing(|backing| Ok(backing.shares_blocks())).await?;
+    let shares = context.with_backing(|backing| backing.shares_blocks()).await?;
     if !shares && !allow_copy {
         let location = context.location().display().to_string();
         return Err(context.backing_error(BackingError::CannotShare { location }));
@@ -152,7 +152,7 @@ async fn copy(context: &Arc<Context>, snapshot: Snapshot) -> Result<Snapshot, Vo
         Some(_) => None,
         None => Some(context.with_backing(move |backing| backing.exclusive(source)).await?),
     };
-    if context.with_backing(|backing| Ok(backing.shares_blocks())).await? {
+    if context.with_backing(|backing| backing.shares_blocks()).await? {
         context
             .with_backing(move |backing| {
                 let copied = backing.snapshot(id, &spec, &SHARING);

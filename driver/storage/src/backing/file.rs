@@ -13,6 +13,9 @@
 //!
 //! That nobody has an image open is known from the kernel by a write lease, see [`Fencing`].
 //!
+//! A file system that is full or read-only keeps nobody from unpublishing and destroying: see [`trial`]. What takes time
+//! that tenants decide on is done beside the calls: see [`sharing`] and [`FileBacking::keep_up`].
+//!
 //! # Limitations
 //! * A guest can write anywhere on its disk, past its partition too. On XFS mounted with `prjquota` each image has a
 //!   limit that stops that ([`projects`]; [`Abilities::quota`] says whether it holds). Elsewhere room is lost to the
@@ -30,28 +33,39 @@ mod copies;
 mod extents;
 mod fcntl;
 mod image;
+mod openings;
 mod projects;
 mod proof;
 mod quotactl;
+mod room;
 mod sharing;
+mod trial;
+mod upkeep;
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, Stat};
 use zpod_volume::{Bytes, DiskLayout, VolumeId};
 
+use self::abilities::Names;
+pub(crate) use self::abilities::is_nocow;
 pub use self::abilities::{Abilities, Fencing};
+pub(crate) use self::image::disable_cow;
+use self::openings::Openings;
 use self::projects::Projects;
 use self::proof::Held;
-use self::sharing::Looked;
+use self::sharing::Sharing;
+use self::trial::Trial;
+use self::upkeep::Freed;
 use super::kept::Kept;
-use super::ledger::{Ledger, Promise, Promised};
+use super::ledger::{Ledger, Promise};
 use super::overhead::Overhead;
 use super::{BackingError, DeviceSpec};
 use crate::directory::{self, Directory};
@@ -59,7 +73,7 @@ use crate::directory::{self, Directory};
 /// What `stat` counts blocks in, whatever the file system's own blocks are.
 const STAT_BLOCK: u64 = 512;
 
-/// A refusal is given only on a measurement not older than this.
+/// A refusal is given only on figures not older than this.
 const REFUSAL_AGE: Duration = Duration::from_secs(1);
 /// And a figure of the room there is only on one not older than this.
 const FIGURE_AGE: Duration = Duration::from_secs(5);
@@ -70,18 +84,21 @@ const LOOK_AGE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct FileBacking {
     directory: Directory,
-    abilities: Abilities,
-    /// Where the file system keeps limits.
-    projects: Option<Projects>,
+    /// What the file system was found to be able to do.
+    trial: Trial,
     /// What the file system may take to keep track of a volume, whether or not that is kept for it.
     overhead: Overhead,
     ledger: Mutex<Ledger>,
     /// When the ledger was last measured. Held while measuring, so that one does it for all.
     measured: Mutex<Instant>,
-    /// When was last looked at who shares what. Held while looking.
-    looked: Mutex<Looked>,
-    /// Held by who has an image open for a look, and by who wants a lease on one: neither shall meet the other.
-    opening: Mutex<()>,
+    /// Who shares what. Held for a step of looking, and by nobody but who looks.
+    sharing: Mutex<Sharing>,
+    /// Which images are open for a look, or about to be leased.
+    openings: Openings,
+    /// What was removed, and may still count.
+    freed: Arc<Freed>,
+    /// How many calls that are to be refused look for room.
+    looking_for_room: AtomicUsize,
     /// Images that the callers have proofs for.
     held: Mutex<HashMap<VolumeId, Weak<Held>>>,
 }
@@ -92,7 +109,7 @@ impl FileBacking {
     ///
     /// # Errors
     /// When the directory is not there (it is not made: the mount that should be there may be missing), another process
-    /// has it, or its file system lacks something.
+    /// has it, or its file system lacks something. One that is full or read-only is opened all the same.
     pub fn open(dir: impl AsRef<Path>, overprovision: f64) -> Result<Self, BackingError> {
         let dir = dir.as_ref();
         let fail = |what, source| BackingError::Io { what, path: dir.to_owned(), source };
@@ -105,34 +122,26 @@ impl FileBacking {
             let why = "another zpod process has it; only one may run on it";
             return Err(fail("lock the backing directory", io::Error::new(io::ErrorKind::ResourceBusy, why)));
         }
-        let mut abilities = Abilities::probe(&directory).map_err(|error| fail("try out the file system of", error))?;
-        let projects = Projects::probe(&directory).inspect_err(|error| {
-            tracing::info!(directory = %dir.display(), %error, "no project quotas: a guest can write past its partition");
-        });
-        abilities.quota = projects.is_ok();
-        let overhead = rustix::fs::fstatvfs(&directory).map_err(|error| fail("measure", error.into()))?.f_frsize;
-        let overhead = Overhead::in_blocks_of(overhead);
-        let kept = if abilities.quota { overhead } else { Overhead::NONE };
+        let block = rustix::fs::fstatvfs(&directory).map_err(|error| fail("measure", error.into()))?.f_frsize;
         let backing = Self {
             directory,
-            abilities,
-            projects: projects.ok(),
-            overhead,
-            ledger: Mutex::new(Ledger::new(overprovision, kept)),
+            trial: Trial::default(),
+            overhead: Overhead::in_blocks_of(block),
+            ledger: Mutex::new(Ledger::new(overprovision, Overhead::NONE)),
             measured: Mutex::new(Instant::now()),
-            looked: Mutex::default(),
-            opening: Mutex::default(),
+            sharing: Mutex::default(),
+            openings: Openings::default(),
+            freed: Arc::default(),
+            looking_for_room: AtomicUsize::new(0),
             held: Mutex::default(),
         };
+        backing.try_at_start().map_err(|error| fail("try out the file system of", error))?;
         let volumes = backing.adopt_all().map_err(|error| fail("read the backing directory", error))?;
         backing.measure(Duration::ZERO)?;
-        tracing::info!(directory = %dir.display(), volumes, %abilities, "backing directory opened");
+        if let Some(abilities) = backing.abilities() {
+            tracing::info!(directory = %dir.display(), volumes, %abilities, "backing directory opened");
+        }
         Ok(backing)
-    }
-
-    /// What the directory's file system can do.
-    pub fn abilities(&self) -> Abilities {
-        self.abilities
     }
 
     /// Takes in what there is and removes what crashes left.
@@ -157,10 +166,10 @@ impl FileBacking {
         })?;
         for name in leftovers {
             tracing::info!(file = name, "removing what a creation left that was cut short");
-            if let Some(projects) = &self.projects {
-                projects.lift_leftover(&self.directory, &name)?;
+            let lifted = self.projects().map_or(Ok(()), |projects| projects.lift_leftover(&self.directory, &name));
+            if let Err(error) = lifted.and_then(|()| self.directory.remove(&name)) {
+                tracing::warn!(file = name, %error, "it stays until the next start");
             }
-            self.directory.remove(&name)?;
         }
         Ok(volumes)
     }
@@ -186,7 +195,7 @@ impl FileBacking {
 
     /// Takes in an image that was promised a partition of that size.
     fn adopt_image(&self, id: VolumeId, image: &File, partition: Bytes, taken: u64) -> io::Result<()> {
-        let shared = image::shared(image, self.abilities.shared).unwrap_or_else(|error| {
+        let shared = image::shared(image, self.names(image).shared).unwrap_or_else(|error| {
             tracing::error!(volume = %id, %error, "taking all of it for shared with others");
             Some(taken)
         });
@@ -199,11 +208,11 @@ impl FileBacking {
     fn adopt_copy(&self, kept: Kept, name: &str, stat: &Stat) {
         let taken = stat.st_blocks.unsigned_abs() * STAT_BLOCK;
         let file = self.directory.open_file(name, OFlags::RDONLY);
-        let shared = file.and_then(|file| image::shared(&file, self.abilities.shared)).unwrap_or_else(|error| {
+        let shared = file.and_then(|file| image::shared(&file, self.names(&file).shared)).unwrap_or_else(|error| {
             tracing::error!(%kept, %error, "taking all of it for shared with others");
             None
         });
-        let shares = self.abilities.reflink;
+        let shares = self.abilities().is_none_or(|abilities| abilities.reflink);
         let borrowed = if shares { shared.unwrap_or(taken).min(taken) } else { 0 };
         self.ledger().adopt(kept, Promise::Copy { bytes: taken, shares }, taken, borrowed);
     }
@@ -214,7 +223,7 @@ impl FileBacking {
             let ledger = self.ledger();
             ledger.promise(partition, ledger.shares(id))
         };
-        match &self.projects {
+        match self.projects() {
             Some(projects) => projects.bound(&self.directory, id, image, limit),
             None => projects::raise_leftover(&self.directory, image, limit.saturating_add(self.overhead.of(partition))),
         }
@@ -222,12 +231,12 @@ impl FileBacking {
 
     /// Lifts the limit of an image that is to go.
     fn unbound(&self, id: VolumeId) -> io::Result<()> {
-        self.projects.as_ref().map_or(Ok(()), |projects| projects.lift(&self.directory, id))
+        self.projects().map_or(Ok(()), |projects| projects.lift(&self.directory, id))
     }
 
     /// Takes back what was promised to an image that is gone, and its project.
     fn forget(&self, id: VolumeId) {
-        if let Some(projects) = &self.projects {
+        if let Some(projects) = self.projects() {
             projects.release(id);
         }
         self.ledger().release(id);
@@ -242,7 +251,17 @@ impl FileBacking {
     }
 
     fn promise(&self, file: &File) -> io::Result<Bytes> {
-        image::promise(file, self.abilities.attribute)
+        image::promise(file, self.names(file).partition)
+    }
+
+    /// The attributes of an image.
+    fn names(&self, file: &File) -> Names {
+        self.abilities().map_or_else(|| Names::of(file), |abilities| abilities.names)
+    }
+
+    /// Where the file system keeps limits, if it does.
+    fn projects(&self) -> Option<&Projects> {
+        self.trial.found.get()?.projects.as_ref()
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -252,80 +271,6 @@ impl FileBacking {
 
     fn held(&self, id: VolumeId) -> Option<Arc<Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).get(&id).and_then(Weak::upgrade)
-    }
-
-    fn free(&self) -> Result<u64, BackingError> {
-        let stat = rustix::fs::fstatvfs(&self.directory).map_err(|error| self.fail("measure", error.into()))?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
-    }
-
-    /// Measures what volumes have taken, unless that was done less than `age` ago.
-    fn measure(&self, age: Duration) -> Result<(), BackingError> {
-        let mut measured = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
-        if !age.is_zero() && measured.elapsed() < age {
-            return Ok(());
-        }
-        let promises = self.ledger().promises();
-        let before = self.free()?;
-        let taken = promises.iter().map(|promised| self.taken(promised.kept)).collect::<Result<Vec<_>, _>>()?;
-        let after = self.free()?;
-        self.ledger().measured(before.min(after), &promises, &taken);
-        for (Promised { kept, reserved, shares, .. }, taken) in promises.iter().zip(&taken) {
-            let excess = self.beyond(*reserved, *shares, *taken);
-            if let Kept::Volume(volume) = kept
-                && excess.0 > 0
-            {
-                let (taken, promised) = (Bytes(*taken), Bytes(*reserved));
-                tracing::warn!(%volume, %taken, %promised, %excess, "its guest has written past its partition, into \
-                    the room of other volumes; stop its pod, and put images on XFS mounted with prjquota to prevent it");
-            }
-        }
-        *measured = Instant::now();
-        Ok(())
-    }
-
-    /// What it has taken by now, be it under its temporary name.
-    fn taken(&self, kept: impl Into<Kept>) -> Result<u64, BackingError> {
-        let kept = kept.into();
-        for name in [kept.name(), kept.temporary_name()] {
-            let stat = self.directory.stat(&name).map_err(|error| self.fail_on(kept, "look at", error))?;
-            if let Some(stat) = stat {
-                return Ok(stat.st_blocks.unsigned_abs() * STAT_BLOCK);
-            }
-        }
-        Ok(0)
-    }
-
-    fn reserve(&self, spec: &DeviceSpec) -> Result<(), BackingError> {
-        let wanted = spec.layout.partition;
-        self.reserve_by(wanted, |ledger, free| ledger.reserve(spec.id, wanted, free))
-    }
-
-    /// Promises room. Nothing is refused on old figures.
-    fn reserve_by(
-        &self,
-        wanted: Bytes,
-        mut promise: impl FnMut(&mut Ledger, u64) -> Result<(), Bytes>,
-    ) -> Result<(), BackingError> {
-        let mut available = Bytes(0);
-        for effort in 0..3 {
-            match effort {
-                0 => {}
-                1 => self.measure(REFUSAL_AGE)?,
-                _ if !self.look_who_shares(REFUSAL_AGE)? => break,
-                _ => {}
-            }
-            let free = self.free()?;
-            match promise(&mut self.ledger(), free) {
-                Ok(()) => return Ok(()),
-                Err(least) => available = least,
-            }
-        }
-        Err(self.no_room(wanted, available))
-    }
-
-    fn no_room(&self, wanted: Bytes, available: Bytes) -> BackingError {
-        BackingError::NoRoom { location: self.directory.path().display().to_string(), wanted, available }
     }
 
     fn fail(&self, what: &'static str, source: io::Error) -> BackingError {
@@ -339,23 +284,6 @@ impl FileBacking {
     /// As [`Self::fail_on`], but for calls that take space.
     fn fail_taking(&self, spec: &DeviceSpec, what: &'static str, source: io::Error) -> BackingError {
         self.fail_wanting(spec.id, spec.layout.partition, what, source)
-    }
-
-    fn fail_wanting(
-        &self,
-        kept: impl Into<Kept>,
-        wanted: Bytes,
-        what: &'static str,
-        source: io::Error,
-    ) -> BackingError {
-        match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                let free = self.free().unwrap_or_default();
-                let available = self.ledger().capacity(free).available;
-                self.no_room(wanted, available.min(Bytes(free)))
-            }
-            _ => self.fail_on(kept, what, source),
-        }
     }
 
     fn mismatch(&self, id: VolumeId, found: Bytes, wanted: Bytes) -> BackingError {

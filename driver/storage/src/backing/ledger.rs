@@ -81,16 +81,23 @@ pub(super) struct Promised {
     generation: u64,
 }
 
+impl Promised {
+    /// How much of what it has counted as another's.
+    pub(super) fn borrowed(&self) -> u64 {
+        self.borrowed
+    }
+}
+
 /// Promises of one place, and what was taken of them.
 #[derive(Debug)]
 pub(super) struct Ledger {
     entries: HashMap<Kept, Entry>,
-    /// Sum of all promises.
-    reserved: u64,
+    /// Sum of all promises. Wider than a number of bytes: files that somebody else has put there may claim any length.
+    reserved: u128,
     /// Sum of what was taken within the promises, each block once.
-    own: u64,
+    own: u128,
     /// Sum of what was borrowed.
-    borrowed: u64,
+    borrowed: u128,
     /// Free and taken together, as last measured.
     space: u64,
     /// How many times the space may be promised.
@@ -104,6 +111,15 @@ impl Ledger {
     pub(super) fn new(ratio: f64, overhead: Overhead) -> Self {
         let (entries, generations) = (HashMap::new(), 0);
         Self { entries, reserved: 0, own: 0, borrowed: 0, space: 0, ratio, overhead, generations }
+    }
+
+    /// Keeps something else for metadata from now on, also for those that were promised something before.
+    pub(super) fn keep(&mut self, overhead: Overhead) {
+        self.overhead = overhead;
+        let promises: Vec<_> = self.entries.iter().map(|(kept, entry)| (*kept, entry.promise)).collect();
+        for (kept, promise) in promises {
+            self.set(kept, promise, |_| {});
+        }
     }
 
     /// What is kept for a volume with a partition of that size.
@@ -184,7 +200,7 @@ impl Ledger {
     }
 
     fn afford(&self, more: u64, free: u64) -> Result<(), Bytes> {
-        let available = self.total(free).saturating_sub(self.reserved);
+        let available = self.available(free);
         if more > available { Err(Bytes(available)) } else { Ok(()) }
     }
 
@@ -234,16 +250,16 @@ impl Ledger {
         };
         (entry.promise, entry.reserved) = (promise, reserved);
         change(&mut entry);
-        self.reserved += entry.reserved;
-        self.own += entry.own();
-        self.borrowed += entry.borrowed;
+        self.reserved += u128::from(entry.reserved);
+        self.own += u128::from(entry.own());
+        self.borrowed += u128::from(entry.borrowed);
         self.entries.insert(kept, entry);
     }
 
     fn uncount(&mut self, entry: &Entry) {
-        self.reserved -= entry.reserved;
-        self.own -= entry.own();
-        self.borrowed -= entry.borrowed;
+        self.reserved -= u128::from(entry.reserved);
+        self.own -= u128::from(entry.own());
+        self.borrowed -= u128::from(entry.borrowed);
     }
 
     /// What there is and what was promised to it: what a measurement begins with.
@@ -255,12 +271,18 @@ impl Ledger {
         self.entries.iter().map(promised).collect()
     }
 
+    /// Whether the same id still stands for the same file.
+    pub(super) fn is_current(&self, promised: &Promised) -> bool {
+        self.entries.get(&promised.kept).is_some_and(|now| now.generation == promised.generation)
+    }
+
     /// Takes in a measurement: `free` is the least that was free while it went on; `taken` has what each of the
     /// [`Ledger::promises`] from its beginning had taken.
     pub(super) fn measured(&mut self, free: u64, promises: &[Promised], taken: &[u64]) {
-        let mut own = 0;
+        let mut own = 0_u64;
         for (promised, taken) in promises.iter().zip(taken) {
-            own += promised.reserved.min(*taken).saturating_sub(promised.borrowed);
+            let within = promised.reserved.min(*taken).saturating_sub(promised.borrowed);
+            own = own.saturating_add(within);
             if let Some(entry) = self.entries.get(&promised.kept).filter(|now| now.generation == promised.generation) {
                 self.set(promised.kept, entry.promise, |entry| entry.taken = *taken);
             }
@@ -280,15 +302,21 @@ impl Ledger {
 
     /// Bytes that may be promised in all, `free` bytes being free now.
     fn total(&self, free: u64) -> u64 {
-        let space = free.saturating_add(self.own).min(self.space);
+        let own = u64::try_from(self.own).unwrap_or(u64::MAX);
+        let space = free.saturating_add(own).min(self.space);
         // A float holds 2^53 bytes exactly; without over-commit none is involved.
         if self.ratio == 1.0 { space } else { (space as f64 * self.ratio) as u64 }
+    }
+
+    /// Bytes that can still be promised.
+    fn available(&self, free: u64) -> u64 {
+        self.total(free).saturating_sub(u64::try_from(self.reserved).unwrap_or(u64::MAX))
     }
 
     /// The room there is, `free` bytes being free now.
     pub(super) fn capacity(&self, free: u64) -> Capacity {
         let total = self.total(free);
-        let available = total.saturating_sub(self.reserved);
+        let available = self.available(free);
         let largest = self.overhead.largest(available.saturating_sub(TABLES));
         Capacity {
             total: Bytes(total),

@@ -195,8 +195,16 @@ impl Backing for Mirrored {
         Ok(written.len() < 2 || written.contains(&true))
     }
 
-    fn shares_blocks(&self) -> bool {
-        false
+    fn shares_blocks(&self) -> Result<bool, BackingError> {
+        Ok(false)
+    }
+
+    fn largest_disk(&self) -> Result<Bytes, BackingError> {
+        Ok(self.side(Half::First)?.largest_disk()?.min(self.side(Half::Second)?.largest_disk()?))
+    }
+
+    fn look(&self) -> Result<(), BackingError> {
+        self.each(|side| side.look()).map(drop)
     }
 
     fn snapshot(&self, _: SnapshotId, _: &DeviceSpec, _: &Copying<'_>) -> Result<Outcome, BackingError> {

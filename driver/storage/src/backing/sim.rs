@@ -54,7 +54,9 @@ impl SimBacking {
         let mut ledger = Ledger::new(overprovision, Overhead::NONE);
         ledger.measured(size.0, &[], &[]);
         let (devices, copies) = (HashMap::new(), HashMap::new());
-        let state = State { devices, copies, ledger, size: size.0, shares: true, pieces: 0, fault: None, calls: 0 };
+        let longest = DiskLayout::disk_for(DiskLayout::partition_for(DiskLayout::MAX_CAPACITY)).0;
+        let (shares, pieces, calls, fault) = (true, 0, 0, None);
+        let state = State { devices, copies, ledger, size: size.0, longest, shares, pieces, fault, calls };
         Self { location: PathBuf::from("/sim"), state: Arc::new(Mutex::new(state)) }
     }
 
@@ -62,6 +64,13 @@ impl SimBacking {
     #[must_use]
     pub fn without_sharing(self) -> Self {
         self.state().shares = false;
+        self
+    }
+
+    /// No disk can be longer, as on ext4.
+    #[must_use]
+    pub fn with_longest_disk(self, bytes: Bytes) -> Self {
+        self.state().longest = bytes.0;
         self
     }
 
@@ -149,6 +158,11 @@ impl SimBacking {
             return Err(self.mismatch(spec.id, largest, spec.layout.partition));
         }
         Ok(())
+    }
+
+    fn check_fits(&self, state: &State, spec: &DeviceSpec) -> Result<(), BackingError> {
+        let (location, wanted, largest) = (self.location.display().to_string(), spec.layout.disk, Bytes(state.longest));
+        if wanted > largest { Err(BackingError::TooLarge { location, wanted, largest }) } else { Ok(()) }
     }
 
     fn reserve(&self, state: &mut State, spec: &DeviceSpec) -> Result<(), BackingError> {
@@ -242,6 +256,7 @@ impl Backing for SimBacking {
         if self.exists(&state, spec)? {
             return Ok(Outcome::Unchanged);
         }
+        self.check_fits(&state, spec)?;
         self.reserve(&mut state, spec)?;
         let partition = spec.layout.partition.0;
         let thick = if spec.provisioning == Provisioning::Thick { partition } else { 0 };
@@ -272,6 +287,7 @@ impl Backing for SimBacking {
         if spec.layout.partition <= promised && spec.layout.disk.0 <= disk {
             return Ok(Outcome::Unchanged);
         }
+        self.check_fits(&state, spec)?;
         self.reserve(&mut state, spec)?;
         if let Some(device) = state.devices.get_mut(&spec.id) {
             device.disk = disk.max(spec.layout.disk.0);
@@ -340,15 +356,24 @@ impl Backing for SimBacking {
         let mut state = self.call("measure")?;
         state.measure();
         let free = state.free();
-        Ok(state.ledger.capacity(free))
+        let (capacity, longest) = (state.ledger.capacity(free), DiskLayout::largest_partition(Bytes(state.longest)));
+        Ok(Capacity { largest: capacity.largest.min(longest), ..capacity })
+    }
+
+    fn look(&self) -> Result<(), BackingError> {
+        self.call("look at").map(drop)
+    }
+
+    fn largest_disk(&self) -> Result<Bytes, BackingError> {
+        Ok(Bytes(self.state().longest))
     }
 
     fn location(&self) -> &Path {
         &self.location
     }
 
-    fn shares_blocks(&self) -> bool {
-        self.state().shares
+    fn shares_blocks(&self) -> Result<bool, BackingError> {
+        Ok(self.state().shares)
     }
 
     fn snapshot(&self, id: SnapshotId, source: &DeviceSpec, how: &Copying<'_>) -> Result<Outcome, BackingError> {
@@ -390,6 +415,7 @@ impl Backing for SimBacking {
         if self.exists(&state, spec)? {
             return Ok(Outcome::Unchanged);
         }
+        self.check_fits(&state, spec)?;
         let (size, shares) = (spec.layout.partition, state.shares);
         let from = match source {
             CopySource::Device(id) => Kept::from(id),

@@ -13,6 +13,7 @@
 
 mod index;
 mod records;
+mod spares;
 
 use std::hash::{Hash as _, Hasher as _};
 use std::path::Path;
@@ -55,7 +56,11 @@ pub fn open(dir: impl AsRef<Path>) -> Result<(DirCatalog<Volume>, DirCatalog<Sna
     let fail = |what| move |source| CatalogError::Io { what, path: dir.to_owned(), source };
     std::fs::create_dir_all(dir).map_err(fail("make the catalog"))?;
     let parent = Directory::open(dir).map_err(fail("open the catalog"))?;
-    let lock = parent.open_file("lock", OFlags::RDWR | OFlags::CREATE).map_err(fail("open the lock of the catalog"))?;
+    let lock = parent
+        .open_file("lock", OFlags::RDWR | OFlags::CREATE)
+        // One that is there can be locked where nothing can be written.
+        .or_else(|_| parent.open_file("lock", OFlags::RDONLY))
+        .map_err(fail("open the lock of the catalog"))?;
     if !directory::lock(&lock).map_err(fail("lock the catalog"))? {
         return Err(CatalogError::Locked(dir.to_owned()));
     }
@@ -121,7 +126,13 @@ impl<R: Record> Store<R> {
                 }
                 Known::Damaged
             }
-            Err(_) => return result.map(Some),
+            // Nobody knows what is in it, as long as it can't be read.
+            Err(error) => {
+                if known != Some(Known::Damaged) {
+                    tracing::error!(kind = R::KIND, %id, %error, "a record can't be read");
+                }
+                Known::Damaged
+            }
         };
         if known != Some(now) {
             self.index().set(id, now);
@@ -130,10 +141,14 @@ impl<R: Record> Store<R> {
     }
 
     /// Writes a record with its next revision. The caller has its lock.
-    fn write(&self, record: R) -> Result<R, CatalogError> {
+    fn write(&self, record: R, there: bool) -> Result<R, CatalogError> {
         let revision = record.revision() + 1;
         let record = record.with_revision(revision);
-        self.records.put(&record)?;
+        if there {
+            self.records.replace(&record)?
+        } else {
+            self.records.put(&record)?
+        }
         // From here on it is the record, durable or not yet.
         self.index().set(record.id(), Known::Revision(revision));
         self.records.sync()?;
@@ -148,7 +163,7 @@ impl<R: Record> Store<R> {
                 self.records.sync()?;
                 Ok(Created::Existed(existing))
             }
-            None => self.write(record.with_revision(0)).map(Created::Created),
+            None => self.write(record.with_revision(0), false).map(Created::Created),
         }
     }
 
@@ -160,7 +175,7 @@ impl<R: Record> Store<R> {
             None => Err(CatalogError::not_found::<R>(id)),
             Some(Known::Damaged) => self.read(id).and(Err(CatalogError::conflict::<R>(id))),
             Some(Known::Revision(revision)) if revision != record.revision() => Err(CatalogError::conflict::<R>(id)),
-            Some(Known::Revision(_)) => self.write(record),
+            Some(Known::Revision(_)) => self.write(record, true),
         }
     }
 
@@ -186,10 +201,8 @@ impl<R: Record> Store<R> {
             let _lock = self.lock(id);
             match self.read(id) {
                 Ok(record) => records.extend(record),
-                Err(CatalogError::Damaged { .. }) => {
-                    tracing::debug!(kind = R::KIND, %id, "a damaged record is not listed")
-                }
-                Err(error) => return Err(error),
+                // Told when it was found. It keeps nobody from the others.
+                Err(error) => tracing::debug!(kind = R::KIND, %id, %error, "a record that can't be read is not listed"),
             }
         }
         Ok(Page { records, next })

@@ -131,7 +131,7 @@ pub(in super::super) fn a_running_volume_is_copied_only_where_that_is_done_at_on
     let (backing, a, b) = (rig.backing(), thin("a", 16), thin("b", 16));
     filled(rig, &a);
     let elsewhere = rig.opened_elsewhere(a.id);
-    let shares = backing.shares_blocks();
+    let shares = backing.shares_blocks().unwrap();
     for result in [
         backing.snapshot(snapshot_id("s"), &a, &FULL),
         backing.create_from(&b, CopySource::Device(a.id), Bytes::mib(16), &FULL),
@@ -163,7 +163,7 @@ pub(in super::super) fn a_full_copy_is_made_only_if_allowed_and_can_be_stopped(r
     let counting = Copying { full: true, progress: &count };
     let stopping = Copying { full: true, progress: &|_, _| false };
     let (from, mib) = (CopySource::Device(a.id), Bytes::mib(16));
-    if backing.shares_blocks() {
+    if backing.shares_blocks().unwrap() {
         assert_eq!(backing.create_from(&b, from, mib, &stopping).unwrap(), Outcome::Changed, "nothing to stop");
         assert_eq!(backing.snapshot(snapshot_id("s"), &a, &SHARED_ONLY).unwrap(), Outcome::Changed);
         return;

@@ -10,7 +10,7 @@ use zpod_volume::{Bytes, DiskLayout, Provisioning, SnapshotId, VolumeId};
 
 use super::copies::Source;
 use super::proof::{Held, Proof, TakeError};
-use super::{FIGURE_AGE, FileBacking, Image, LOOK_AGE, STAT_BLOCK, image, name_of};
+use super::{Fencing, FileBacking, Image, STAT_BLOCK, image, name_of};
 use crate::backing::kept::Kept;
 use crate::backing::ledger::Promise;
 use crate::backing::{Backing, BackingError, Capacity, CopySource, Copying, DeviceSpec, Exclusive, Outcome};
@@ -33,6 +33,7 @@ impl FileBacking {
             self.directory.sync().map_err(|error| self.fail("sync", error))?;
             return Ok(Outcome::Unchanged);
         }
+        self.check_fits(spec)?;
         self.ledger().release(spec.id);
         let temporary = directory::temporary_name(spec.id);
         let made = reserve().and_then(|source| self.make(spec, &temporary, source.as_ref(), how));
@@ -62,9 +63,10 @@ impl FileBacking {
         how: &Copying<'_>,
     ) -> Result<u64, BackingError> {
         let fail = |what| move |error| self.fail_taking(spec, what, error);
+        let abilities = self.tried()?.abilities;
         let file = self.directory.fresh_file(temporary).map_err(fail("create"))?;
         crash::point("create: temporary file made");
-        if self.abilities.nocow {
+        if abilities.nocow {
             image::disable_cow(&file).map_err(fail("disable copy-on-write of"))?;
         }
         self.bound(spec.id, &file, spec.layout.partition).map_err(fail("limit"))?;
@@ -72,7 +74,7 @@ impl FileBacking {
             self.copy(spec.id.into(), source, &file, how)?;
             image::erase_note(&file).map_err(fail("erase a note in"))?;
         }
-        image::fill(&file, spec, self.abilities.attribute).map_err(fail("create"))?;
+        image::fill(&file, spec, abilities.names.partition).map_err(fail("create"))?;
         let taken = file.metadata().map_err(fail("look at"))?.blocks() * STAT_BLOCK;
         crash::point("create: image durable");
         self.directory.rename_new(temporary, &name_of(spec.id)).map_err(fail("name"))?;
@@ -104,7 +106,7 @@ impl FileBacking {
     }
 
     /// Limits an image to its promise again, after a step that failed.
-    fn bound_again(&self, id: VolumeId) {
+    pub(super) fn bound_again(&self, id: VolumeId) {
         let bounded = self.image(id, OFlags::RDONLY).map_err(|error| error.to_string()).and_then(|image| {
             let partition = self.ledger().partition(id).unwrap_or_default();
             self.bound(id, &image, partition).map_err(|error| error.to_string())
@@ -138,7 +140,7 @@ impl FileBacking {
             crash::point("grow: space taken");
         }
         if partition > promised {
-            image::set_promise(image, self.abilities.attribute, partition).map_err(fail("promise"))?;
+            image::set_promise(image, self.names(image).partition, partition).map_err(fail("promise"))?;
             crash::point("grow: promise recorded");
         }
         rustix::fs::fsync(image).map_err(|error| fail("sync")(error.into()))
@@ -169,6 +171,7 @@ impl Backing for FileBacking {
         crash::point("destroy: exclusive");
         self.unbound(id).map_err(|error| self.fail_on(id, "lift the limit of", error))?;
         crash::point("destroy: limit lifted");
+        let taken = self.allocated(id).unwrap_or_default();
         if let Err(error) = self.directory.remove(&name_of(id)) {
             self.bound_again(id);
             return Err(self.fail_on(id, "remove", error));
@@ -176,6 +179,7 @@ impl Backing for FileBacking {
         crash::point("destroy: removed");
         // The space comes back with the last descriptor, and so must not be promised before.
         drop(proof);
+        self.freed.note(taken.0);
         self.forget(id);
         crash::point("destroy: promise taken back");
         self.directory.sync().map_err(|error| self.fail("sync", error))?;
@@ -191,6 +195,7 @@ impl Backing for FileBacking {
         if spec.layout.partition <= promised && spec.layout.disk.0 <= length {
             return Ok(Outcome::Unchanged);
         }
+        self.check_fits(spec)?;
         self.reserve(spec)?;
         crash::point("grow: room promised");
         if let Err(error) = self.enlarge(spec, &image, length, promised) {
@@ -210,8 +215,11 @@ impl Backing for FileBacking {
         let held = match self.image(id, OFlags::RDWR)? {
             Image::Held(held) => held,
             Image::Opened(file) => {
-                let _opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
-                let held = Held::take(file, self.abilities.fencing).map_err(|error| match error {
+                // A look at it that goes on now ends with its step.
+                let _opening = self.openings.enter(id.into());
+                let fencing = self.abilities().map_or_else(|| Fencing::of(&file), |abilities| Ok(abilities.fencing));
+                let fencing = fencing.map_err(|error| self.fail_on(id, "take a lease on", error))?;
+                let held = Held::take(file, fencing).map_err(|error| match error {
                     TakeError::InUse(detail) => self.in_use(id, detail),
                     TakeError::Io(error) => self.fail_on(id, "take a lease on", error),
                 })?;
@@ -289,18 +297,24 @@ impl Backing for FileBacking {
     }
 
     fn capacity(&self) -> Result<Capacity, BackingError> {
-        self.measure(FIGURE_AGE)?;
-        self.look_who_shares(LOOK_AGE)?;
-        let free = self.free()?;
-        Ok(self.ledger().capacity(free))
+        self.room()
+    }
+
+    /// Of the file system nothing but that it answers.
+    fn look(&self) -> Result<(), BackingError> {
+        self.free().map(drop)
+    }
+
+    fn largest_disk(&self) -> Result<Bytes, BackingError> {
+        Ok(self.tried()?.abilities.largest_file)
     }
 
     fn location(&self) -> &Path {
         self.directory.path()
     }
 
-    fn shares_blocks(&self) -> bool {
-        self.abilities.reflink
+    fn shares_blocks(&self) -> Result<bool, BackingError> {
+        Ok(self.tried()?.abilities.reflink)
     }
 
     fn snapshot(&self, id: SnapshotId, source: &DeviceSpec, how: &Copying<'_>) -> Result<Outcome, BackingError> {

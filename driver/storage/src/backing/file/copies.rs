@@ -50,7 +50,7 @@ impl From<io::Error> for Ended {
 impl FileBacking {
     /// Opens what is to be copied. `partition` is how much of it.
     pub(super) fn source(&self, kept: Kept, partition: Bytes, how: &Copying<'_>) -> Result<Source, BackingError> {
-        let shares = self.abilities.reflink;
+        let shares = self.tried()?.abilities.reflink;
         if !shares && !how.full {
             return Err(BackingError::CannotShare { location: self.directory.path().display().to_string() });
         }
@@ -86,6 +86,8 @@ impl FileBacking {
         wanted: impl Fn(u64) -> Promise,
     ) -> Result<(), BackingError> {
         let held = self.held_by(source)?;
+        // Its guest has written since that was measured, and what it has will be counted as room by itself.
+        self.ledger().took(source.kept, held);
         let promise = wanted(held);
         let borrowed = if source.shares { held } else { 0 };
         let needed = self.ledger().needed_to_copy(kept, promise, source.kept);
@@ -109,7 +111,7 @@ impl FileBacking {
             })?;
             crash::point("copy: blocks shared");
             let shared = to.metadata().map_err(fail("look at"))?.blocks() * STAT_BLOCK;
-            image::set_shared(to, self.abilities.shared, shared).map_err(fail("record what is shared in"))?;
+            image::set_shared(to, self.names(to).shared, shared).map_err(fail("record what is shared in"))?;
             crash::point("copy: what is shared recorded");
             return Ok(());
         }
@@ -173,15 +175,16 @@ impl FileBacking {
 
     fn make_copy(&self, kept: Kept, source: &Source, temporary: &str, how: &Copying<'_>) -> Result<u64, BackingError> {
         let fail = |what| move |error| self.fail_wanting(kept, Bytes(source.end), what, error);
+        let abilities = self.tried()?.abilities;
         let file = self.directory.fresh_file(temporary).map_err(fail("create"))?;
         crash::point("snapshot: temporary file made");
-        if self.abilities.nocow {
+        if abilities.nocow {
             image::disable_cow(&file).map_err(fail("disable copy-on-write of"))?;
         }
         self.copy(kept, source, &file, how)?;
         file.set_len(source.end).map_err(fail("set the length of"))?;
         if !source.shares {
-            image::set_shared(&file, self.abilities.shared, 0).map_err(fail("record what is shared in"))?;
+            image::set_shared(&file, abilities.names.shared, 0).map_err(fail("record what is shared in"))?;
         }
         rustix::fs::fsync(&file).map_err(|error| fail("sync")(error.into()))?;
         crash::point("snapshot: durable");
@@ -196,8 +199,10 @@ impl FileBacking {
 
     pub(super) fn discard(&self, id: SnapshotId) -> Result<Outcome, BackingError> {
         let kept = Kept::from(id);
+        let taken = self.snapshot_allocated(id).unwrap_or_default();
         let removed = self.directory.remove(&kept.name()).map_err(|error| self.fail_on(kept, "remove", error))?;
         crash::point("discard: removed");
+        self.freed.note(taken.0);
         self.ledger().release(kept);
         // Also where there was none: whoever removed it may have been killed before that was durable.
         self.directory.sync().map_err(|error| self.fail("sync", error))?;

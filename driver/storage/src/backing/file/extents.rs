@@ -14,8 +14,8 @@ const SHARED: u32 = 0x2000;
 /// `FIEMAP_EXTENT_UNKNOWN`, `_DELALLOC`, `_ENCODED`: the physical address says nothing.
 const NOWHERE: u32 = 0x2 | 0x4 | 0x8;
 
-/// How many extents are asked for at a time.
-const BATCH: usize = 512;
+/// How many extents are asked for at a time: so many are looked up while the file system holds on to the file.
+pub(super) const BATCH: usize = 128;
 
 /// `struct file_clone_range` of linux/fs.h.
 #[derive(Debug, Clone, Copy)]
@@ -79,29 +79,42 @@ pub(super) struct Shared {
     pub(super) length: u64,
 }
 
-/// Calls `each` with all that a file shares with others; no data is read. `false` ends it.
-pub(super) fn each_shared(file: &File, mut each: impl FnMut(Shared) -> bool) -> io::Result<()> {
+/// A bounded piece of the map of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Part {
+    /// What of it others have, too.
+    pub(super) shared: Vec<Shared>,
+    /// How many extents it has, shared or not.
+    pub(super) extents: usize,
+    /// Where the next one begins; nothing at the end of the file.
+    pub(super) next: Option<u64>,
+}
+
+/// Looks at up to [`BATCH`] extents from `start` on; no data is read.
+pub(super) fn part(file: &File, start: u64) -> io::Result<Part> {
+    #[cfg(test)]
+    LOOKS.with(|looks| looks.set(looks.get() + 1));
     let mut map = Box::new(Map { header: Header::default(), extents: [Extent::default(); BATCH] });
-    let mut start = 0;
-    loop {
-        map.header = Header { start, length: u64::MAX - start, count: BATCH as u32, ..Header::default() };
-        // SAFETY: FS_IOC_FIEMAP reads and writes one `struct fiemap` with as many extents behind it as `count` says;
-        // `Map` is laid out as that with `BATCH` of them, and outlives the call.
-        unsafe { ioctl(file, Updater::<MAP, Map>::new(&mut map)) }?;
-        let found = map.extents.get(..map.header.mapped as usize).unwrap_or_default();
-        for extent in found.iter().filter(|extent| extent.flags & SHARED != 0) {
-            let at = (extent.flags & NOWHERE == 0).then_some(extent.physical);
-            if !each(Shared { at, length: extent.length }) {
-                return Ok(());
-            }
-        }
-        let Some(last) = found.last().filter(|last| last.flags & LAST == 0) else { return Ok(()) };
-        let next = last.logical.saturating_add(last.length);
-        if next <= start {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the map of its extents does not advance"));
-        }
-        start = next;
+    map.header = Header { start, length: u64::MAX - start, count: BATCH as u32, ..Header::default() };
+    // SAFETY: FS_IOC_FIEMAP reads and writes one `struct fiemap` with as many extents behind it as `count` says;
+    // `Map` is laid out as that with `BATCH` of them, and outlives the call.
+    unsafe { ioctl(file, Updater::<MAP, Map>::new(&mut map)) }?;
+    let found = map.extents.get(..map.header.mapped as usize).unwrap_or_default();
+    let shared = found
+        .iter()
+        .filter(|extent| extent.flags & SHARED != 0)
+        .map(|extent| Shared { at: (extent.flags & NOWHERE == 0).then_some(extent.physical), length: extent.length });
+    let next = found.last().filter(|last| last.flags & LAST == 0).map(|last| last.logical.saturating_add(last.length));
+    if next.is_some_and(|next| next <= start) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the map of its extents does not advance"));
     }
+    Ok(Part { shared: shared.collect(), extents: found.len(), next })
+}
+
+#[cfg(test)]
+thread_local! {
+    /// How often this thread has looked.
+    pub(super) static LOOKS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
 #[cfg(test)]
@@ -118,12 +131,9 @@ mod tests {
     fn a_file_that_shares_nothing_has_no_shared_extents() {
         let file = tempfile::tempfile().unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &[1; 4096], 0).unwrap();
-        let mut found = 0;
         // Not every file system has such maps.
-        let _ = each_shared(&file, |_| {
-            found += 1;
-            true
-        });
-        assert_eq!(found, 0);
+        if let Ok(part) = part(&file, 0) {
+            assert_eq!((part.shared, part.next), (vec![], None));
+        }
     }
 }

@@ -17,7 +17,7 @@ use crate::crash;
 const LEAST_PIECE: u64 = 256 << 10;
 
 /// Takes an empty file out of copy-on-write.
-pub(super) fn disable_cow(file: &File) -> io::Result<()> {
+pub(crate) fn disable_cow(file: &File) -> io::Result<()> {
     let flags = rustix::fs::ioctl_getflags(file)?;
     Ok(rustix::fs::ioctl_setflags(file, flags | IFlags::NOCOW)?)
 }

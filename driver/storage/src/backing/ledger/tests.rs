@@ -253,7 +253,7 @@ proptest! {
             };
             let reserved: u64 = disk.files.iter().map(least).sum();
             prop_assert!(reserved <= Disk::SIZE, "promised {reserved}");
-            prop_assert!(ledger.reserved >= reserved);
+            prop_assert!(ledger.reserved >= u128::from(reserved));
             prop_assert!(ledger.capacity(disk.free()).total.0 <= Disk::SIZE);
         }
     }

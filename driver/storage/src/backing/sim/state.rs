@@ -14,6 +14,8 @@ pub(super) struct State {
     pub(super) copies: HashMap<SnapshotId, Copied>,
     pub(super) ledger: Ledger,
     pub(super) size: u64,
+    /// The longest disk there can be.
+    pub(super) longest: u64,
     /// Whether copies share blocks.
     pub(super) shares: bool,
     /// Pieces written so far: the number of the last one.

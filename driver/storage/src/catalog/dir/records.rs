@@ -4,10 +4,12 @@ use std::fmt::Display;
 use std::io::{self, Read, Write};
 use std::marker::PhantomData;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use rustix::fs::OFlags;
 
 use super::index::{Index, Known};
+use super::spares::{self, Spares};
 use crate::catalog::{CatalogError, Record};
 use crate::crash;
 use crate::directory::{self, Directory};
@@ -19,12 +21,13 @@ const MAX_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Records<R> {
     directory: Directory,
+    spares: OnceLock<Spares>,
     kind: PhantomData<fn() -> R>,
 }
 
 impl<R: Record> Records<R> {
     pub(super) fn new(directory: Directory) -> Self {
-        Self { directory, kind: PhantomData }
+        Self { directory, spares: OnceLock::new(), kind: PhantomData }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -33,10 +36,12 @@ impl<R: Record> Records<R> {
 
     /// Reads all records once and removes what crashes left.
     pub(super) fn load(&self) -> Result<Index<R::Id>, CatalogError> {
-        let (mut ids, mut leftovers) = (Vec::new(), Vec::new());
+        let (mut ids, mut leftovers, mut spares) = (Vec::new(), Vec::new(), Vec::new());
         let names = self.directory.each_name(|name| {
             if directory::is_temporary(name) {
                 leftovers.push(name.to_owned());
+            } else if spares::is_spare(name) {
+                spares.push(name.to_owned());
             } else if let Some(id) = name.strip_suffix(".json").and_then(|id| id.parse().ok()) {
                 ids.push(id);
             }
@@ -44,8 +49,11 @@ impl<R: Record> Records<R> {
         });
         names.map_err(|source| self.fail("read", source))?;
         for name in leftovers {
-            self.directory.remove(&name).map_err(|source| self.fail("clean up", source))?;
+            if let Err(error) = self.directory.remove(&name) {
+                tracing::warn!(kind = R::KIND, name, %error, "a temporary file stays until the next start");
+            }
         }
+        self.spares.get_or_init(|| Spares::new(&self.directory, spares));
         let mut index = Index::default();
         for id in ids {
             let known = match self.read(id) {
@@ -69,7 +77,7 @@ impl<R: Record> Records<R> {
             _ => CatalogError::Io { what: "read the record", path: self.directory.join(&name), source },
         };
         let file = self.directory.open_file(&name, OFlags::RDONLY).map_err(fail)?;
-        let mut json = Vec::with_capacity(2048);
+        let mut json = Vec::with_capacity(9 << 10);
         file.take(MAX_BYTES + 1).read_to_end(&mut json).map_err(fail)?;
         if json.len() as u64 > MAX_BYTES {
             return Err(damaged(format!("it is longer than {MAX_BYTES} bytes")));
@@ -84,12 +92,16 @@ impl<R: Record> Records<R> {
         Ok(record)
     }
 
-    /// Puts a record in the place of the one there is, if any. Durable after [`Records::sync`].
+    fn spares(&self) -> &Spares {
+        self.spares.get_or_init(|| Spares::new(&self.directory, vec![]))
+    }
+
+    /// Puts a record where there is none. Durable after [`Records::sync`].
     pub(super) fn put(&self, record: &R) -> Result<(), CatalogError> {
         let (name, temporary) = (name_of(record.id()), directory::temporary_name(record.id()));
         let put = || -> io::Result<()> {
-            let json = serde_json::to_vec_pretty(record)?;
-            let mut file = self.directory.fresh_file(&temporary)?;
+            let json = spares::padded(serde_json::to_vec_pretty(record)?, 0);
+            let mut file = self.spares().new_file(&self.directory, &temporary)?;
             crash::point("record: temporary file made");
             file.write_all(&json)?;
             crash::point("record: written");
@@ -101,17 +113,47 @@ impl<R: Record> Records<R> {
             if let Err(error) = self.directory.remove(&temporary) {
                 tracing::warn!(kind = R::KIND, id = %record.id(), %error, "a temporary file stays until the next start");
             }
-            CatalogError::Io { what: "write the record", path: self.directory.join(&name), source }
+            self.fail_on(&name, source)
         })?;
         crash::point("record: named");
         Ok(())
+    }
+
+    /// Puts a record in the place of the one there is, which needs no room. Durable after [`Records::sync`].
+    pub(super) fn replace(&self, record: &R) -> Result<(), CatalogError> {
+        let name = name_of(record.id());
+        let (spares, directory) = (self.spares(), &self.directory);
+        let json = serde_json::to_vec_pretty(record).map_err(|error| self.fail_on(&name, error.into()))?;
+        let spare = spares.take(directory).map_err(|error| self.fail_on(&name, error))?;
+        crash::point("record: spare taken");
+        let put = || -> io::Result<bool> {
+            Spares::fill(directory, &spare, json)?;
+            crash::point("record: durable");
+            match directory.exchange(&spare, &name) {
+                Ok(()) => Ok(false),
+                // No record there any more, or a file system that can't.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL | libc::ENOSYS)) => {
+                    directory.replace(&spare, &name).map(|()| true)
+                }
+                Err(error) => Err(error),
+            }
+        };
+        let put = put();
+        spares.give_back(directory, spare, matches!(put, Ok(true)));
+        put.map_err(|error| self.fail_on(&name, error))?;
+        crash::point("record: named");
+        Ok(())
+    }
+
+    fn fail_on(&self, name: &str, source: io::Error) -> CatalogError {
+        CatalogError::Io { what: "write the record", path: self.directory.join(name), source }
     }
 
     /// Removes a record. Durable after [`Records::sync`].
     pub(super) fn remove(&self, id: R::Id) -> Result<(), CatalogError> {
         crash::point("record: to be removed");
         let name = name_of(id);
-        self.directory.remove(&name).map_err(|source| CatalogError::Io {
+        self.spares().recycle(&self.directory, &name).map_err(|source| CatalogError::Io {
             what: "remove the record",
             path: self.directory.join(&name),
             source,

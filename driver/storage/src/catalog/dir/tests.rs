@@ -100,7 +100,8 @@ async fn one_process_has_the_catalog() {
 async fn a_damaged_record_is_refused_by_name_and_hides_no_other() {
     let mut fixture = Fixture::new();
     let (good, bad) = (fixture.create("good").await, fixture.create("bad").await);
-    let sound = std::fs::read_to_string(fixture.path(bad.id)).unwrap();
+    // Without the blanks behind it.
+    let sound = std::fs::read_to_string(fixture.path(bad.id)).unwrap().trim_end().to_owned();
     let others = sound.replace(&bad.id.to_string(), &good.id.to_string());
     let long = format!("{sound}{}", " ".repeat(1 << 20));
     let unstored = sound.replace("\"revision\": 1", "\"revision\": 0");
@@ -239,4 +240,22 @@ async fn snapshots_are_recorded_as_volumes_are_and_apart_from_them() {
     assert_eq!(snapshots.get(ready.id).await.unwrap(), None);
     let error = snapshots.update(ready).await.unwrap_err().to_string();
     assert!(error.starts_with("snapshot "), "{error}");
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_read_keeps_nobody_from_the_others() {
+    let mut fixture = Fixture::new();
+    let (good, bad) = (fixture.create("good").await, fixture.create("bad").await);
+    let path = fixture.path(bad.id);
+    std::fs::remove_file(&path).unwrap();
+    // What reading it gives is an error of the operating system.
+    std::fs::create_dir(&path).unwrap();
+    for restart in [false, true] {
+        if restart {
+            fixture = fixture.restart();
+        }
+        assert_eq!(fixture.catalog.list(None, 10).await.unwrap().records, std::slice::from_ref(&good));
+        let error = fixture.catalog.get(bad.id).await.unwrap_err().to_string();
+        assert!(error.contains(path.to_str().unwrap()), "{error}");
+    }
 }
