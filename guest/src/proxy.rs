@@ -129,20 +129,24 @@ impl<M: Machine> Connection<M> {
         while let Some(header) = read_header(&mut from).await? {
             let length = header.length as usize;
             let mut begun = Vec::new();
+            if header.kind == ttrpc::REQUEST && length <= MAX_BUFFERED {
+                read_to(&mut from, &mut begun, length).await?;
+                match request::whose(&begun) {
+                    Ok(Some(method)) => self.begin(method, header, begun).await?,
+                    Ok(None) => self.pass_up(header, &begun).await?,
+                    Err(error) => self.refuse(header.stream, Code::InvalidArgument, error.to_string()),
+                }
+                continue;
+            }
             let mut whose = if header.kind == ttrpc::REQUEST { Peek::Undecided } else { Peek::Theirs };
-            while whose == Peek::Undecided && begun.len() < length.min(MAX_BUFFERED) {
-                let goal = (2 * begun.len()).clamp(FIRST_LOOK, MAX_BUFFERED).min(length);
+            while whose == Peek::Undecided && begun.len() < MAX_BUFFERED {
+                let goal = (2 * begun.len()).clamp(FIRST_LOOK, MAX_BUFFERED);
                 read_to(&mut from, &mut begun, goal).await?;
                 whose = request::peek(&begun);
             }
             match whose {
-                Peek::Ours(method) if length <= MAX_BUFFERED => {
-                    read_to(&mut from, &mut begun, length).await?;
-                    self.begin(method, header, begun).await?;
-                }
                 // Nobody's request is as long as this and does not say whose it is.
-                Peek::Undecided if length <= MAX_BUFFERED => self.pass_up(header, &begun).await?,
-                Peek::Ours(_) | Peek::Undecided => {
+                Peek::Ours(_) | Peek::Undecided | Peek::Malformed => {
                     discard(&mut from, length - begun.len()).await?;
                     let text = format!("the request is {length} bytes long, at most {MAX_BUFFERED} are allowed");
                     self.refuse(header.stream, Code::ResourceExhausted, text);

@@ -55,9 +55,38 @@ pub enum Peek {
     Theirs,
     /// More bytes are needed.
     Undecided,
+    /// No request: it is refused. The agent's parser may be one that reads more out of it than this one.
+    Malformed,
 }
 
-/// Looks at the first bytes of a request frame's payload.
+/// Whose a whole request frame's payload is: one of our methods, or `None` where it is the agent's.
+///
+/// It is read to its end, and what is not well-formed is refused, whosever it is. Parsers of protobuf take the last of two
+/// fields, and skip what they don't know, groups too: a request that is the agent's by what stands first in it could be
+/// a CreateContainer to the agent.
+///
+/// # Errors
+/// When it is no message, or service or method stand in it twice.
+pub fn whose(frame: &[u8]) -> Result<Option<Method>, RequestError> {
+    let (mut service, mut method) = (None, None);
+    for field in wire::fields(frame) {
+        let field = field?;
+        let (name, seen) = match field.number {
+            1 => ("service", &mut service),
+            2 => ("method", &mut method),
+            _ => continue,
+        };
+        if let Some(bytes) = field.bytes(frame)
+            && seen.replace(bytes).is_some()
+        {
+            return Err(RequestError::Twice(name));
+        }
+    }
+    Ok(method.filter(|_| service == Some(agent::SERVICE.as_bytes())).and_then(Method::named))
+}
+
+/// Looks at the first bytes of a request frame's payload that is too long to be held. Only such a frame is decided on
+/// before its end: the agent refuses it for its length, whatever stands there.
 pub fn peek(prefix: &[u8]) -> Peek {
     let (mut ours, mut method) = (None, None);
     for field in wire::fields(prefix) {
@@ -68,8 +97,7 @@ pub fn peek(prefix: &[u8]) -> Peek {
                 _ => {}
             },
             Err(WireError::Truncated) => break,
-            // Not a request at all: the agent says so.
-            Err(WireError::Malformed) => return Peek::Theirs,
+            Err(WireError::Malformed) => return Peek::Malformed,
         }
         match (ours, method) {
             (Some(false), _) | (_, Some(None)) => return Peek::Theirs,

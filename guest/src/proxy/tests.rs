@@ -332,7 +332,7 @@ async fn frames_of_any_kind_and_length_pass_byte_for_byte() {
         Header { length: 0, stream: 1, kind: 3, flags: 5 }.frame(&[]),
         Header { length: 0, stream: 1, kind: 77, flags: 255 }.frame(&[0xff; 1000]),
         Header { length: 0, stream: 3, kind: REQUEST, flags: 0 }.frame(&[]),
-        Header { length: 0, stream: 3, kind: REQUEST, flags: 0 }.frame(&[0xff; 5000]),
+        Header { length: 0, stream: 3, kind: 3, flags: 0 }.frame(&[0xff; 5000]),
         request(7, "StartContainer", b"c1".to_vec(), 5),
     ]
     .concat();
@@ -362,6 +362,25 @@ async fn a_request_for_us_that_is_too_long_is_refused_and_the_next_one_passes() 
     session.send(1, "CreateContainer", vec![0; MAX_BUFFERED]).await;
     let (stream, code, _) = session.at_host().await;
     assert_eq!((stream, code), (1, 8));
+    session.send(3, "StartContainer", vec![]).await;
+    assert_eq!(session.at_agent().await.0.stream, 3);
+}
+
+#[tokio::test]
+async fn a_malformed_request_is_refused_whosever_it_is_and_the_next_one_passes() {
+    let world = world(&["a"]);
+    let mut session = world.session().await;
+    let group = |frame: Vec<u8>| [&[0xc3, 0x3e, 0xc4, 0x3e][..], &frame[ttrpc::HEADER_BYTES..]].concat();
+    for payload in [
+        vec![0xff; 5000],
+        group(request(1, "CreateContainer", create("c1", &["a"]), 0)),
+        group(request(1, "StartContainer", vec![], 0)),
+    ] {
+        let frame = Header { length: 0, stream: 1, kind: REQUEST, flags: 0 }.frame(&payload);
+        session.host.write_all(&frame).await.unwrap();
+        let (stream, code, message) = session.at_host().await;
+        assert_eq!((stream, code), (1, Code::InvalidArgument as i32), "{message}");
+    }
     session.send(3, "StartContainer", vec![]).await;
     assert_eq!(session.at_agent().await.0.stream, 3);
 }

@@ -134,10 +134,41 @@ fn a_request_is_known_by_service_and_method_in_any_order() {
         (vec![], Peek::Undecided),
         (field(1, "grpc.Health"), Peek::Theirs),
         (field(2, "StartContainer"), Peek::Theirs),
-        (vec![0xff; 20], Peek::Theirs),
+        (vec![0xff; 20], Peek::Malformed),
     ] {
         assert_eq!(peek(&prefix), want, "{prefix:?}");
     }
+}
+
+#[test]
+fn what_the_agent_could_read_as_a_call_of_ours_is_not_passed_on_as_another() {
+    let field = |number: u8, text: &str| [&[number << 3 | 2, text.len() as u8][..], text.as_bytes()].concat();
+    let (service, method) = (field(1, agent::SERVICE), field(2, "CreateContainer"));
+    assert_eq!(whose(&[service.clone(), method.clone()].concat()).unwrap(), Some(Method::CreateContainer));
+    for (others, want) in [
+        (vec![], "none"),
+        // An unknown group, empty, before the envelope: prost skips it.
+        (vec![0xc3, 0x3e, 0xc4, 0x3e], "not a protobuf message"),
+        // The last of two counts.
+        (field(1, "grpc.Health"), "service stands in it twice"),
+        (field(2, "StartContainer"), "method stands in it twice"),
+    ] {
+        let sent = [others, service.clone(), method.clone()].concat();
+        let read = Request::decode(&sent[..]).unwrap();
+        assert_eq!((read.service.as_str(), read.method.as_str()), (agent::SERVICE, "CreateContainer"));
+        match whose(&sent) {
+            Ok(found) => assert_eq!((found, want), (Some(Method::CreateContainer), "none")),
+            Err(error) => assert!(error.to_string().contains(want), "{error}"),
+        }
+    }
+    // Cut short, or with rubbish at its end.
+    for end in [&[0x1a, 9][..], &[0xff; 20], &[0xc4, 0x3e]] {
+        let sent = [service.clone(), field(2, "StartContainer"), end.to_vec()].concat();
+        assert!(matches!(whose(&sent), Err(RequestError::Wire(_))), "{end:?}");
+    }
+    assert_eq!(whose(&[field(1, "grpc.Health"), method].concat()).unwrap(), None);
+    assert_eq!(whose(&[service, field(2, "StartContainer")].concat()).unwrap(), None);
+    assert_eq!(whose(&[]).unwrap(), None);
 }
 
 #[test]
@@ -288,7 +319,7 @@ proptest! {
 
     #[test]
     fn no_bytes_make_the_parsers_panic(bytes in any::<Vec<u8>>(), cut in any::<prop::sample::Index>()) {
-        let _ = peek(&bytes);
+        let _ = (peek(&bytes), whose(&bytes));
         let _ = Envelope::decode(&bytes);
         let _ = CreateContainer::decode(&bytes);
         let _ = hand_out(&bytes, &nodes("/dev/x", 1, false));
@@ -296,9 +327,23 @@ proptest! {
         let mut sound = frame(&message, &unknown(&[1, 2]));
         let at = cut.index(sound.len());
         sound.splice(at..(at + bytes.len()).min(sound.len()), bytes);
-        let _ = peek(&sound);
+        let _ = (peek(&sound), whose(&sound));
         let _ = CreateContainer::decode(&sound);
         let _ = hand_out(&sound, &nodes("/dev/x", 1, false));
+    }
+
+    #[test]
+    fn no_bytes_that_the_agent_reads_as_a_call_of_ours_are_passed_on_as_another(
+        bytes in any::<Vec<u8>>(),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let mut frame = frame(&CreateContainerRequest::default(), &[]);
+        let at = cut.index(frame.len());
+        frame.splice(at..at, bytes);
+        let named = |read: &Request| (read.service == agent::SERVICE).then(|| Method::named(read.method.as_bytes()));
+        if let Ok(read) = Request::decode(&frame[..]) {
+            prop_assert!(whose(&frame).map_or(true, |found| found == named(&read).flatten()));
+        }
     }
 
     #[test]
