@@ -123,6 +123,21 @@ pub struct Origin {
     pub mark: Option<Mark>,
     /// Whether a guest had reported the pool when the copy was made. If not, there may be none on the disk.
     pub initialized: bool,
+    /// Made at random for the copy where the ids are the same: a volume that was deleted, and made again under its name
+    /// from a snapshot of itself. The guest notes it in the journal with the end of its work; without, the journal that
+    /// was copied along would say that it was done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<Uuid>,
+}
+
+impl Origin {
+    /// The same for a new copy that becomes a volume of this id.
+    #[must_use]
+    pub fn of_new_copy(self, id: VolumeId) -> Self {
+        // The id tells all others apart. Guests of earlier versions know those only.
+        let copy = (self.volume == id).then(Uuid::new_v4);
+        Self { copy, ..self }
+    }
 }
 
 /// Whether a guest may make a pool. The guest's own journal on the disk has the last word: no pool is made where the
@@ -332,7 +347,7 @@ mod tests {
             assert_eq!(VolumeSpec::decode(option.strip_prefix(OPTION_PREFIX).unwrap()).unwrap(), mirrored);
         }
         let mirror = Some(Mirror::default());
-        let origin = Some(Origin { volume: VolumeId::from_name("b"), mark: None, initialized: true });
+        let origin = Some(Origin { volume: VolumeId::from_name("b"), mark: None, initialized: true, copy: None });
         let block = VolumeSpec { mode: VolumeMode::Block, dataset_properties: BTreeMap::new(), mirror, ..spec() };
         for wrong in [VolumeSpec { origin, mirror, ..spec() }, block] {
             assert!(matches!(VolumeSpec::from_json(&wrong.to_json()), Err(DecodeSpecError::Mirror(_))));

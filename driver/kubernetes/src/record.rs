@@ -23,7 +23,7 @@ pub const HEALTHY: &str = "Healthy";
 
 fn origin_of(status: &OriginStatus) -> Option<Origin> {
     let mark = status.mark.as_deref().map(str::parse).transpose().ok()?;
-    Some(Origin { volume: status.volume.parse().ok()?, mark, initialized: status.initialized })
+    Some(Origin { volume: status.volume.parse().ok()?, mark, initialized: status.initialized, copy: status.copy })
 }
 
 fn origin_status(origin: &Origin) -> OriginStatus {
@@ -31,6 +31,7 @@ fn origin_status(origin: &Origin) -> OriginStatus {
         volume: origin.volume.to_string(),
         mark: origin.mark.as_ref().map(ToString::to_string),
         initialized: origin.initialized,
+        copy: origin.copy,
     }
 }
 

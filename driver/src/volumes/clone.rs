@@ -123,10 +123,10 @@ pub(super) async fn fill(context: &Arc<Context>, volume: Volume, source: Source)
     }
     let prepared = prepare(context, &volume, source).await?;
     crash::point("copy: marked");
-    let volume = context.catalog.update(Volume { origin: Some(prepared.origin.clone()), ..volume }).await?;
+    let volume = context.catalog.update(Volume { origin: Some(prepared.origin.of_new_copy(id)), ..volume }).await?;
     crash::point("copy: origin recorded");
     let spec = device_spec(&volume);
-    let Prepared { source: from, partition, proof, .. } = prepared;
+    let (from, partition, proof) = (prepared.source, prepared.partition, prepared.proof);
     if context.with_backing(|backing| backing.shares_blocks()).await? {
         let made = context
             .with_backing(move |backing| {
@@ -235,7 +235,7 @@ async fn finish(context: &Context, volume: Volume, source: Source) -> Result<Vol
             let snapshot = context.snapshots.get(id).await?;
             snapshot.and_then(|snapshot| snapshot.contents).map(|contents| contents.origin)
         }
-        (None, Source::Volume(id)) => Some(Origin { volume: id, mark: None, initialized: true }),
+        (None, Source::Volume(id)) => Some(Origin { volume: id, mark: None, initialized: true, copy: None }),
     };
     Ok(Volume { origin, ..volume })
 }

@@ -171,7 +171,7 @@ impl Volume {
     pub fn origin_of_copy(&self, mark: Option<Mark>) -> Option<Origin> {
         match &self.origin {
             Some(origin) if !self.initialized => self.publication.is_none().then(|| origin.clone()),
-            _ => Some(Origin { volume: self.id, mark, initialized: self.initialized }),
+            _ => Some(Origin { volume: self.id, mark, initialized: self.initialized, copy: None }),
         }
     }
 

@@ -95,7 +95,7 @@ async fn clones_of_a_volume_in_use_show_the_marked_instant_beside_it_and_in_anot
     control.mark(request()).await?;
     let beside = clone(&dir, &origin, "pvc-beside", &mark)?;
     let (mut elsewhere, mut twin) =
-        (clone(&dir, &origin, "pvc-elsewhere", &mark)?, clone(&dir, &origin, "pvc-twin", &mark)?);
+        (clone(&dir, &origin, "pvc-elsewhere", &mark)?, clone(&dir, &origin, "pvc-origin", &mark)?);
     let told = control.status(StatusRequest {}).await?.into_inner().volumes.remove(0);
     assert!(told.snapshot_bytes > 2_000_000, "{told:?}");
     for _ in 0..2 {
@@ -122,7 +122,7 @@ async fn clones_of_a_volume_in_use_show_the_marked_instant_beside_it_and_in_anot
     }
     first.kill();
 
-    // Two clones of one disk in one container, in a guest that never saw their origin.
+    // Two clones of one disk in one container, in a guest that never saw their origin, whose name has come back with one.
     let mut second = pod(&dir).await?;
     second.run(Container::debug("tools")).await?;
     second.run(Container::new("app", [elsewhere.mount("/a"), twin.mount("/b")])).await?;

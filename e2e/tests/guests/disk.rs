@@ -41,7 +41,7 @@ impl Disk {
         let copy = Self::new(dir, name, self.spec.capacity)?;
         let done = Command::new("cp").arg("--sparse=always").args([&self.file, &copy.file]).status()?;
         ensure!(done.success(), "cp: {done}");
-        let origin = Origin { volume: self.spec.id, mark, initialized: true };
+        let origin = Origin { volume: self.spec.id, mark, initialized: true, copy: None };
         let copy = Self { spec: VolumeSpec { create: Create::Never, origin: Some(origin), ..copy.spec }, ..copy };
         let layout = DiskLayout::new(self.spec.capacity, Headroom::default());
         let table = gpt::encode(copy.spec.id, layout.partition, layout.disk);

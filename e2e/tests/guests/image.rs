@@ -30,10 +30,11 @@ impl Image {
         Ok(image)
     }
 
-    /// A volume that is made from a copy of this one, taken now.
+    /// A volume that is made from a copy of this one, taken now. It may have its name: then this one is gone.
     pub(crate) fn copy(&self, dir: &Workdir, name: &str, size: Bytes, mark: Option<Mark>) -> Result<Self> {
         let new = VolumeSpec::new(VolumeId::from_name(name), Uuid::new_v4(), Create::Never, size);
-        let origin = Origin { volume: self.spec.id, mark, initialized: true };
+        let origin = Origin { volume: self.spec.id, mark, initialized: true, copy: None };
+        let origin = origin.of_new_copy(new.id);
         let spec = VolumeSpec { encryption: self.spec.encryption, origin: Some(origin), ..new };
         let image = Self::of(dir, spec)?;
         let copied = Command::new("cp").arg("--sparse=always").args([&self.file, &image.file]).status()?;
@@ -45,7 +46,9 @@ impl Image {
     fn of(dir: &Workdir, spec: VolumeSpec) -> Result<Self> {
         let target = dir.subdirectory(&format!("pods/{}", spec.id))?;
         let entry = direct_volume::entry(&dir.subdirectory("direct-volumes")?, &target);
-        Ok(Self { file: dir.path().join(spec.id.to_string()), spec, target, entry })
+        let file = dir.path().join(spec.id.to_string());
+        let file = if file.exists() { file.with_extension("again") } else { file };
+        Ok(Self { file, spec, target, entry })
     }
 
     /// Size and tables, whatever was there.

@@ -160,7 +160,9 @@ impl<M: Machine> Activation<'_, M> {
         let block = self.machine.read(disk, DiskLayout::JOURNAL_OFFSET, journal::BYTES).await;
         let block = block.map_err(self.failed("reading its journal"))?;
         let journal = Journal::decode(&block, self.id);
-        if let (Journal::Foreign, Some(origin)) = (journal, &spec.origin) {
+        if let Some(origin) = &spec.origin
+            && is_still_its_origins(journal, &block, origin)
+        {
             return self.open_copy(&block, disk, devices, origin, imported).await;
         }
         let blank = !imported && disk::is_blank(self.machine, self.id, disk, partition).await?;
@@ -289,7 +291,8 @@ impl<M: Machine> Activation<'_, M> {
     }
 
     pub(super) async fn write_journal(&self, disk: &Disk, journal: Journal) -> Result<(), VolumeError> {
-        let block = journal.encode(self.id).unwrap_or_default();
+        let copy = self.request.spec.origin.as_ref().and_then(|origin| origin.copy);
+        let block = journal.encode(self.id, copy).unwrap_or_default();
         let written = self.machine.write(disk, DiskLayout::JOURNAL_OFFSET, &block).await;
         written.map_err(self.failed("writing its journal"))
     }
@@ -355,6 +358,15 @@ impl<M: Machine> Activation<'_, M> {
         if let Err(fault) = remove_marks(self.machine, &self.request.spec.dataset(), |_| true).await {
             tracing::warn!(volume = %self.id, "a mark stays until the next start: {fault}");
         }
+    }
+}
+
+/// Whether what is on the disk is not this volume's own yet: another volume's, or, where both have one id, another copy's.
+fn is_still_its_origins(journal: Journal, block: &[u8], origin: &Origin) -> bool {
+    match journal {
+        Journal::Foreign => true,
+        Journal::Creating | Journal::Created => origin.copy.is_some_and(|copy| !journal::is_of_copy(block, copy)),
+        Journal::Blank | Journal::Behind | Journal::Rebuilding => false,
     }
 }
 

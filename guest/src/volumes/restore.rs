@@ -7,7 +7,7 @@
 //! 1. the pool is imported under the new name, and gets a new GUID;
 //! 2. the dataset is rolled back to the mark, where a guest ran while the copy was made;
 //! 3. size, properties and quota are set, and all of it is written out;
-//! 4. the journal says `Created`, for this volume;
+//! 4. the journal says `Created`, for this volume, and for this copy of it where the origin had the same id;
 //! 5. marks are removed, and space is kept for it.
 //!
 //! Until the fourth step is done no container has seen the volume, and each step before it can be repeated: a start that

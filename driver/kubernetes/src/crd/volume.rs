@@ -169,6 +169,9 @@ pub struct OriginStatus {
     /// Whether a guest had reported the pool when the copy was made.
     #[serde(default)]
     pub initialized: bool,
+    /// Tells the copy from its origin where that had the same name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<Uuid>,
 }
 
 /// A PersistentVolumeClaim.

@@ -185,7 +185,7 @@ mod tests {
                 taken: 1_700_000_000,
                 capacity: Bytes::gib(1),
                 partition: Bytes::mib(1100),
-                origin: Origin { volume, mark: Some(Mark::for_snapshot(id)), initialized: true },
+                origin: Origin { volume, mark: Some(Mark::for_snapshot(id)), initialized: true, copy: None },
                 encryption: Some(Encryption::Aes256Gcm),
                 mode: VolumeMode::Block,
             }),

@@ -285,6 +285,7 @@ mod tests {
                 volume: VolumeId::from_name("pvc-0"),
                 mark: Some(Mark::for_clone(VolumeId::from_name("pvc-1"))),
                 initialized: true,
+                copy: Some(uuid::Uuid::from_u128(9)),
             }),
             ephemeral: false,
             behind: Some(Half::Second),

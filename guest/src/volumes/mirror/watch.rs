@@ -70,7 +70,7 @@ impl<M: Machine> Volumes<M> {
     }
 
     async fn write_half(&self, id: VolumeId, disk: &Disk, journal: Journal) -> Result<(), Fault> {
-        let block = journal.encode(id).unwrap_or_default();
+        let block = journal.encode(id, None).unwrap_or_default();
         self.machine.write(disk, zpod_volume::DiskLayout::JOURNAL_OFFSET, &block).await
     }
 

@@ -9,7 +9,7 @@ pub(super) fn mark() -> Mark {
 }
 
 fn origin(mark: Option<Mark>) -> Origin {
-    Origin { volume: VolumeId::from_name("a"), mark, initialized: true }
+    Origin { volume: VolumeId::from_name("a"), mark, initialized: true, copy: None }
 }
 
 /// A larger volume, of another class, that is made from a copy of volume "a".
@@ -111,6 +111,70 @@ async fn a_restore_that_is_cut_short_anywhere_is_completed_and_nothing_is_rolled
     assert!(number > 15, "only {number} steps");
 }
 
+/// Volume "a", made again from a snapshot of itself: the `nth` time.
+fn again(nth: u128) -> Wanted {
+    let mut wanted = restored("a", Some(mark()), "/m1");
+    wanted.spec.origin.as_mut().unwrap().copy = Some(Uuid::from_u128(nth));
+    wanted
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_that_comes_back_under_its_name_shows_the_instant_and_is_rolled_back_once() {
+    let (_running, source) = origin_in_use().await;
+    let mut number = 0;
+    loop {
+        number += 1;
+        let mut alive = 0;
+        for kill in [Kill::Before(number), Kill::After(number)] {
+            let disks = copied(&source, &["a"]);
+            let first = Volumes::new(SimMachine::new(&disks, kill), "/zpod/volumes");
+            let mut want = "old";
+            if prepare(&first, "c1", again(1)).await.is_ok() && !first.machine().dead() {
+                first.machine().container_writes(&again(1).spec.pool, "mine");
+                want = "mine";
+                first.release_container("c1").await;
+            }
+            alive += usize::from(!first.machine().dead());
+            let next = guest(&disks);
+            let result = prepare(&next, "c2", again(1)).await;
+            assert!(result.is_ok(), "{kill:?}: {result:?}");
+            check(&disks, 0, "a", want);
+        }
+        if alive == 2 {
+            break;
+        }
+    }
+    assert!(number > 15, "only {number} steps");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_may_come_back_from_a_copy_that_had_come_back_itself() {
+    let (_running, source) = origin_in_use().await;
+    let disks = copied(&source, &["a"]);
+    let volumes = guest(&disks);
+    let _ = prepare(&volumes, "c1", again(1)).await.unwrap();
+    let spec = again(1).spec;
+    volumes.machine().container_writes(&spec.pool, "second life");
+    volumes.mark(spec.id, &mark()).await.unwrap();
+    volumes.machine().container_writes(&spec.pool, "after the instant");
+    let third = copied(&disks, &["a"]);
+    let volumes = guest(&third);
+    let _ = prepare(&volumes, "c1", again(2)).await.unwrap();
+    check(&third, 0, "a", "second life");
+    volumes.release_container("c1").await;
+    // Once its guest has reported it the node says nothing of an origin any more.
+    let mut plain = again(2);
+    plain.spec.origin = None;
+    let next = guest(&third);
+    let _ = prepare(&next, "c1", plain).await.unwrap();
+    check(&third, 0, "a", "second life");
+    assert_eq!((count(&next, "rollback"), count(&next, "reguid")), (0, 0));
+    // The record of an earlier version has no nonce: it is as it was.
+    let unknown = guest(&copied(&source, &["a"]));
+    let _ = prepare(&unknown, "c1", restored("a", Some(mark()), "/m1")).await.unwrap();
+    assert_eq!(count(&unknown, "rollback"), 0);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_restore_whose_steps_fail_once_is_completed_in_the_same_guest() {
     let (_running, source) = origin_in_use().await;
@@ -193,14 +257,16 @@ async fn a_copy_of_what_was_never_finished_is_a_fresh_volume() {
     let failing = guest(&begun);
     failing.machine().failing.lock().unwrap().insert("create dataset".into());
     assert!(prepare(&failing, "c1", wanted("a", Create::Fresh, "/m1")).await.is_err());
-    for (source, create) in [(&begun, Create::Resume), (&disks(&["a"]), Create::Fresh)] {
+    let lives = [(&begun, Create::Resume, "b"), (&begun, Create::Resume, "a"), (&disks(&["a"]), Create::Fresh, "b")];
+    for (source, create, name) in lives {
         let mut number = 0;
         loop {
             number += 1;
-            let disks = copied(source, &["b"]);
+            let disks = copied(source, &[name]);
             let first = Volumes::new(SimMachine::new(&disks, Kill::After(number)), "/zpod/volumes");
-            let mut want = restored("b", None, "/m1");
+            let mut want = restored(name, None, "/m1");
             want.spec.create = create;
+            want.spec.origin.as_mut().unwrap().copy = (name == "a").then_some(Uuid::from_u128(1));
             want.spec.origin.as_mut().unwrap().initialized = false;
             let _ = prepare(&first, "c1", want.clone()).await;
             let next = guest(&disks);

@@ -191,7 +191,7 @@ async fn a_call_is_finished_even_if_its_caller_goes_away() {
 }
 
 fn snapshot(name: &str) -> Snapshot {
-    let origin = Origin { volume: VolumeId::from_name("a"), mark: None, initialized: true };
+    let origin = Origin { volume: VolumeId::from_name("a"), mark: None, initialized: true, copy: None };
     let contents = Contents {
         taken: 1,
         capacity: Bytes::gib(1),
