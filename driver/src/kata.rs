@@ -14,7 +14,7 @@ pub use halves::{Halves, MappedHalves};
 pub use loop_device::LoopDevice;
 pub use mapper::{Mapper, MapperError, Removal};
 pub use sandbox::{AgentUrl, Sandbox, SandboxError, discover};
-pub use target::{MAX_TARGET_BYTES, TargetPath};
+pub use target::{MAX_TARGET_BYTES, TargetPath, is_same_place};
 
 use std::path::{Path, PathBuf};
 

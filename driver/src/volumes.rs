@@ -33,6 +33,7 @@ mod scrubs;
 mod snapshots;
 mod spec;
 mod stats;
+mod withdraw;
 
 pub use capacity_range::{CapacityRange, DEFAULT_CAPACITY};
 #[allow(unused_imports, reason = "for the cluster's provisioner")]

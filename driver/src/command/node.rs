@@ -91,6 +91,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let volumes = volumes.observed_by(Arc::new(observers)).checking_pods(Arc::new(pods));
     tokio::spawn(volumes.clone().keep_scrubbing());
     tokio::spawn(volumes.clone().keep_ending_abandoned());
+    tokio::spawn(volumes.clone().keep_withdrawing_abandoned());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));
     let _admin = match options.admin_address {
         Some(address) => {

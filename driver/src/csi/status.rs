@@ -7,6 +7,14 @@ use crate::kata::{KataError, MapperError};
 use crate::volumes::VolumeError;
 
 /// The one place where an error becomes a gRPC status.
+///
+/// Who calls reads from the code whether the call may still be under way, or have left something: then it calls again, or
+/// takes it back. A code that is **final** says that nothing was done and nothing is. kubelet then doesn't unpublish (1.37,
+/// `isFinalError` in pkg/volume/csi/csi_client.go), csi-provisioner doesn't delete (6.3, `checkError`), csi-snapshotter
+/// doesn't delete (8.6, `isCSIFinalError`), csi-resizer tries another size (2.2, `IsFinalError`). Not final are for all of
+/// them CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE and ABORTED, and RESOURCE_EXHAUSTED for all but csi-provisioner, which
+/// then looks for another node. So an error whose call may have left something has one of those. docs/errors.md has them
+/// all, and a test sees to it.
 pub fn to_status(error: &VolumeError) -> Status {
     Status::new(code(error), error.to_string())
 }
@@ -51,6 +59,8 @@ fn code(error: &VolumeError) -> Code {
         | VolumeError::NoMirrors { .. }
         | VolumeError::HalfLost { .. }
         | VolumeError::PodRefused { .. } => Code::FailedPrecondition,
+        // Whatever it was: not final for kubelet, which then calls again or unpublishes.
+        VolumeError::StillPublished { .. } => Code::Unavailable,
         VolumeError::GuestSilent { .. } | VolumeError::JustRestored { .. } | VolumeError::PodUnknown { .. } => {
             Code::Unavailable
         }
@@ -86,8 +96,6 @@ fn backing(error: &BackingError) -> Code {
             Code::Unavailable
         }
         BackingError::Mismatch { .. } | BackingError::Io { .. } => Code::Internal,
-        #[allow(unreachable_patterns)]
-        _ => Code::Internal,
     }
 }
 
@@ -102,8 +110,6 @@ fn catalog(error: &CatalogError) -> Code {
         CatalogError::Forbidden { .. } => Code::Internal,
         CatalogError::Io { source, .. } if is_full(source) => Code::ResourceExhausted,
         CatalogError::Io { .. } => Code::Internal,
-        #[allow(unreachable_patterns)]
-        _ => Code::Internal,
     }
 }
 
@@ -155,6 +161,10 @@ mod tests {
                 Code::FailedPrecondition,
             ),
             (VolumeError::PublishedOtherwise { id, target: "/x".into(), difference: "readonly" }, Code::AlreadyExists),
+            (
+                VolumeError::StillPublished { id, node: s("n1"), source: Box::new(backing(BackingError::Stopped)) },
+                Code::Unavailable,
+            ),
             (VolumeError::TargetTaken { target: "/x".into(), by: id }, Code::FailedPrecondition),
             (
                 VolumeError::BeyondHeadroom { id, capacity: Bytes(1), largest: Bytes(1), node: s("n1") },
@@ -196,6 +206,14 @@ mod tests {
                 Code::OutOfRange,
             ),
             (backing(BackingError::Gone { path: "/d".into(), reason: s("x") }), Code::Unavailable),
+            (
+                backing(BackingError::HalfMade {
+                    id,
+                    half: zpod_volume::Half::Second,
+                    source: Box::new(BackingError::Stopped),
+                }),
+                Code::Aborted,
+            ),
             (
                 backing(BackingError::SnapshotMissing { id: SnapshotId::from_name("x"), file: "/d".into() }),
                 Code::Unavailable,
@@ -243,6 +261,84 @@ mod tests {
             (VolumeError::Copying { what: s("x"), from: s("y"), node: s("n1"), progress }, Code::Aborted),
             (VolumeError::BeingCopied { what: s("x"), target: s("y"), node: s("n1"), progress }, Code::Aborted),
         ]
+    }
+
+    /// The names of an enum's variants, and that of a value's: one that is not listed does not compile.
+    macro_rules! variants {
+        ($names:ident, $name_of:ident, $error:ident: $($variant:ident)*) => {
+            const $names: &[&str] = &[$(stringify!($variant)),*];
+            fn $name_of(error: &$error) -> &'static str {
+                match error {
+                    $($error::$variant { .. } => stringify!($variant),)*
+                }
+            }
+        };
+    }
+
+    variants!(VOLUME, volume_error, VolumeError: Invalid Parameter OutOfRange Token NotFound NotPublished Exists Topology
+        OtherNode NotReady Published PublishedOtherwise StillPublished TargetTaken BeyondHeadroom GuestSilent NoNode NodeSilent
+        NodeRefused NodeAtWork PodRefused PodUnknown SnapshotNotFound SnapshotExists SnapshotNotReady InGroup GroupNotFound
+        GroupExists GroupMember SourceElsewhere NoCopyWhileRunning JustRestored MarkLost Copying BeingCopied NoMirrors
+        HalfLost Guest Backing Catalog Kata CutShort);
+    variants!(GUEST, guest_error, GuestError: Unreachable Timeout Refused DiskTooSmall);
+    variants!(BACKING, backing_error, BackingError: NoRoom Restricted TooLarge Gone HalfMade InUse Missing Mismatch CannotShare SnapshotMissing
+        Stopped Io);
+    variants!(CATALOG, catalog_error, CatalogError: Conflict NotFound Damaged Io Unreadable Locked Unavailable Expired
+        Forbidden);
+    variants!(KATA, kata_error, KataError: Target Mapper Occupied Io);
+
+    fn name(error: &VolumeError) -> String {
+        let outer = volume_error(error);
+        match error {
+            VolumeError::Guest { source: GuestError::Refused { call, .. }, .. } => format!("Guest: Refused {call}"),
+            VolumeError::Guest { source, .. } => format!("{outer}: {}", guest_error(source)),
+            VolumeError::Backing { source, .. } => format!("{outer}: {}", backing_error(source)),
+            VolumeError::Catalog(source) => format!("{outer}: {}", catalog_error(source)),
+            VolumeError::Kata(source) => format!("{outer}: {}", kata_error(source)),
+            VolumeError::NodeRefused { no_room: true, .. } => format!("{outer}, for want of room"),
+            _ => outer.to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_table_has_every_error_with_its_code_and_whether_that_is_final() {
+        let word = |wanted: Code| {
+            format!("{wanted:?}").chars().fold(String::new(), |mut word, letter| {
+                if letter.is_uppercase() && !word.is_empty() {
+                    word.push('_');
+                }
+                word.extend(letter.to_uppercase());
+                word
+            })
+        };
+        let mut rows: Vec<_> = every_error()
+            .iter()
+            .map(|(error, code)| {
+                let (all, provisioner) = match code {
+                    Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable | Code::Aborted => ("no", "no"),
+                    Code::ResourceExhausted => ("no", "on this node"),
+                    _ => ("yes", "yes"),
+                };
+                format!("| {} | {} | {all} | {provisioner} |", name(error), word(*code))
+            })
+            .collect();
+        rows.sort();
+        rows.dedup();
+        let seen = |kind: &str, names: &[&str]| {
+            for one in names {
+                let row = format!("| {kind}{one}");
+                assert!(rows.iter().any(|have| have.starts_with(&row)), "{kind}{one} is not in the table");
+            }
+        };
+        seen("", VOLUME);
+        seen("Guest: ", GUEST);
+        seen("Backing: ", BACKING);
+        seen("Catalog: ", CATALOG);
+        seen("Kata: ", KATA);
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/errors.md");
+        let page = std::fs::read_to_string(path).unwrap();
+        let table: Vec<_> = page.lines().skip_while(|line| !line.starts_with("|---")).skip(1).collect();
+        assert_eq!(table, rows, "docs/errors.md should have:\n{}", rows.join("\n"));
     }
 
     #[test]

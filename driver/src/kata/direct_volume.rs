@@ -83,20 +83,30 @@ impl DirectVolumes {
         }
         let aside = self.aside();
         make_dir(&aside)?;
-        write(&aside.join(FILE), &json)?;
-        sync_dir(&aside)?;
+        let placed = self.place(&aside, &entry, &json);
+        if placed.is_err() {
+            // Such as where there is no room: a call that is repeated leaves nothing each time. What can't be removed now
+            // goes at the next start.
+            let _ = fs::remove_dir_all(&aside);
+        }
+        placed.map(|()| Outcome::Changed)
+    }
+
+    /// Builds an entry aside and puts it into its place.
+    fn place(&self, aside: &Path, entry: &Path, json: &[u8]) -> Result<(), KataError> {
+        write(&aside.join(FILE), json)?;
+        sync_dir(aside)?;
         crash::point("direct volume built aside");
-        match fs::rename(&aside, &entry) {
+        match fs::rename(aside, entry) {
             Ok(()) => {}
             Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {
-                fs::rename(aside.join(FILE), entry.join(FILE)).map_err(KataError::io("replace", &entry))?;
-                fs::remove_dir(&aside).map_err(KataError::io("remove", &aside))?;
-                sync_dir(&entry)?;
+                fs::rename(aside.join(FILE), entry.join(FILE)).map_err(KataError::io("replace", entry))?;
+                fs::remove_dir(aside).map_err(KataError::io("remove", aside))?;
+                sync_dir(entry)?;
             }
-            Err(error) => return Err(KataError::io("rename into place", &entry)(error)),
+            Err(error) => return Err(KataError::io("rename into place", entry)(error)),
         }
-        sync_dir(&self.dir)?;
-        Ok(Outcome::Changed)
+        sync_dir(&self.dir)
     }
 
     /// Removes the entry of a target path.
@@ -105,6 +115,11 @@ impl DirectVolumes {
     /// When the operating system refuses.
     pub fn remove(&self, target: &TargetPath) -> Result<Outcome, KataError> {
         let (entry, aside) = (self.entry(target), self.aside());
+        // Looked for first: a directory that can't be written to says so of what is not there, too.
+        match fs::symlink_metadata(&entry) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Outcome::Unchanged),
+            _ => {}
+        }
         match fs::rename(&entry, &aside) {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Outcome::Unchanged),
@@ -245,6 +260,22 @@ mod tests {
         make_dir(&volumes.aside()).unwrap();
         let volumes = DirectVolumes::open(&dir.path().join("direct-volumes")).unwrap();
         assert_eq!(fs::read_dir(volumes.dir.join(ASIDE)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn an_entry_that_can_not_be_written_leaves_nothing_however_often_it_is_tried() {
+        let (dir, _, target) = open();
+        let full = dir.path().join("full");
+        fs::create_dir(&full).unwrap();
+        // Its root, the directory aside and one entry's: no file can be made.
+        rustix::mount::mount("full", &full, "tmpfs", rustix::mount::MountFlags::empty(), c"nr_inodes=3").unwrap();
+        let volumes = DirectVolumes::open(&full).unwrap();
+        for _ in 0..3 {
+            let error = volumes.publish(&target, &volume(Create::Fresh)).unwrap_err();
+            assert!(error.to_string().contains("No space left"), "{error}");
+            assert_eq!(fs::read_dir(full.join(ASIDE)).unwrap().count(), 0);
+        }
+        rustix::mount::unmount(&full, rustix::mount::UnmountFlags::DETACH).unwrap();
     }
 
     #[test]

@@ -1,6 +1,6 @@
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt as _};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, StatVfsMountFlags, StatxAttributes, StatxFlags};
@@ -49,6 +49,13 @@ impl TargetPath {
             )));
         }
         Ok(Self(path))
+    }
+
+    /// Whether this is the place of another target path, by whatever name that was given: the same name in the same
+    /// directory, which may be reached through symbolic links and by bind mounts. Of a directory that is gone, what is
+    /// left of the way to it is compared.
+    pub fn is_at(&self, other: &Path) -> bool {
+        is_same_place(&self.0, other)
     }
 
     /// A target path whose parent is gone, as it was given.
@@ -146,6 +153,36 @@ impl TargetPath {
     }
 }
 
+/// Whether two paths are one place; see [`TargetPath::is_at`].
+pub fn is_same_place(one: &Path, other: &Path) -> bool {
+    one == other || Place::of(one).is_some_and(|place| Place::of(other) == Some(place))
+}
+
+/// A target path as what it is: a directory, by device and inode, and the way on from there.
+#[derive(Debug, PartialEq, Eq)]
+struct Place {
+    directory: (u64, u64),
+    rest: PathBuf,
+}
+
+impl Place {
+    /// `None` for what can't be looked up.
+    fn of(path: &Path) -> Option<Self> {
+        // The last name is never followed: something may be mounted there.
+        let mut rest = PathBuf::from(path.file_name()?);
+        for directory in path.parent()?.ancestors() {
+            match fs::metadata(directory) {
+                Ok(found) => return Some(Self { directory: (found.dev(), found.ino()), rest }),
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    rest = Path::new(directory.file_name()?).join(rest);
+                }
+                Err(_) => return None,
+            }
+        }
+        None
+    }
+}
+
 /// What is at a target path.
 enum Found {
     Absent,
@@ -183,6 +220,28 @@ mod tests {
         symlink(&real, dir.path().join("link")).unwrap();
         let target = TargetPath::resolve(&dir.path().join("link/mount")).unwrap();
         assert_eq!(target.as_path(), real.join("mount"));
+    }
+
+    #[test]
+    fn one_place_is_known_by_all_its_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in ["real/pods", "bound", "other/pods"] {
+            fs::create_dir_all(at(name)).unwrap();
+        }
+        symlink(at("real"), at("link")).unwrap();
+        rustix::mount::mount_bind(at("real"), at("bound")).unwrap();
+        let target = TargetPath::resolve(&at("real/pods/mount")).unwrap();
+        let names = ["real/pods/mount", "link/pods/mount", "bound/pods/mount", "link/./pods//mount"];
+        let known = || names.map(|name| target.is_at(&at(name)));
+        let others = || ["real/pods/other", "other/pods/mount", "bound/mount"].map(|name| target.is_at(&at(name)));
+        assert_eq!((known(), others()), ([true; 4], [false; 3]));
+        target.mount_placeholder().unwrap();
+        assert_eq!((known(), others()), ([true; 4], [false; 3]));
+        target.remove_placeholder().unwrap();
+        fs::remove_dir(at("real/pods")).unwrap();
+        assert_eq!((known(), others()), ([true; 4], [false; 3]), "its directory is gone");
+        rustix::mount::unmount(at("bound"), UnmountFlags::DETACH).unwrap();
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::VolumeError;
 use super::context::blocking;
 use super::publish::NodeVolumes;
 use super::spec::{discard, volume_spec};
-use crate::kata::{KataError, LoopDevice, TargetPath};
+use crate::kata::{KataError, LoopDevice, TargetPath, is_same_place};
 
 /// Whether a volume is what its publication asks for.
 pub(super) fn check_mode(volume: &Volume, wanted: VolumeMode) -> Result<(), VolumeError> {
@@ -103,7 +103,7 @@ pub(super) fn remove_target(target: &TargetPath, mode: Option<VolumeMode>) -> Re
 /// `.../volumeDevices/<volume>/dev/<pod>`, which has but the pod's UID in common with `.../publish/<volume>/<pod>`.
 pub(super) fn is_meant(target: &Path, path: &Path, block: bool) -> bool {
     let of_block = || path.parent().is_some_and(|dir| dir.ends_with("dev")) && path.file_name() == target.file_name();
-    target == path || block && of_block()
+    is_same_place(target, path) || block && of_block()
 }
 
 #[cfg(test)]

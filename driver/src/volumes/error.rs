@@ -119,6 +119,19 @@ pub enum VolumeError {
         /// What differs.
         difference: &'static str,
     },
+    /// The call failed, and the publication stands, or it is not known that it does not.
+    #[error(
+        "volume {id} is, or may be, published on node {node} though this call failed, and could not be taken back: it is \
+         repeated, or unpublished, when what was in its way is gone: {source}"
+    )]
+    StillPublished {
+        /// The volume.
+        id: VolumeId,
+        /// The node.
+        node: String,
+        /// What was in its way.
+        source: Box<VolumeError>,
+    },
     /// Another volume is at this path.
     #[error("target_path {target} has volume {by} published already; one path can have one volume")]
     TargetTaken {

@@ -9,14 +9,15 @@ use zpod_storage::catalog::{PodRef, Publication, Volume};
 use zpod_storage::crash;
 use zpod_volume::{Bytes, MountFlag, VolumeId, VolumeMode, VolumeSpec};
 
-use super::block::{check_mode, remove_target};
+use super::block::check_mode;
 use super::context::{blocking, device_spec, to_the_end};
 use super::keys::{self, KeyPair, Keys};
 use super::observer::Observer;
 use super::pods::{AnyPod, PodCheck};
 use super::spec::{discard, volume_spec};
+use super::withdraw::Place;
 use super::{Context, VolumeError, mount_options};
-use crate::kata::{DirectVolume, DirectVolumes, KataError, Removal, TargetPath};
+use crate::kata::{DirectVolume, DirectVolumes, TargetPath};
 
 /// How long a virtual machine that is on its way out is waited for.
 const CLOSING: Duration = Duration::from_millis(2500);
@@ -28,7 +29,7 @@ const LOAD_PAGE: usize = 256;
 #[derive(Debug, Clone)]
 pub struct NodeVolumes {
     pub(super) context: Arc<Context>,
-    direct: Arc<DirectVolumes>,
+    pub(super) direct: Arc<DirectVolumes>,
     pub(super) observer: Arc<dyn Observer>,
     pub(super) pods: Arc<dyn PodCheck>,
     pub(super) keys: Arc<Keys>,
@@ -184,21 +185,28 @@ impl NodeVolumes {
         let Some(publication) = self.context.publication(&volume) else {
             return self.publish_anew(volume, &target, request).await;
         };
-        if publication.target_path != request.target {
-            return Err(self.context.published_error(volume.id, publication));
+        match self.place(publication, &target).await? {
+            Place::Same => {}
+            Place::SameByAnotherName => {
+                let (id, target) = (volume.id, publication.target_path.clone());
+                let difference = "target_path is another name of the same directory";
+                return Err(VolumeError::PublishedOtherwise { id, target, difference });
+            }
+            Place::Other => return Err(self.context.published_error(volume.id, publication)),
         }
         if let Some(difference) = difference(publication, &request) {
             return Err(VolumeError::PublishedOtherwise { id: volume.id, target: request.target, difference });
         }
         let publication = publication.clone();
         self.take_keys(&request)?;
-        self.install(&volume, &publication, &target).await
+        let installed = self.install(&volume, &publication, &target).await;
+        installed.map_err(|source| self.still_published(volume.id, source))
     }
 
     /// Whether everything that the request asks for is there already. It then brings its key, and nothing else.
     async fn stands(&self, request: &PublishRequest, target: &TargetPath) -> Result<bool, VolumeError> {
         let known = self.context.published.observed(request.id);
-        let here = known.filter(|(volume, _)| volume.target == request.target && request.mode.is_filesystem());
+        let here = known.filter(|(volume, _)| volume.target == target.as_path() && request.mode.is_filesystem());
         let Some((_, token)) = here else {
             return Ok(false);
         };
@@ -232,30 +240,35 @@ impl NodeVolumes {
         // What was left of an earlier publication belongs to it.
         self.keys.forget(id);
         self.take_keys(&request)?;
-        if let Err(by) = self.context.published.reserve(id, &request.target) {
-            self.keys.forget(id);
-            return Err(VolumeError::TargetTaken { target: request.target, by });
-        }
-        let published = self.record_publication(volume, request).await;
-        let (volume, publication) = published.inspect_err(|_| {
-            self.keys.forget(id);
-            self.context.published.remove(id);
-        })?;
+        self.reserve(id, target, &request).await.inspect_err(|_| self.keys.forget(id))?;
+        let (volume, publication) = match self.record_publication(volume, target, request).await {
+            Ok(published) => published,
+            Err(error) => return Err(self.not_recorded(id, target, error).await),
+        };
         crash::point("publish: recorded");
-        let installed = self.install(&volume, &publication, target).await;
-        if let Err(error) = &installed {
-            tracing::warn!(volume = %id, "publication is taken back: {error}");
-            if let Err(error) = self.take_back(volume, target).await {
-                tracing::warn!(volume = %id, "publication could not be taken back: {error}");
-            }
+        match self.install(&volume, &publication, target).await {
+            Err(error) => Err(self.not_installed(volume, target, error).await),
+            installed => installed,
         }
-        installed
+    }
+
+    /// Takes the target path for a volume: there is one at a place, whatever the names it is given by.
+    async fn reserve(&self, id: VolumeId, target: &TargetPath, request: &PublishRequest) -> Result<(), VolumeError> {
+        let taken = |by| VolumeError::TargetTaken { target: request.target.clone(), by };
+        self.context.published.reserve(id, target.as_path()).map_err(taken)?;
+        // Behind the reservation, so that of two that come at once one sees the other.
+        let other = self.other_at(id, target.as_path()).await;
+        if !matches!(other, Ok(None)) {
+            self.context.published.remove(id);
+        }
+        other?.map_or(Ok(()), |by| Err(taken(by)))
     }
 
     /// Everything that needs the proof that no kernel has the pool, and the record of the publication.
     async fn record_publication(
         &self,
         volume: Volume,
+        target: &TargetPath,
         request: PublishRequest,
     ) -> Result<(Volume, Publication), VolumeError> {
         crash::point("publish: begin");
@@ -274,7 +287,7 @@ impl NodeVolumes {
         };
         let (written, proof) = self.context.with_device(&volume, prepare).await?;
         let publication = Publication {
-            target_path: request.target,
+            target_path: target.as_path().to_owned(),
             token: Uuid::new_v4(),
             read_only: request.read_only,
             fs_group: request.fs_group,
@@ -319,78 +332,6 @@ impl NodeVolumes {
             Ok(if all.contains(&Outcome::Changed) { Outcome::Changed } else { Outcome::Unchanged })
         })
         .await
-    }
-
-    /// Whether that is also the end of the volume.
-    async fn unpublish_now(&self, id: VolumeId, target: &Path) -> Result<(Outcome, bool), VolumeError> {
-        let _lock = self.context.lock(id).await;
-        let volume = self.context.catalog.get(id).await?;
-        let here = |publication: &Publication| publication.target_path == target;
-        let ends =
-            volume.as_ref().is_some_and(|volume| volume.ephemeral && self.context.publication(volume).is_none_or(here));
-        if self.context.published.owner(target).is_some_and(|owner| owner != id) {
-            // Another volume's path: this one is not published there, which is what was asked for.
-            return Ok((Outcome::Unchanged, ends));
-        }
-        crash::point("unpublish: begin");
-        Ok((self.withdraw(volume, id, target).await?, ends))
-    }
-
-    /// Takes back a publication that failed half way. No pod was told of it, and nobody may come to unpublish it: it
-    /// must not keep other pods out, also when something foreign at the target path is why it failed.
-    async fn take_back(&self, volume: Volume, target: &TargetPath) -> Result<(), VolumeError> {
-        let (direct, target, id, mode) = (self.direct.clone(), target.clone(), volume.id, volume.mode);
-        blocking(move || {
-            // Without the entry no virtual machine finds the device, whatever is left of the rest.
-            direct.remove(&target)?;
-            if let Err(error) = remove_target(&target, Some(mode)) {
-                tracing::warn!(volume = %id, "target path is left as it is: {error}");
-            }
-            Ok(())
-        })
-        .await?;
-        if mode == VolumeMode::Block {
-            self.detach_device(id).await?;
-        }
-        self.context.part(&volume, Removal::WhenUnused).await?;
-        crash::point("publish: taken back");
-        self.context.catalog.update(Volume { publication: None, ..volume }).await?;
-        self.forget(id);
-        Ok(())
-    }
-
-    /// Removes entry, placeholder and record of a publication, in that order.
-    async fn withdraw(&self, volume: Option<Volume>, id: VolumeId, target: &Path) -> Result<Outcome, VolumeError> {
-        let (direct, given, mode) = (self.direct.clone(), target.to_owned(), volume.as_ref().map(|volume| volume.mode));
-        let mut outcome = blocking(move || remove(&direct, &given, mode)).await?;
-        crash::point("unpublish: target gone");
-        let here = |publication: &Publication| publication.target_path == target;
-        if mode == Some(VolumeMode::Block)
-            && volume.as_ref().is_some_and(|volume| volume.publication.as_ref().is_none_or(here))
-            && self.detach_device(id).await? == Outcome::Changed
-        {
-            outcome = Outcome::Changed;
-        }
-        if let Some(volume) = volume.as_ref().filter(|volume| volume.publication.as_ref().is_none_or(here))
-            && self.context.part(volume, Removal::WhenUnused).await? == Outcome::Changed
-        {
-            outcome = Outcome::Changed;
-        }
-        if let Some(volume) = volume.filter(|volume| volume.publication.as_ref().is_some_and(here)) {
-            self.context.catalog.update(Volume { publication: None, ..volume }).await?;
-            outcome = Outcome::Changed;
-        }
-        crash::point("unpublish: recorded");
-        if self.context.published.owner(target) == Some(id) {
-            self.forget(id);
-        }
-        Ok(outcome)
-    }
-
-    fn forget(&self, id: VolumeId) {
-        self.keys.forget(id);
-        self.context.published.remove(id);
-        self.observer.withdrawn(id);
     }
 
     /// Writes the entry of a published volume again, if there is one, from the record as it is now.
@@ -445,23 +386,6 @@ impl Closing {
             answer => Some(answer),
         }
     }
-}
-
-fn remove(direct: &DirectVolumes, target: &Path, mode: Option<VolumeMode>) -> Result<Outcome, VolumeError> {
-    let target = match TargetPath::resolve(target) {
-        Ok(target) => target,
-        // A parent that is gone has taken the target with it; the entry can only have had this name.
-        Err(KataError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            return Ok(direct.remove(&TargetPath::unresolved(target))?);
-        }
-        // Longer than any path that could ever be published.
-        Err(KataError::Target { .. }) if target.is_absolute() => return Ok(Outcome::Unchanged),
-        Err(error) => return Err(error.into()),
-    };
-    let removed = direct.remove(&target)?;
-    crash::point("unpublish: direct volume removed");
-    let unmounted = remove_target(&target, mode)?;
-    Ok(if removed == Outcome::Unchanged { unmounted } else { removed })
 }
 
 /// Whether the keys that came are those that the volume needs.

@@ -161,9 +161,9 @@ impl Published {
         self.entries().remove(&id);
     }
 
-    /// The volume at a target path.
-    pub(super) fn owner(&self, target: &Path) -> Option<VolumeId> {
-        owner(&self.entries(), target)
+    /// The target paths of all volumes, those that are reserved too.
+    pub(super) fn targets(&self) -> Vec<(VolumeId, PathBuf)> {
+        self.entries().iter().map(|(id, entry)| (*id, entry.target.clone())).collect()
     }
 
     /// A volume that is published here, and the token of its publication.
