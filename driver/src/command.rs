@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Args;
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use tokio::signal::unix::{SignalKind, signal};
 use zpod_storage::backing::late::LateBacking;
 use zpod_storage::backing::mirrored::Mirrored;
@@ -35,23 +36,23 @@ pub struct NodeOptions {
     #[arg(long, env = "NODE_NAME", value_parser = node_name)]
     pub node_name: String,
     /// Where the volumes' devices are. Must exist: it is not made, for the mount that should be there may be missing.
-    #[arg(long, default_value = "/var/lib/zpod/volumes")]
+    #[arg(long, default_value = "/var/lib/zpod/volumes", value_parser = absolute())]
     pub backing_dir: PathBuf,
     /// A second directory, on another disk: volumes of classes with `vdevs: mirror-2` have one half in each. Needs
     /// device-mapper and dmsetup. Nowhere, if it is not given: then there are no such volumes.
-    #[arg(long)]
+    #[arg(long, value_parser = absolute())]
     pub mirror_dir: Option<PathBuf>,
     /// How much may be promised for each byte there is: 1.0 keeps every promise, less keeps some space back.
     #[arg(long, default_value_t = 1.0, value_parser = overprovision)]
     pub overprovision: f64,
     /// Where Kata looks for direct volumes.
-    #[arg(long, default_value = "/run/kata-containers/shared/direct-volumes")]
+    #[arg(long, default_value = "/run/kata-containers/shared/direct-volumes", value_parser = absolute())]
     pub direct_volume_dir: PathBuf,
     /// Where Kata's shims have the directories of their sandboxes. May be given more than once.
-    #[arg(long, default_values = ["/run/kata", "/run/vc/sbs"])]
+    #[arg(long, default_values = ["/run/kata", "/run/vc/sbs"], value_parser = absolute())]
     pub kata_run_dir: Vec<PathBuf>,
     /// Where udev of the node has its files, if it has any. A rule there keeps it away from what guests write.
-    #[arg(long, default_value = "/run/udev")]
+    #[arg(long, default_value = "/run/udev", value_parser = absolute())]
     pub udev_dir: PathBuf,
     /// The largest volume that a pod may have inline (CSI ephemeral volumes), which no quota of its namespace counts: a
     /// number of bytes, or one with Ki, Mi, Gi or Ti behind it. 0: there are none.
@@ -130,6 +131,11 @@ impl MetricsOptions {
     }
 }
 
+/// A path from the root, whatever was given: Kata, and whoever else reads what zpod writes, has another working directory.
+fn absolute() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(std::path::absolute)
+}
+
 fn node_name(text: &str) -> Result<String, String> {
     // Kubernetes: names of nodes are DNS subdomains.
     let allowed = (1..=253).contains(&text.len());
@@ -172,4 +178,36 @@ fn told_to_end() -> Result<impl Future<Output = ()>, Failure> {
             _ = interrupt.recv() => {}
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        node: NodeOptions,
+    }
+
+    #[test]
+    fn every_directory_is_named_from_the_root() {
+        let given = [
+            "--backing-dir=volumes",
+            "--mirror-dir=./more",
+            "--direct-volume-dir=kata/direct",
+            "--kata-run-dir=shims",
+            "--udev-dir=udev",
+        ];
+        let line = Line::parse_from(["zpod", "--node-name=n"].into_iter().chain(given));
+        let NodeOptions { backing_dir, mirror_dir, direct_volume_dir, kata_run_dir, udev_dir, .. } = line.node;
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(backing_dir, here.join("volumes"));
+        assert_eq!(mirror_dir, Some(here.join("more")));
+        assert_eq!(direct_volume_dir, here.join("kata/direct"));
+        assert_eq!(kata_run_dir, [here.join("shims")]);
+        assert_eq!(udev_dir, here.join("udev"));
+        assert_eq!(Line::parse_from(["zpod", "--node-name=n", "--backing-dir=/a"]).node.backing_dir, Path::new("/a"));
+    }
 }

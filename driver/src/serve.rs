@@ -20,6 +20,8 @@ use crate::csi::{ControllerService, GroupControllerService, IdentityService, Nod
 /// How long running calls get to finish when the process is told to end. Longer than any of them takes; each of them
 /// can be cut short without harm.
 const GRACE: Duration = Duration::from_secs(40);
+/// The same for a controller in a cluster: it has written down what is wanted, and waits for a node only to tell.
+const CONTROLLER_GRACE: Duration = Duration::from_secs(5);
 
 /// A socket of ours, removed when dropped.
 #[derive(Debug)]
@@ -115,6 +117,7 @@ pub async fn serve(
     end: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let Some(listener) = socket.listener.take() else { return Ok(()) };
+    let grace = if services.node.is_some() { GRACE } else { CONTROLLER_GRACE };
     let (ended, mut told) = tokio::sync::watch::channel(false);
     let server = Server::builder()
         .add_service(IdentityServer::new(services.identity))
@@ -131,10 +134,10 @@ pub async fn serve(
     }
     tracing::info!("ending: running calls finish");
     let _ = ended.send(true);
-    match tokio::time::timeout(GRACE, server).await {
+    match tokio::time::timeout(grace, server).await {
         Ok(result) => result,
         Err(_) => {
-            tracing::warn!("calls still running after {GRACE:?} are cut short; it is safe to repeat them");
+            tracing::warn!("calls still running after {grace:?} are cut short; it is safe to repeat them");
             Ok(())
         }
     }

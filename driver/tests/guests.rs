@@ -259,6 +259,25 @@ async fn a_volume_that_grew_while_its_guest_was_silent_is_grown_when_the_guest_i
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_waits_for_a_guest_does_not_hold_up_the_end_of_the_process() {
+    let mut world = World::new();
+    let (id, target, _) = world.published("a").await;
+    let _vmm = fs::File::open(world.node.device(&id)).unwrap();
+    world.calls.expand(&id, 2 * GIB as i64).await.unwrap();
+    let mut calls = Calls::new(world.daemon.channel());
+    let waits = tokio::spawn(async move { calls.node_expand(&id, &target).await });
+    eventually("the call has come", || world.node.log().contains("expand waits")).await;
+    let World { daemon, node, .. } = world;
+    let ended = tokio::task::spawn_blocking(|| daemon.terminate());
+    // Its answer, and not the end of its connection: nothing was cut short.
+    let error = waits.await.unwrap().unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable);
+    assert!(error.message().contains("does not answer on the control channel"), "{error}");
+    assert!(ended.await.unwrap().success());
+    assert!(!node.log().contains("cut short"), "{}", node.log());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn attributes_are_changed_once_the_guest_that_runs_is_heard_or_nobody_has_the_volume() {
     let mut world = World::new();
     let (id, target, spec) = world.published("a").await;

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
-use zpod_volume::{Bytes, Encryption, PoolName, Property, PropertyKind};
+use zpod_volume::{Bytes, DiskLayout, Encryption, PoolName, Property, PropertyKind};
 
 use crate::key::Key;
 use crate::machine::{Fault, PoolReport, PoolState, Properties, Scrub};
@@ -342,10 +342,10 @@ fn settings(properties: &[(String, String)]) -> Vec<String> {
     properties.iter().map(setting).collect()
 }
 
-/// The size of a block device that holds so much: ZFS refuses one that is no multiple of its blocks, which have 128 KiB at
-/// most.
+/// The size of a block device that holds so much: ZFS refuses one that is no multiple of its blocks. What the node asks for
+/// is one, unless the volume was made before that was so.
 fn whole_blocks(size: Bytes) -> u64 {
-    size.round_up(128 << 10).0
+    size.round_up(DiskLayout::BLOCK_DEVICE_UNIT).0
 }
 
 /// Reads all of it and keeps the first part: a tool that is not read blocks.

@@ -89,6 +89,8 @@ impl DiskLayout {
     pub const MIN_CAPACITY: Bytes = Bytes::mib(256);
     /// The largest capacity of a volume: 1 PiB, far below what GPT and ZFS can address, so that sums don't overflow.
     pub const MAX_CAPACITY: Bytes = Bytes(1 << 50);
+    /// A block device is a whole multiple of so many bytes: of ZFS's largest block for one (`volblocksize`).
+    pub const BLOCK_DEVICE_UNIT: u64 = 128 << 10;
     /// Behind the partition: the backup GPT, rounded up.
     const TAIL: u64 = MIB;
 

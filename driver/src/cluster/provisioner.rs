@@ -105,7 +105,9 @@ impl ClusterProvisioner {
 
     /// The size of a new volume and where it may be.
     async fn place(&self, request: &CreateRequest) -> Result<(Bytes, Option<Vec<String>>), VolumeError> {
-        let Some(source) = request.source else { return Ok((request.range.choose()?, request.nodes.clone())) };
+        let Some(source) = request.source else {
+            return Ok((request.range.choose(request.mode)?, request.nodes.clone()));
+        };
         let bounds = self.bounds(source).await?;
         let capacity = bounds.choose(request, source)?;
         if request.nodes.as_ref().is_some_and(|nodes| !nodes.contains(&bounds.node)) {
@@ -210,7 +212,7 @@ impl Provision for ClusterProvisioner {
             return Err(VolumeError::OutOfRange { reason });
         }
         if wanted > volume.capacity {
-            let wanted = CapacityRange { required: Some(wanted), ..range }.choose()?;
+            let wanted = CapacityRange { required: Some(wanted), ..range }.choose(volume.mode)?;
             object = self.catalog.want_capacity(&object, wanted).await?;
             crash::point("cluster expand: asked");
             let generation = object.metadata.generation;

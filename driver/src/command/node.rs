@@ -121,6 +121,11 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         groups: None,
         node: Some(NodeService::new(volumes.clone())),
     };
+    let ending = context.clone();
+    let end = async move {
+        end.await;
+        ending.end();
+    };
     let name = context.node().to_owned();
     let snapshotter = Snapshotter::new(context.clone());
     tokio::select! {

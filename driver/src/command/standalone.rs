@@ -8,7 +8,7 @@ use clap::Parser;
 use zpod_storage::backing::late::LateBacking;
 use zpod_storage::catalog::dir;
 
-use super::{DoctorOptions, EndpointOptions, Failure, MetricsOptions, NodeOptions, main_of, told_to_end};
+use super::{DoctorOptions, EndpointOptions, Failure, MetricsOptions, NodeOptions, absolute, main_of, told_to_end};
 use crate::admin::{Admin, AdminServer, Doctor};
 use crate::csi::{ControllerService, GroupControllerService, IdentityService, NodeService};
 use crate::guest::Monitor;
@@ -31,7 +31,7 @@ struct Options {
     #[command(flatten)]
     metrics: MetricsOptions,
     /// Where volumes are recorded.
-    #[arg(long, default_value = "/var/lib/zpod/state")]
+    #[arg(long, default_value = "/var/lib/zpod/state", value_parser = absolute())]
     state_dir: PathBuf,
     /// Where to serve the admin endpoint of `kubectl zpod`, such as unix:///run/zpod/admin.sock: only root can open it.
     /// Nowhere, if it is not given.
@@ -90,10 +90,14 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         untaken.collect().await;
     });
     let services = Services {
-        identity: IdentityService::new(context),
+        identity: IdentityService::new(context.clone()),
         controller: Some(ControllerService::new(Arc::new(provisioner), snapshots.clone())),
         groups: Some(GroupControllerService::new(snapshots)),
         node: Some(NodeService::new(volumes)),
+    };
+    let end = async {
+        end.await;
+        context.end();
     };
     serve(socket, services, end).await?;
     Ok(())

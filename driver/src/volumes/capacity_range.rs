@@ -1,4 +1,4 @@
-use zpod_volume::{Bytes, DiskLayout};
+use zpod_volume::{Bytes, DiskLayout, VolumeMode};
 
 use super::VolumeError;
 
@@ -15,13 +15,29 @@ pub struct CapacityRange {
 }
 
 impl CapacityRange {
-    /// The size of a new volume: exactly what is required.
+    /// The size of a volume: exactly what is required. A block device then has the next whole multiple of
+    /// [`DiskLayout::BLOCK_DEVICE_UNIT`], which is within the limit too.
     ///
     /// # Errors
-    /// [`VolumeError::OutOfRange`] when it is smaller or larger than a volume can be.
-    pub fn choose(self) -> Result<Bytes, VolumeError> {
-        let wanted = self.required.unwrap_or_else(|| self.limit.unwrap_or(DEFAULT_CAPACITY).min(DEFAULT_CAPACITY));
+    /// [`VolumeError::OutOfRange`] when it is smaller or larger than a volume can be, or no size of a block device is
+    /// within the limit.
+    pub fn choose(self, mode: VolumeMode) -> Result<Bytes, VolumeError> {
+        let unit = if mode == VolumeMode::Block { DiskLayout::BLOCK_DEVICE_UNIT } else { 1 };
+        let open = || self.limit.unwrap_or(DEFAULT_CAPACITY).min(DEFAULT_CAPACITY).round_down(unit);
+        let wanted = self.required.unwrap_or_else(open);
         check(wanted)?;
+        let device = wanted.round_up(unit);
+        if let Some(limit) = self.limit.filter(|limit| mode == VolumeMode::Block && *limit < device) {
+            let reason = format!(
+                "limit_bytes is {}, and a block device of at least {} bytes has {}, since it is a whole multiple of {}: \
+                 ask for such a size, or raise the limit",
+                limit.0,
+                wanted.0,
+                device.0,
+                Bytes(unit),
+            );
+            return Err(VolumeError::OutOfRange { reason });
+        }
         Ok(wanted)
     }
 
@@ -65,14 +81,38 @@ mod tests {
             (gib + 1, 0, gib + 1),
             (256 * mib, 256 * mib, 256 * mib),
         ] {
-            assert_eq!(range(required, limit).choose().unwrap(), Bytes(want), "{required} {limit}");
+            assert_eq!(
+                range(required, limit).choose(VolumeMode::Filesystem).unwrap(),
+                Bytes(want),
+                "{required} {limit}"
+            );
         }
+    }
+
+    #[test]
+    fn a_block_device_has_whole_blocks_within_the_limit() {
+        let (unit, mib, gib) = (128 << 10, 1 << 20, 1 << 30);
+        for (required, limit, want) in [
+            (0, 0, gib),
+            (gib, gib, gib),
+            (gib + 1, 0, gib + 1),
+            (gib + 1, gib + unit, gib + 1),
+            (0, 300 * mib + 1, 300 * mib),
+        ] {
+            assert_eq!(range(required, limit).choose(VolumeMode::Block).unwrap(), Bytes(want), "{required} {limit}");
+        }
+        let error = range(268_435_457, 268_435_457).choose(VolumeMode::Block).unwrap_err();
+        assert!(matches!(error, VolumeError::OutOfRange { .. }));
+        for part in ["capacity_range", "limit_bytes is 268435457", "has 268566528", "128 KiB"] {
+            assert!(error.to_string().contains(part), "{part:?} in {error}");
+        }
+        assert!(range(268_435_457, 268_435_457).choose(VolumeMode::Filesystem).is_ok());
     }
 
     #[test]
     fn sizes_that_no_volume_has_are_out_of_range_and_the_message_names_the_bound() {
         for (required, limit, want) in [(1 << 20, 0, "256 MiB"), (0, 1 << 20, "256 MiB"), (1 << 51, 0, "1024 TiB")] {
-            let error = range(required, limit).choose().unwrap_err().to_string();
+            let error = range(required, limit).choose(VolumeMode::Filesystem).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");
         }
     }

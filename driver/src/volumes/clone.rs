@@ -54,7 +54,7 @@ impl Bounds {
             let word = |encryption: Option<Encryption>| encryption.map_or("off", Encryption::as_str);
             return differs("encryption", word(self.encryption), word(request.parameters.encryption));
         }
-        CapacityRange { required: Some(required), ..request.range }.choose()
+        CapacityRange { required: Some(required), ..request.range }.choose(request.mode)
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 use uuid::Uuid;
 use zpod_storage::backing::{Backing, BackingError, CopySource, DeviceSpec};
 use zpod_storage::catalog::{Catalog, Phase, Publication, Snapshot, Volume};
@@ -32,6 +33,8 @@ pub struct Context {
     pub(super) mirrors: Result<Mirrors, String>,
     marks: Marks,
     locks: VolumeLocks,
+    /// Whether the process was told to end.
+    ending: watch::Sender<bool>,
 }
 
 impl Context {
@@ -56,8 +59,8 @@ impl Context {
         mirrors: Result<Mirrors, String>,
     ) -> Arc<Self> {
         let (published, locks) = (Published::default(), VolumeLocks::default());
-        let (copies, marks) = (Copies::default(), Marks::default());
-        Arc::new(Self { node, boot_id, catalog, snapshots, backing, published, copies, mirrors, marks, locks })
+        let (copies, marks, ending) = (Copies::default(), Marks::default(), watch::Sender::default());
+        Arc::new(Self { node, boot_id, catalog, snapshots, backing, published, copies, mirrors, marks, locks, ending })
     }
 
     /// The id of this boot of the host.
@@ -71,6 +74,18 @@ impl Context {
     /// The node's name.
     pub fn node(&self) -> &str {
         &self.node
+    }
+
+    /// Tells calls that only wait for somebody, such as for a guest that is not heard yet, that the process is to end.
+    /// What is under way goes on to its end.
+    pub fn end(&self) {
+        self.ending.send_replace(true);
+    }
+
+    /// Waits until the process is to end.
+    pub(super) async fn ending(&self) {
+        // The sender lives as long as this.
+        let _ = self.ending.subscribe().wait_for(|ending| *ending).await;
     }
 
     pub(super) async fn lock(&self, id: VolumeId) -> VolumeLock {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use zpod_storage::backing::Outcome;
 use zpod_storage::catalog::{Phase, Volume};
 use zpod_storage::crash;
-use zpod_volume::{Bytes, VolumeId, VolumeParameters};
+use zpod_volume::{Bytes, VolumeId, VolumeMode, VolumeParameters};
 
 use super::context::to_the_end;
 use super::provision::{CreateRequest, Provision as _, Provisioner};
@@ -49,7 +49,7 @@ impl NodeVolumes {
             self.check_size(size)?;
         }
         let range = CapacityRange { required: Some(size), limit: None };
-        let capacity = range.choose()?;
+        let capacity = range.choose(VolumeMode::Filesystem)?;
         let volume = Volume {
             ephemeral: true,
             ..Volume::wanted(&wanted.handle, capacity, wanted.parameters.clone(), &self.context.node)

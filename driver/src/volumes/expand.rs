@@ -26,13 +26,20 @@ impl NodeVolumes {
     /// [`VolumeError::BeyondHeadroom`] when only a new start of the pod can do it, [`VolumeError::GuestSilent`] when the
     /// guest can't be asked in a minute.
     pub async fn expand(&self, id: VolumeId, range: CapacityRange) -> Result<Bytes, VolumeError> {
-        let begun = Instant::now();
+        let (begun, mut told) = (Instant::now(), false);
         loop {
             let node = self.clone();
             match to_the_end(async move { node.expand_now(id, range).await }).await {
                 // Not under the volume's lock: its pod may end meanwhile.
-                Err(VolumeError::GuestSilent { .. }) if begun.elapsed() < HEARD => {
-                    tokio::time::sleep(HEARD_STEP).await;
+                Err(silent @ VolumeError::GuestSilent { .. }) if begun.elapsed() < HEARD => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::info!(volume = %id, "expand waits for the guest to be heard, up to {HEARD:?}");
+                    }
+                    tokio::select! {
+                        () = tokio::time::sleep(HEARD_STEP) => {}
+                        // kubelet asks the next process.
+                        () = self.context.ending() => return Err(silent),
+                    }
                 }
                 expanded => return expanded,
             }

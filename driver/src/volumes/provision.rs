@@ -341,7 +341,7 @@ async fn record(context: &Context, request: &CreateRequest) -> Result<Volume, Vo
         }
     }
     let capacity = match request.source {
-        None => request.range.choose()?,
+        None => request.range.choose(request.mode)?,
         Some(source) => {
             let bounds = clone::bounds(context, source).await?;
             if bounds.node != context.node {
@@ -477,7 +477,7 @@ async fn expand(context: &Context, id: VolumeId, range: CapacityRange) -> Result
         }
         return Ok(volume);
     }
-    let wanted = CapacityRange { required: Some(wanted), ..range }.choose()?;
+    let wanted = CapacityRange { required: Some(wanted), ..range }.choose(volume.mode)?;
     let grown = Volume { capacity: wanted, ..volume };
     let spec = device_spec(&grown);
     crash::point("expand: begin");
