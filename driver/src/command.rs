@@ -155,6 +155,14 @@ fn main_of(program: &str, work: impl Future<Output = Result<(), Failure>>) -> Ex
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr)
         .init();
+    match crate::memory::keep_private() {
+        Ok(true) => {}
+        Ok(false) => tracing::info!("memory is not locked (RLIMIT_MEMLOCK): with swap, keys may get to its disk"),
+        Err(error) => {
+            eprintln!("{program}: core dumps can't be switched off: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING)

@@ -9,7 +9,8 @@
 //! * [`metrics`]: what Prometheus is told.
 //! * [`admin`]: what `kubectl zpod` asks of a node and of running guests.
 //! * [`csi`]: the CSI services: parse, call, map.
-//! * [`serve`], [`privileges`], [`command`]: the socket, what is given up at the start, and the command line.
+//! * [`serve`], [`privileges`], [`system_calls`], [`memory`], [`command`]: the socket, what is given up at the start, how keys
+//!   in memory stay there, and the command line.
 
 pub mod admin;
 pub mod cluster;
@@ -17,7 +18,9 @@ pub mod command;
 pub mod csi;
 pub mod guest;
 pub mod kata;
+pub mod memory;
 pub mod metrics;
 pub mod privileges;
 pub mod serve;
+pub mod system_calls;
 pub mod volumes;

@@ -9,6 +9,8 @@
 //! * `CAP_SYS_RESOURCE`: to try at the start whether such a limit holds for one who has it, as a virtual machine monitor
 //!   does (`zpod_storage`, projects).
 //!
+//! The system calls that these open and nobody here needs are refused by a filter ([`crate::system_calls`]).
+//!
 //! All else is done as the owner of what it is done to: a lease on an image, a partition table in it, files of Kata's
 //! direct volumes, sockets of shims and virtual machines that run as root. What belongs to another user is out of reach
 //! then, and that is meant: of what is on a node, zpod-node needs the backing directory, kubelet's directories for the

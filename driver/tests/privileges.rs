@@ -13,10 +13,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::io::Errno;
+use rustix::mount::FsOpenFlags;
+use rustix::process::{DumpableBehavior, dumpable_behavior};
 use rustix::thread::{CapabilitySet, capabilities, capability_is_in_bounding_set, no_new_privs};
 use uuid::Uuid;
 use zpod_driver::kata::{DirectVolume, DirectVolumes, TargetPath};
+use zpod_driver::memory;
 use zpod_driver::privileges::{NEEDED, drop_unneeded};
+use zpod_driver::system_calls::refuse_unneeded;
 use zpod_storage::backing::file::FileBacking;
 use zpod_storage::backing::{Backing, DeviceSpec, Outcome};
 use zpod_volume::{Bytes, Create, DiskLayout, Headroom, Provisioning, VolumeId, VolumeSpec};
@@ -54,6 +58,76 @@ fn what_is_kept_is_enough_for_images_on_tmpfs_placeholders_entries_and_sockets()
     own_mounts::in_own_mounts("child_on_tmpfs");
 }
 
+#[test]
+#[ignore = "what another test runs in a process of its own"]
+fn child_with_private_memory() {
+    // As root, who may lock memory without bound.
+    assert!(memory::keep_private().unwrap(), "its memory is not locked");
+    assert_eq!(dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);
+    let own = |name: &str| fs::read_to_string(format!("/proc/self/{name}")).unwrap();
+    assert!(has_no_core_dump(&own("limits")), "{}", own("limits"));
+    assert!(is_locked(&own("status")), "{}", own("status"));
+    // Memory is locked as it is touched, and not as it is mapped.
+    let large = Vec::<u8>::with_capacity(256 << 20);
+    let status = own("status");
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let resident: usize = resident.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(resident << 10 < large.capacity(), "{resident} KiB are resident");
+}
+
+#[test]
+fn what_a_key_is_in_gets_into_no_core_dump_and_no_swap() {
+    own_mounts::in_own_mounts("child_with_private_memory");
+}
+
+fn has_no_core_dump(limits: &str) -> bool {
+    let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap();
+    core.split_whitespace().take(2).eq(["0", "0"])
+}
+
+fn is_locked(status: &str) -> bool {
+    let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap();
+    !locked.trim().starts_with("0 ")
+}
+
+#[test]
+fn zpod_node_itself_runs_with_the_filter_and_private_memory() {
+    let dir = tempfile::Builder::new().tempdir_in("/dev/shm").unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::create_dir(path("volumes")).unwrap();
+    // Nobody serves there: it goes on asking.
+    let config = r#"{"clusters": [{"name": "a", "cluster": {"server": "http://127.0.0.1:9"}}],
+        "contexts": [{"name": "a", "context": {"cluster": "a", "user": ""}}], "current-context": "a"}"#;
+    fs::write(path("config"), config).unwrap();
+    let mut node = Command::new(env!("CARGO_BIN_EXE_zpod-node"));
+    node.arg("--node-name=n").arg(format!("--endpoint={}", path("csi.sock").display()));
+    for (option, name) in [("backing-dir", "volumes"), ("direct-volume-dir", "direct"), ("kata-run-dir", "kata")] {
+        node.arg(format!("--{option}={}", path(name).display()));
+    }
+    node.arg(format!("--udev-dir={}", path("udev").display())).env("KUBECONFIG", path("config"));
+    let log = File::create(path("log")).unwrap();
+    let mut node = node.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+    let proc = PathBuf::from(format!("/proc/{}", node.id()));
+    let log = || fs::read_to_string(path("log")).unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    // Its threads work: it has opened the backing directory and asks for its records.
+    while !log().contains("trying again") {
+        assert!(node.try_wait().unwrap().is_none() && std::time::Instant::now() < deadline, "{}", log());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    for thread in fs::read_dir(proc.join("task")).unwrap() {
+        let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        assert!(status.contains("Seccomp:\t2") && status.contains("NoNewPrivs:\t1"), "{status}");
+    }
+    let of = |name| fs::read_to_string(proc.join(name)).unwrap();
+    assert!(has_no_core_dump(&of("limits")), "{}", of("limits"));
+    // Of what it keeps, this is what it takes to lock memory. Not every machine that tests run on gives its root that.
+    let may = capabilities(None).unwrap().permitted.contains(CapabilitySet::SYS_RESOURCE);
+    assert!(!may || is_locked(&of("status")), "{}", of("status"));
+    node.kill().unwrap();
+    node.wait().unwrap();
+}
+
 fn run(command: &mut Command) {
     let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -67,8 +141,10 @@ fn gone() {
     run(Command::new("chown").arg("1000:1000").arg(&theirs));
     // Not every machine that tests run on gives its root all of it.
     let bounding = CapabilitySet::all().iter().filter(|one| capability_is_in_bounding_set(*one).unwrap_or(false));
+    drop(rustix::mount::fsopen("tmpfs", FsOpenFlags::empty()).unwrap());
     let had = (capabilities(None).unwrap().permitted, bounding.collect::<CapabilitySet>());
     drop_unneeded().unwrap();
+    refuse_unneeded().unwrap();
     let sets = capabilities(None).unwrap();
     let (kept, bound) = (had.0 & NEEDED, had.1 & NEEDED);
     assert_eq!((sets.effective, sets.permitted), (kept, kept));
@@ -95,8 +171,14 @@ fn gone() {
         rustix::fs::makedev(7, 0),
     );
     assert_eq!(node.unwrap_err(), Errno::PERM);
+    // What CAP_SYS_ADMIN would allow, and nobody here needs; a program that is run has the filter too.
+    assert_eq!(rustix::mount::fsopen("tmpfs", FsOpenFlags::empty()).unwrap_err(), Errno::PERM);
+    assert!(status.contains("Seccomp:\t2"), "{status}");
+    let own = Command::new("unshare").args(["--uts", "true"]).stdin(Stdio::null()).output().unwrap();
+    assert!(!own.status.success() && String::from_utf8_lossy(&own.stderr).contains("not permitted"), "{own:?}");
     // Once more changes nothing.
     drop_unneeded().unwrap();
+    refuse_unneeded().unwrap();
 }
 
 /// A mounted file system; gone with the namespace.
@@ -133,6 +215,7 @@ fn work(kind: &str) {
     fs::set_permissions(&socket, Permissions::from_mode(0o600)).unwrap();
 
     drop_unneeded().unwrap();
+    refuse_unneeded().unwrap();
 
     let backing = FileBacking::open(&volumes, 1.0).unwrap();
     println!("{kind}: {}", backing.abilities().unwrap());

@@ -40,6 +40,7 @@ pub fn run() -> io::Result<()> {
     // The agent must not take the daemon with it, nor the memory of the pod's containers.
     let _ = rustix::process::setsid();
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    keep_memory_private();
     let log = KernelLog::open()?;
     // Nobody else sets one.
     let _ = tracing::subscriber::set_global_default(log);
@@ -51,6 +52,18 @@ pub fn run() -> io::Result<()> {
         tracing::error!("the daemon ends: {error}");
     }
     result
+}
+
+/// Keeps the keys that it holds out of files: there is no core dump of the daemon, nor of the tools of ZFS's that it hands
+/// them to, and its memory is not swapped out (a guest has swap where Kata's `enable_guest_swap` says so). The agent and
+/// the containers are not started by it, and have their limits as ever.
+fn keep_memory_private() {
+    use rustix::mm::{MlockAllFlags, mlockall};
+    use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+    // Refused to nobody; a guest that runs without is better than none.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    let _ = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT);
 }
 
 /// `agent.server_addr` of the kernel's command line, which is where we tell the agent to listen.

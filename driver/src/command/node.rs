@@ -58,7 +58,7 @@ struct Options {
 pub fn run() -> ExitCode {
     let options = Options::parse();
     // Before the runtime makes threads: each would keep what it has.
-    if let Err(error) = crate::privileges::drop_unneeded() {
+    if let Err(error) = crate::privileges::drop_unneeded().and_then(|()| crate::system_calls::refuse_unneeded()) {
         eprintln!("zpod-node: privileges can't be given up: {error}");
         return ExitCode::FAILURE;
     }
