@@ -258,13 +258,19 @@ async fn a_half_that_is_lost_while_a_publication_is_installed_is_no_half_that_is
         let direct = DirectVolumes::open(&world.dir.path().join("direct-volumes")).unwrap();
         let node = NodeVolumes::load(world.context.clone(), direct).await.unwrap();
         world.lose(id, half);
-        let again = || async { node.publish(PublishRequest::new(id, &world.target())).await };
-        let error = again().await.unwrap_err();
+        // The publication stands meanwhile, and says so around the reason.
+        let again = || async {
+            match node.publish(PublishRequest::new(id, &world.target())).await.unwrap_err() {
+                VolumeError::StillPublished { source, .. } => *source,
+                error => panic!("{error}"),
+            }
+        };
+        let error = again().await;
         assert!(matches!(error, VolumeError::Backing { source: BackingError::Missing { .. }, .. }), "{error}");
         assert_eq!(world.joined(id), None);
         let record = world.record(id).await;
         world.catalog.update(Volume { behind: Some(half.other()), ..record }).await.unwrap();
-        assert!(matches!(again().await.unwrap_err(), VolumeError::HalfLost { .. }));
+        assert!(matches!(again().await, VolumeError::HalfLost { .. }));
         // The next pod finds it out.
         world.unpublish(id).await;
         assert!(matches!(world.publish(id).await.unwrap_err(), VolumeError::HalfLost { .. }));
