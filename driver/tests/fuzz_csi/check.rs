@@ -36,14 +36,15 @@ fn same<T: Ord + std::fmt::Debug>(what: &str, found: &BTreeSet<T>, known: &BTree
 
 /// The names in zpod's directories before there was a volume.
 #[derive(Debug, Default)]
-pub(crate) struct Baseline([Names; 2]);
+pub(crate) struct Baseline([Names; OF_ZPOD.len()]);
 
 const OF_DISK: &str = "volumes";
 const OF_ENTRIES: &str = "direct-volumes";
+const OF_ZPOD: [&str; 4] = [OF_DISK, OF_ENTRIES, "state/volumes", "state/snapshots"];
 
 impl Baseline {
     pub(crate) fn of(world: &World) -> Self {
-        Self([OF_DISK, OF_ENTRIES].map(|dir| names(&world.node.path(dir))))
+        Self(OF_ZPOD.map(|dir| names(&world.node.path(dir))))
     }
 }
 
@@ -113,7 +114,7 @@ impl World {
         let partition = |capacity: i64| DiskLayout::partition_for(Bytes(capacity.unsigned_abs())).0;
         let promised = self.model.volumes.values().map(|volume| partition(volume.capacity)).sum::<u64>();
         let more = if offered > 0 { partition(offered) } else { 0 };
-        let room = self.disk.room();
+        let room = (self.disk.room() as f64 * self.model.overprovision) as u64;
         if more > 0 && promised + more > room {
             return Err(format!("{promised} are promised and {more} more are offered, of {room}"));
         }
@@ -167,7 +168,7 @@ impl World {
         same("target paths", &found.collect(), &targets)?;
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mounts = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(str::to_owned);
-        let mounts = mounts.filter(|path| Path::new(path).starts_with(&pods)).collect::<Vec<_>>();
+        let mounts = mounts.filter(|path| Path::new(path).parent() == Some(&pods)).collect::<Vec<_>>();
         let once = mounts.iter().cloned().collect::<Names>();
         same("mounts", &once, &targets)?;
         if once.len() != mounts.len() {
@@ -203,14 +204,11 @@ impl World {
 
     /// Nothing half made, no loop device of nobody, no image that zpod still has open.
     fn check_leftovers(&self) -> Judged {
-        for (dir, before) in [OF_DISK, OF_ENTRIES].into_iter().zip(&self.baseline.0) {
+        for (dir, before) in OF_ZPOD.into_iter().zip(&self.baseline.0) {
             let hidden = names(&self.node.path(dir)).into_iter().filter(|name| name.starts_with('.'));
             same(dir, &hidden.filter(|name| !before.contains(name)).collect(), &Names::new())?;
         }
-        for dir in ["state/volumes", "state/snapshots", "direct-volumes/.zpod"] {
-            let hidden = names(&self.node.path(dir)).into_iter().filter(|name| !name.ends_with(".json"));
-            same(dir, &hidden.collect(), &Names::new())?;
-        }
+        same("half made entries", &names(&self.node.path(OF_ENTRIES).join(".zpod")), &Names::new())?;
         let blocks = self.model.volumes.iter().filter(|(_, volume)| volume.block);
         let blocks = blocks.filter(|(_, volume)| volume.published.is_some() || volume.used);
         let blocks = blocks.map(|(id, _)| id.clone()).collect();

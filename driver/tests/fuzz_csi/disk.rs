@@ -33,17 +33,29 @@ pub(crate) enum State {
     NoInodes,
     /// Remounted read-only.
     ReadOnly,
+    /// The disk is as it should be, and the file system in memory that has Kata's entries and pods' directories is full.
+    NoRun,
 }
 
 #[derive(Debug)]
 pub(crate) struct Disk {
     pub(crate) kind: Kind,
     at: PathBuf,
+    /// What is `/run` on a node, and kubelet's directory.
+    run: PathBuf,
 }
 
 fn run(program: &str, arguments: &[&str], paths: &[&Path]) {
     let output = Command::new(program).args(arguments).args(paths).output().unwrap();
     assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Takes all inodes of a file system.
+fn take_inodes(at: &Path) {
+    let dir = at.join(EMPTY_FILES);
+    let full = fs::create_dir_all(&dir).err();
+    let full = full.or_else(|| (0..).find_map(|at| File::create_new(dir.join(format!("{at}"))).err())).unwrap();
+    assert_eq!(full.raw_os_error(), Some(Errno::NOSPC.raw_os_error()), "{full}");
 }
 
 impl Disk {
@@ -60,12 +72,15 @@ impl Disk {
             }
         }
         run("mount", &["-o", "loop"], &[&image, at]);
-        Self { kind, at: at.to_owned() }
+        let in_memory = at.with_extension("run");
+        fs::create_dir(&in_memory).unwrap();
+        run("mount", &["-t", "tmpfs", "-o", "size=1m,nr_inodes=200", "zpod-test"], &[&in_memory]);
+        Self { kind, at: at.to_owned(), run: in_memory }
     }
 
-    /// A directory on it, seen at another path too.
-    pub(crate) fn directory_at(&self, path: &Path) {
-        let directory = self.at.join(path.file_name().unwrap());
+    /// A directory on it, or in memory, seen at another path too.
+    pub(crate) fn directory_at(&self, path: &Path, in_memory: bool) {
+        let directory = if in_memory { &self.run } else { &self.at }.join(path.file_name().unwrap());
         fs::create_dir(&directory).unwrap();
         fs::create_dir_all(path).unwrap();
         rustix::mount::mount_bind(&directory, path).unwrap();
@@ -88,7 +103,12 @@ impl Disk {
         match state {
             State::Free => self.free(),
             State::Full => self.fill(),
-            State::NoInodes => self.take_inodes(),
+            State::NoInodes => take_inodes(&self.at),
+            State::NoRun => {
+                let full = fs::write(self.run.join(FILLER), vec![1; 2 << 20]).unwrap_err();
+                assert_eq!(full.raw_os_error(), Some(Errno::NOSPC.raw_os_error()), "{full}");
+                take_inodes(&self.run);
+            }
             State::ReadOnly => run("mount", &["-o", "remount,ro"], &[&self.at]),
         }
     }
@@ -107,17 +127,12 @@ impl Disk {
         rustix::fs::syncfs(&filler).unwrap();
     }
 
-    fn take_inodes(&self) {
-        let dir = self.at.join(EMPTY_FILES);
-        fs::create_dir_all(&dir).unwrap();
-        let full = (0..).find_map(|at| File::create_new(dir.join(format!("{at}"))).err()).unwrap();
-        assert_eq!(full.raw_os_error(), Some(Errno::NOSPC.raw_os_error()), "{full}");
-    }
-
     fn free(&self) {
         run("mount", &["-o", "remount,rw"], &[&self.at]);
-        let _ = fs::remove_file(self.at.join(FILLER));
-        let _ = fs::remove_dir_all(self.at.join(EMPTY_FILES));
+        for at in [&self.at, &self.run] {
+            let _ = fs::remove_file(at.join(FILLER));
+            let _ = fs::remove_dir_all(at.join(EMPTY_FILES));
+        }
         rustix::fs::syncfs(File::open(&self.at).unwrap()).unwrap();
     }
 
@@ -129,6 +144,8 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        let _ = rustix::mount::unmount(&self.at, UnmountFlags::DETACH);
+        for at in [&self.at, &self.run] {
+            let _ = rustix::mount::unmount(at, UnmountFlags::DETACH);
+        }
     }
 }

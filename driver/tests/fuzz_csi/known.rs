@@ -7,12 +7,14 @@ pub(crate) enum Weakness {
     FullDisk,
     /// Nothing works on a file system that can't be written to.
     ReadOnlyDisk,
+    /// Nothing works on a `/run` that is full.
+    FullRun,
     /// Target paths are compared as text.
     TwoNamesOfAPath,
 }
 
 /// To become empty.
-const KNOWN: &[Weakness] = &[Weakness::FullDisk, Weakness::ReadOnlyDisk, Weakness::TwoNamesOfAPath];
+const KNOWN: &[Weakness] = &[Weakness::FullRun];
 
 /// Whether something is tried.
 pub(crate) fn allows(weakness: Weakness) -> bool {

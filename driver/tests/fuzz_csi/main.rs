@@ -45,7 +45,8 @@ async fn episode(seed: u64) -> Counts {
     let kind = [Kind::Xfs, Kind::Btrfs, Kind::Ext4][choice.usize(0..3)];
     let steps = choice.u64(5..LONGEST);
     println!("episode {seed}: {steps} steps on {kind:?}");
-    let mut world = World::new(choice.u64(..), kind, choice.bool()).await;
+    let overprovision = if choice.u8(0..4) == 0 { 1000.0 } else { 1.0 };
+    let mut world = World::new(choice.u64(..), kind, choice.bool(), overprovision).await;
     for _ in 0..steps {
         let pods = world.node.path("pods");
         let step = Plan { model: &world.model, random: &mut world.random, kind, pods }.next();

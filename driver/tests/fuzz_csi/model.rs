@@ -89,6 +89,8 @@ pub(crate) struct Snapshot {
 pub(crate) struct Model {
     /// Whether files share blocks here.
     pub(crate) shares: bool,
+    /// How many times the room is promised.
+    pub(crate) overprovision: f64,
     pub(crate) disk: State,
     /// By id.
     pub(crate) volumes: BTreeMap<String, Volume>,
@@ -105,9 +107,10 @@ pub(crate) struct Model {
 pub(crate) type Judged = Result<(), String>;
 
 impl Model {
-    pub(crate) fn new(shares: bool) -> Self {
+    pub(crate) fn new(shares: bool, overprovision: f64) -> Self {
         Self {
             shares,
+            overprovision,
             disk: State::Free,
             volumes: BTreeMap::new(),
             snapshots: BTreeMap::new(),
@@ -188,6 +191,17 @@ impl Model {
         }
     }
 
+    /// Notes that there was no room for a volume of that size, where it is certain what that means.
+    fn no_room(&mut self, size: i64) {
+        self.refused = (self.disk == State::Free && self.overprovision <= 1.0).then_some(size);
+    }
+
+    /// Why a volume of that size may be refused.
+    fn too_large(&self, size: i64) -> &'static [Code] {
+        let on_ext4 = !self.shares && size > LONGEST_ON_EXT4;
+        if on_ext4 { &[Code::ResourceExhausted, Code::OutOfRange] } else { &[Code::ResourceExhausted] }
+    }
+
     /// Whether something new may be refused since the disk is full or can't be written to.
     fn hindered(&self, status: &tonic::Status) -> bool {
         let told = matches!(
@@ -214,6 +228,9 @@ impl Model {
         }
     }
 }
+
+/// No file of ext4 is as long as this.
+const LONGEST_ON_EXT4: i64 = 14 << 40;
 
 /// What was answered, or nothing where it was refused for one of these reasons.
 fn done<'a>(answer: &'a Answer, reasons: &[Code]) -> Result<Option<&'a Reply>, String> {

@@ -53,6 +53,22 @@ pub(crate) struct Plan<'a> {
 
 impl Plan<'_> {
     pub(crate) fn next(&mut self) -> Step {
+        let removes = |call: &Call| {
+            matches!(call, Call::Unpublish(_) | Call::DeleteVolume(_) | Call::DeleteSnapshot(_) | Call::DeleteGroup(_))
+        };
+        // A removal that can't be written down is half done until it is repeated.
+        match self.any() {
+            Step::Call(call) | Step::Killed(call, _) if self.model.disk == State::ReadOnly && removes(&call) => {
+                Step::Call(Call::Probe(ProbeRequest {}))
+            }
+            Step::AtOnce(calls) if self.model.disk == State::ReadOnly && calls.iter().any(removes) => {
+                Step::Call(Call::Probe(ProbeRequest {}))
+            }
+            step => step,
+        }
+    }
+
+    fn any(&mut self) -> Step {
         match self.random.u8(0..100) {
             0..=57 => Step::Call(self.call()),
             58..=61 => self.damaged(),
@@ -151,6 +167,13 @@ impl Plan<'_> {
             calls.push(other);
         }
         // Full copies go on by themselves; which of two calls began one can't be told.
+        // And kubelet makes one call at a time for the inline volume of a pod, whose end is two steps.
+        let inline = |call: &Call| match call {
+            Call::Publish(NodePublishVolumeRequest { volume_id, .. })
+            | Call::Unpublish(NodeUnpublishVolumeRequest { volume_id, .. }) => volume_id.starts_with("csi-"),
+            _ => false,
+        };
+        calls.retain(|call| *call == first || !inline(call));
         calls.retain(|call| (self.model.shares || !makes_copies(call)) && !matches!(call, Call::NodeExpand(_)));
         if calls.len() < 2 { Step::Call(self.call()) } else { Step::AtOnce(calls) }
     }
@@ -168,7 +191,7 @@ impl Plan<'_> {
             3..=6 if !used.is_empty() && self.model.disk == State::Free => {
                 Step::Write { id: self.one(&used).clone(), place: self.random.usize(0..4) }
             }
-            7 if !reports.is_empty() => Step::Hear(self.one(&reports).clone()),
+            7 if !reports.is_empty() && self.model.disk == State::Free => Step::Hear(self.one(&reports).clone()),
             8 if !reports.is_empty() => Step::Silence(self.one(&reports).clone()),
             7..=9 if !used.is_empty() => Step::Stop(self.one(&used).clone()),
             _ => Step::Call(self.call()),
@@ -180,12 +203,13 @@ impl Plan<'_> {
             return Step::Befall(State::Free);
         }
         let writable = self.model.volumes.values().any(|volume| volume.used);
-        let state = match self.random.u8(0..4) {
-            0 if self.kind == Kind::Ext4 => State::NoInodes,
-            1 if !writable && known::allows(Weakness::ReadOnlyDisk) => State::ReadOnly,
-            _ => State::Full,
+        let (state, weakness) = match self.random.u8(0..5) {
+            0 if self.kind == Kind::Ext4 => (State::NoInodes, Weakness::FullDisk),
+            1 if !writable => (State::ReadOnly, Weakness::ReadOnlyDisk),
+            2 => (State::NoRun, Weakness::FullRun),
+            _ => (State::Full, Weakness::FullDisk),
         };
-        if known::allows(Weakness::FullDisk) { Step::Befall(state) } else { Step::Call(self.call()) }
+        if known::allows(weakness) { Step::Befall(state) } else { Step::Call(self.call()) }
     }
 
     /// Something that is wrong whatever there is.
@@ -210,7 +234,7 @@ impl Plan<'_> {
             9 => {
                 let target_path = self.pods.join("..").join("x").to_str().unwrap_or_default().to_owned();
                 let publish = NodePublishVolumeRequest {
-                    volume_id: self.volume(),
+                    volume_id: self.model.id_of("pvc-5"),
                     target_path,
                     volume_capability: Some(capability),
                     ..Default::default()

@@ -26,6 +26,9 @@ pub(crate) struct Counts {
     pub(crate) episodes: u64,
 }
 
+/// What is in memory on a node.
+const IN_MEMORY: [&str; 2] = ["direct-volumes", "pods"];
+
 pub(crate) struct World {
     // Dropped in this order: what has files open first.
     machines: BTreeMap<String, Machine>,
@@ -54,20 +57,23 @@ fn is_lost(answer: &Answer) -> bool {
 }
 
 impl World {
-    pub(crate) async fn new(seed: u64, kind: Kind, records_on_disk: bool) -> Self {
+    pub(crate) async fn new(seed: u64, kind: Kind, records_on_disk: bool, overprovision: f64) -> Self {
         let mut node = Node::new();
-        node.overprovision = 1.0;
+        node.overprovision = overprovision;
         let disk = Disk::mount(kind, &node.path("disk"));
-        disk.directory_at(&node.path("volumes"));
+        disk.directory_at(&node.path("volumes"), false);
         if records_on_disk {
-            disk.directory_at(&node.path("state"));
+            disk.directory_at(&node.path("state"), false);
+        }
+        for name in IN_MEMORY {
+            disk.directory_at(&node.path(name), true);
         }
         std::os::unix::fs::symlink(node.path("pods"), node.path("pods-by-another-name")).unwrap();
         let mut world = Self {
             machines: BTreeMap::new(),
             daemon: None,
             channel: None,
-            model: Model::new(disk.shares()),
+            model: Model::new(disk.shares(), overprovision),
             disk,
             node,
             random: Rng::with_seed(seed),
@@ -77,7 +83,9 @@ impl World {
             armed: false,
             sandboxes: 0,
             patterns: 0,
-            trace: vec![format!("{kind:?}, records on the same disk: {records_on_disk}")],
+            trace: vec![format!(
+                "{kind:?}, records on the same disk: {records_on_disk}, promised {overprovision} times"
+            )],
         };
         world.start(None);
         world.baseline = Baseline::of(&world);
@@ -208,7 +216,7 @@ impl Drop for World {
     fn drop(&mut self) {
         self.machines.clear();
         self.daemon = None;
-        for name in ["volumes", "state"] {
+        for name in ["volumes", "state"].into_iter().chain(IN_MEMORY) {
             let _ = rustix::mount::unmount(self.node.path(name), rustix::mount::UnmountFlags::DETACH);
         }
     }

@@ -11,7 +11,6 @@ use zpod_volume::{VolumeId, VolumeParameters};
 use super::volumes::is_block;
 use super::{Judged, Model, Published, Sure, Volume, done};
 use crate::call::{Answer, Reply};
-use crate::disk::State;
 
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
 /// What an inline volume has where its pod does not say.
@@ -93,7 +92,7 @@ impl Model {
             .get("size")
             .map_or(GIB, |size| i64::try_from(size.parse::<zpod_volume::Bytes>().unwrap().0).unwrap());
         if self.made(answer, &[Code::ResourceExhausted])?.is_none() {
-            self.refused = (self.disk == State::Free).then_some(capacity);
+            self.no_room(capacity);
             return Ok(());
         }
         let pairs = context.iter().filter(|(key, _)| *key != "size").map(|(key, value)| (key.as_str(), value.as_str()));

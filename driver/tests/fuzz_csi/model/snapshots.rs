@@ -8,7 +8,6 @@ use zpod_volume::{GroupId, SnapshotId};
 
 use super::{Judged, Model, Snapshot, Volume, done, is_id};
 use crate::call::{Answer, Reply};
-use crate::disk::State;
 
 const GIB: i64 = 1 << 30;
 /// What a snapshot may be promised is what its volume has: no more than that, in these tests.
@@ -63,7 +62,7 @@ impl Model {
         }
         let snapshot = shows(volume, &request.source_volume_id, &request.name, None, allow_copy);
         let Some(Reply::CreateSnapshot(reply)) = self.made(answer, &[Code::ResourceExhausted])? else {
-            self.refused = (self.disk == State::Free).then_some(MOST);
+            self.no_room(MOST);
             return Ok(());
         };
         let found = reply.snapshot.as_ref().ok_or("no snapshot in the answer")?;
@@ -131,7 +130,7 @@ impl Model {
             return self.refused(answer, &reasons);
         }
         let Some(Reply::CreateGroup(reply)) = self.made(answer, &[Code::ResourceExhausted])? else {
-            self.refused = (self.disk == State::Free).then_some(MOST);
+            self.no_room(MOST);
             return Ok(());
         };
         let found = reply.group_snapshot.as_ref().ok_or("no group in the answer")?;

@@ -98,12 +98,12 @@ impl Model {
             reasons.push(Code::ResourceExhausted);
             return self.refused(answer, &reasons);
         }
-        let Some(Reply::CreateVolume(reply)) = self.made(answer, &[Code::ResourceExhausted])? else {
+        let Some(Reply::CreateVolume(reply)) = self.made(answer, self.too_large(capacity))? else {
             // A copy takes more than its own room: the blocks that it shares may be rewritten in what it was made from.
             let least = if origin.is_some() { capacity + 2 * GIB } else { capacity };
-            self.refused = (self.disk == State::Free).then_some(least);
+            self.no_room(least);
             return match offered {
-                Some(offered) if origin.is_none() && capacity + MARGIN <= offered && self.disk == State::Free => {
+                Some(offered) if origin.is_none() && capacity + MARGIN <= offered && self.refused.is_some() => {
                     Err(format!("no room, and GetCapacity has just offered {offered}"))
                 }
                 _ => Ok(()),
@@ -222,11 +222,11 @@ impl Model {
                 _ => Ok(()),
             };
         }
-        let Some(Reply::Expand(reply)) = self.made(answer, &[Code::ResourceExhausted])? else {
+        let Some(Reply::Expand(reply)) = self.made(answer, self.too_large(required))? else {
             // Whole metaslabs: a little more can take a lot more.
             let more =
                 DiskLayout::partition_for(bytes(required)).0 - DiskLayout::partition_for(bytes(volume.capacity)).0;
-            self.refused = (self.disk == State::Free).then_some(i64::try_from(more).unwrap() + MARGIN);
+            self.no_room(i64::try_from(more).unwrap() + MARGIN);
             return Ok(());
         };
         if reply.capacity_bytes != required {
