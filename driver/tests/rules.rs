@@ -326,6 +326,28 @@ async fn a_snapshot_whose_removal_was_cut_short_can_be_taken_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_whose_full_copy_fails_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let backing = SimBacking::new(Bytes::gib(3), 1.0).without_sharing();
+    let (provisioner, node) = boot(dir.path(), &backing, "boot-1").await;
+    let volume = provisioner.create(CreateRequest { name: "a".into(), ..CreateRequest::default() }).await.unwrap().id;
+    let snapshots = Snapshotter::new(node.context_shared());
+    let mut failed = 0;
+    for nth in 1..12 {
+        backing.fail_call(nth, ErrorKind::Other);
+        let taken = snapshots.create(SnapshotRequest { name: "s".into(), volume, allow_copy: true }).await;
+        backing.fail_call(u64::MAX, ErrorKind::Other);
+        match taken {
+            Ok(snapshot) => drop(snapshots.delete(snapshot.id).await.unwrap()),
+            Err(_) => failed += 1,
+        }
+        assert!(snapshots.list(None, None, 10).await.unwrap().snapshots.is_empty(), "call {nth}");
+    }
+    assert!(failed > 0);
+    provisioner.delete(volume).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn told_to_end_zpod_finishes_its_calls_and_is_not_held_up_by_idle_connections() {
     let node = Node::new();
     let daemon = node.start(None);

@@ -113,9 +113,10 @@ fn catalog(error: &CatalogError) -> Code {
     }
 }
 
-/// Nothing was written, and it can be asked for again when there is room.
+/// Nothing was written, and it can be asked for again when there is room or the file system can be written to.
 fn is_full(error: &std::io::Error) -> bool {
-    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+    use std::io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem)
 }
 
 fn kata(error: &KataError) -> Code {
@@ -229,6 +230,11 @@ mod tests {
             (CatalogError::Io { what: "open", path: "/r".into(), source: io() }.into(), Code::Internal),
             (
                 CatalogError::Io { what: "write", path: "/r".into(), source: io::ErrorKind::StorageFull.into() }.into(),
+                Code::ResourceExhausted,
+            ),
+            (
+                CatalogError::Io { what: "write", path: "/r".into(), source: io::ErrorKind::ReadOnlyFilesystem.into() }
+                    .into(),
                 Code::ResourceExhausted,
             ),
             (CatalogError::Locked("/r".into()).into(), Code::Unavailable),

@@ -169,16 +169,24 @@ async fn create(context: &Arc<Context>, request: SnapshotRequest) -> Result<Snap
             return Ok(snapshot);
         }
         crash::point("snapshot: recorded");
-        if let Err(error) = steps::take(context, snapshot).await {
-            // Nobody may come back for it: what was refused leaves nothing.
-            if let Err(left) = steps::undo(context, id).await {
-                tracing::warn!(snapshot = %id, "what was made of it could not be removed: {left}");
-            }
-            return Err(error);
-        }
+        take_or_undo(context, snapshot).await?;
     }
     context.copies.wait(Target::Snapshot(id), PATIENCE).await;
-    copy(context, id).await
+    let _lock = context.lock(request.volume).await;
+    let snapshot = context.find_snapshot(id).await?;
+    take_or_undo(context, snapshot).await
+}
+
+/// Takes a snapshot. What was refused, or failed while it was copied in full, leaves nothing: nobody may come back for it.
+async fn take_or_undo(context: &Arc<Context>, snapshot: Snapshot) -> Result<Snapshot, VolumeError> {
+    let id = snapshot.id;
+    let taken = steps::take(context, snapshot).await;
+    if taken.is_err()
+        && let Err(left) = steps::undo(context, id).await
+    {
+        tracing::warn!(snapshot = %id, "what was made of it could not be removed: {left}");
+    }
+    taken
 }
 
 /// The record of a snapshot that is wanted, as it was found or as it is now made.

@@ -17,6 +17,9 @@ use crate::backing::{Backing, BackingError, Capacity, CopySource, Copying, Devic
 use crate::crash;
 use crate::directory;
 
+/// What a note takes.
+const NOTE: Bytes = Bytes(DiskLayout::SPEC_BYTES as u64);
+
 impl FileBacking {
     /// Makes an image, from something where that is asked for, unless there is one. Has room promised for it first.
     fn make_new(
@@ -358,7 +361,7 @@ impl Backing for FileBacking {
 
     fn write_note(&self, id: VolumeId, note: &[u8], _proof: &dyn Exclusive) -> Result<(), BackingError> {
         let held = self.proven(id)?;
-        image::write_note(&held.file, note).map_err(|error| self.fail_on(id, "leave a note in", error))?;
+        image::write_note(&held.file, note).map_err(|error| self.fail_wanting(id, NOTE, "leave a note in", error))?;
         crash::point("note: durable");
         Ok(())
     }
