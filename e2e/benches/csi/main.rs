@@ -1,17 +1,23 @@
 //! What the CSI calls of `zpod --standalone` cost: latency and rate at 1, 8 and 64 clients, memory with 0, 1,000 and
 //! 10,000 volumes, the time of a ListVolumes page. Beside it, in the same run and on the same file system, the floor:
-//! what the bare system calls of a durable create and delete cost.
+//! what the bare system calls of a durable create and delete cost. And calls while other volumes share blocks in many
+//! pieces.
+//!
+//! `ZPOD_BENCH_PARTS=rates,growth,shared` for a part.
 //!
 //! `cargo bench -p zpod-e2e --bench csi`; prints tables, writes `bench-results/csi.json`.
 
 mod floor;
 mod load;
 mod server;
+mod shared;
 mod times;
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 use zpod_e2e::report::{self, Table};
 use zpod_proto::csi::ListVolumesRequest;
@@ -25,21 +31,28 @@ const VOLUMES: [usize; 3] = [0, 1_000, 10_000];
 const PAGE: i32 = 100;
 
 fn main() -> Result<()> {
+    // Nothing else runs yet: the whole process is in it. Mounts and loop devices are gone with it.
+    unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace; root is needed")?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(run())?;
     report::save("csi", &result)
 }
 
 async fn run() -> Result<Value> {
+    let parts = std::env::var("ZPOD_BENCH_PARTS").unwrap_or_else(|_| "rates,growth,shared".to_owned());
+    let wanted = |part: &str| parts.split(',').any(|wanted| wanted == part);
+    let shared = if wanted("shared") { shared::measure().await? } else { Vec::new() };
     let mut stores = Vec::new();
-    for (name, dir) in [("tmpfs", "/dev/shm"), ("disk", "/var/tmp")] {
+    for (name, dir) in [("tmpfs", "/dev/shm"), ("disk", "/var/tmp")].into_iter().filter(|_| wanted("rates")) {
         stores.push(json!({
             "store": name,
             "floor": floor::measure(Path::new(dir), CYCLES / 4)?,
             "rates": rates(name, Path::new(dir)).await?,
         }));
     }
-    Ok(json!({ "stores": stores, "growth": growth(Path::new("/dev/shm")).await? }))
+    let growth = if wanted("growth") { growth(Path::new("/dev/shm")).await? } else { Vec::new() };
+    Ok(json!({ "stores": stores, "growth": growth, "shared": shared }))
 }
 
 /// Latency and rate of each call, by number of clients.

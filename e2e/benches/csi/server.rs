@@ -1,6 +1,7 @@
 //! The program that is measured, on directories of its own.
 
 use std::fs;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,15 +16,28 @@ use zpod_volume::Bytes;
 pub(crate) struct Server {
     process: Process,
     dir: Workdir,
+    metrics: SocketAddr,
 }
 
 impl Server {
     /// Starts it on `store`.
     pub(crate) async fn start(store: &Path) -> Result<Self> {
         let dir = Workdir::within(store)?;
-        let path = |name: &str| dir.path().join(name).display().to_string();
         // zpod makes no backing directory: a missing one may be a missing mount.
         dir.subdirectory("volumes")?;
+        Self::start_on(dir).await
+    }
+
+    /// Ends it and starts it again on what there is.
+    pub(crate) async fn restart(self) -> Result<Self> {
+        let Self { process, dir, .. } = self;
+        drop(process);
+        Self::start_on(dir).await
+    }
+
+    async fn start_on(dir: Workdir) -> Result<Self> {
+        let metrics = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let path = |name: &str| dir.path().join(name).display().to_string();
         let mut arguments = vec!["--standalone".to_owned()];
         for (flag, value) in [
             ("--endpoint", format!("unix://{}", path("csi.sock"))),
@@ -33,6 +47,7 @@ impl Server {
             ("--direct-volume-dir", path("direct-volumes")),
             ("--kata-run-dir", path("kata")),
             ("--udev-dir", path("udev")),
+            ("--metrics-address", metrics.to_string()),
             // Thousands of sparse volumes: what they could take is not what is measured.
             ("--overprovision", "1000".to_owned()),
         ] {
@@ -40,7 +55,7 @@ impl Server {
         }
         let log = dir.path().join("zpod.log");
         let process = Process::start(&inputs::zpod()?, arguments, &[("RUST_LOG", "warn")], &log)?;
-        let server = Self { process, dir };
+        let server = Self { process, dir, metrics };
         let deadline = Instant::now() + Duration::from_secs(20);
         while server.csi().probe().await.is_err() {
             if Instant::now() > deadline {
@@ -54,6 +69,16 @@ impl Server {
     /// A client with a connection of its own.
     pub(crate) fn csi(&self) -> Csi {
         Csi::new(&self.dir.path().join("csi.sock"))
+    }
+
+    /// Where metrics are served.
+    pub(crate) fn metrics(&self) -> SocketAddr {
+        self.metrics
+    }
+
+    /// The image of a volume.
+    pub(crate) fn image(&self, id: &str) -> PathBuf {
+        self.dir.path().join(format!("volumes/{id}.img"))
     }
 
     /// A target path for a client.
