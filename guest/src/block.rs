@@ -7,7 +7,6 @@
 //! that does not come or can't be read, or that is one of zpod's without a sound note for a block device, is refused;
 //! any other disk is the agent's.
 
-use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -17,6 +16,7 @@ use zpod_volume::note::{self, DecodeNoteError};
 use zpod_volume::{DiskLayout, VolumeMode, VolumeSpec, gpt};
 
 use crate::machine::{Disk, Fault, Machine};
+use crate::place::Place;
 
 /// How often the disks are looked at while one is missing.
 const INTERVAL: Duration = Duration::from_millis(25);
@@ -42,94 +42,6 @@ impl BlockError {
     }
 }
 
-/// Where a disk is, as the agent's request says it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Place {
-    /// Slots from the root bus on, bridges first.
-    Pci(Vec<Slot>),
-    /// The end of the device's directory: host, channel, id and LUN.
-    Scsi(String),
-    /// The channel device in front of the virtio device.
-    Ccw(String),
-    /// Its name.
-    Name(String),
-}
-
-/// A slot and function of a PCI bus.
-type Slot = (u8, u8);
-
-impl Place {
-    /// Reads an entry of the request; `None` for one that the agent would not find either.
-    fn of(device: &Device) -> Option<Self> {
-        match device.r#type.as_str() {
-            // `pci::Path` in the agent: slots of two hexadecimal digits, with or without a function.
-            "blk" => device.id.split('/').map(slot).collect::<Option<Vec<_>>>().map(Self::Pci),
-            "scsi" => {
-                let (id, lun) = device.id.split_once(':')?;
-                let number = |text: &str| text.parse::<u16>().ok();
-                Some(Self::Scsi(format!("0:0:{}:{}", number(id)?, number(lun)?)))
-            }
-            "mmioblk" => device
-                .vm_path
-                .strip_prefix("/dev/")
-                .filter(|name| !name.contains('/'))
-                .map(|name| Self::Name(name.to_owned())),
-            // The agent takes any path. What is not the name of a disk is never found, and so refused.
-            "nvdimm" => Some(Self::Name(device.vm_path.strip_prefix("/dev/").unwrap_or_default().to_owned())),
-            "blk-ccw" => ccw(&device.id).map(Self::Ccw),
-            _ => None,
-        }
-    }
-
-    /// Whether the disk is there.
-    fn is_of(&self, disk: &Disk) -> bool {
-        match self {
-            Self::Name(name) => disk.name == *name,
-            Self::Ccw(bus) => disk.place.iter().rev().nth(3).is_some_and(|part| part == bus.as_str()),
-            Self::Scsi(end) => disk.place.iter().rev().nth(2).is_some_and(|part| part == end.as_str()),
-            Self::Pci(slots) => {
-                let Some((root, found)) = pci(&disk.place) else { return false };
-                // With more than one root bus the path begins with its number (`pcipath_from_dev_tree_path`).
-                let numbered = slots.split_first().filter(|(first, _)| **first == (root, 0));
-                (root == 0 && found == *slots) || numbered.is_some_and(|(_, rest)| rest.len() > 1 && found == rest)
-            }
-        }
-    }
-}
-
-/// `02`, `02.1`
-fn slot(text: &str) -> Option<Slot> {
-    let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
-    let short = slot.len() <= 2 && function.len() <= 1;
-    let hex = |text: &str| u8::from_str_radix(text, 16).ok().filter(|_| !text.starts_with('+'));
-    if short { Some((hex(slot)?, hex(function)?)) } else { None }
-}
-
-/// `0.0.2`, as sysfs writes it: channel subsystem 0, subchannel set, number of the device (`ccw::Device` in the agent).
-fn ccw(text: &str) -> Option<String> {
-    let mut parts = text.split('.');
-    let (subsystem, set, number) = (parts.next()?, parts.next()?, parts.next()?);
-    let number = u16::from_str_radix(number, 16).ok().filter(|_| !number.starts_with('+'))?;
-    let sound = parts.next().is_none() && subsystem == "0" && matches!(set, "0" | "1" | "2" | "3");
-    sound.then(|| format!("0.{set}.{number:04x}"))
-}
-
-/// Number of the root bus, and the slots on the way to a disk, from its directory in sysfs.
-fn pci(place: &Path) -> Option<(u8, Vec<Slot>)> {
-    let mut root = None;
-    let mut slots = Vec::new();
-    for part in place.iter().filter_map(|part| part.to_str()) {
-        if let Some(bus) = part.strip_prefix("pci0000:") {
-            root = u8::from_str_radix(bus, 16).ok();
-        } else if root.is_some() {
-            // `0000:01:02.0`; what follows is the virtio device.
-            let Some(at) = part.splitn(3, ':').nth(2).and_then(slot) else { break };
-            slots.push(at);
-        }
-    }
-    Some((root?, slots))
-}
-
 /// The spec of a device's volume; `None` where it is not one of ours.
 ///
 /// # Errors
@@ -140,7 +52,7 @@ pub async fn identify<M: Machine + ?Sized>(
     deadline: Instant,
 ) -> Result<Option<VolumeSpec>, BlockError> {
     // What the agent can't find it refuses.
-    let Some(place) = Place::of(device) else { return Ok(None) };
+    let Some(place) = Place::of_device(device) else { return Ok(None) };
     let disk = find(machine, device, &place, deadline).await?;
     let read = async |offset, length| {
         let bytes = machine.read(&disk, offset, length).await;

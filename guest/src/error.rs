@@ -25,14 +25,25 @@ pub enum VolumeError {
     },
     /// Its disk is there more than once.
     #[error(
-        "volume {id}: more than one disk has this GUID, and using the wrong one could lose data; disks seen: {disks}; \
-         delete the pod, and if that does not help see whether its backing device was copied"
+        "volume {id}: more than one disk has this GUID, they don't show one and the same image, and using the wrong one \
+         could lose data; disks seen: {disks}; delete the pod, and if that does not help see whether its backing device \
+         was copied"
     )]
     ManyDisks {
         /// The volume.
         id: VolumeId,
         /// What is there.
         disks: String,
+    },
+    /// Its disk is read-only, and what is asked needs more.
+    #[error("volume {id}: its disk {disk} is plugged in read-only, and {reason}; nothing was changed")]
+    ReadOnly {
+        /// The volume.
+        id: VolumeId,
+        /// Its disk.
+        disk: String,
+        /// What can't be done so, and what to do.
+        reason: &'static str,
     },
     /// Its partition table is not as a node plugin writes it.
     #[error("volume {id}: the partition table of disk {disk} is not one of zpod's: {reason}; nothing was changed")]
@@ -277,6 +288,7 @@ impl VolumeError {
         match self {
             Self::NoDisk { .. } | Self::NotHere { .. } => Code::NotFound,
             Self::ManyDisks { .. }
+            | Self::ReadOnly { .. }
             | Self::Table { .. }
             | Self::Blank { .. }
             | Self::HalfMade { .. }

@@ -37,6 +37,19 @@ pub struct Disk {
     pub start: u64,
     /// The number of its partition.
     pub number: u32,
+    /// It can't be written to.
+    pub read_only: bool,
+}
+
+/// What ZFS's label on a partition says of its pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Label {
+    /// GUID of the pool.
+    pub guid: u64,
+    /// The transaction group that it was written in.
+    pub txg: u64,
+    /// Nobody has had the pool since it was exported.
+    pub exported: bool,
 }
 
 impl Disk {
@@ -262,6 +275,9 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// Writes to a disk; durable when it returns.
     async fn write(&self, disk: &Disk, offset: u64, bytes: &[u8]) -> Result<(), Fault>;
 
+    /// What the label at the beginning of a disk's partition says; `None` where there is none.
+    async fn label(&self, disk: &Disk, start: u64) -> Result<Option<Label>, Fault>;
+
     /// Tells the kernel of a disk's partition: made where there is none, resized where it differs.
     async fn partition(&self, disk: &Disk, start: u64, size: Bytes) -> Result<Step, Fault>;
 
@@ -281,8 +297,15 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// How a pool fares.
     async fn report(&self, pool: &PoolName) -> Result<PoolReport, Fault>;
 
-    /// Imports the pool that has the name `found` on these devices, as `pool`, mounting nothing.
-    async fn import(&self, found: &PoolName, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault>;
+    /// Imports the pool that has the name `found` on these devices, as `pool`, mounting nothing. With `read_only` nothing is
+    /// written to them, and no log is replayed: [`crate::export`].
+    async fn import(
+        &self,
+        found: &PoolName,
+        pool: &PoolName,
+        devices: &[PathBuf],
+        read_only: bool,
+    ) -> Result<(), Fault>;
 
     /// Gives an imported pool a new GUID, at random.
     async fn reguid(&self, pool: &PoolName) -> Result<(), Fault>;

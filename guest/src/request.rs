@@ -9,6 +9,7 @@ use std::time::Duration;
 use zpod_proto::agent::{self, Device, Storage};
 use zpod_volume::{DecodeSpecError, OPTION_PREFIX, VolumeSpec};
 
+use crate::place::Place;
 use crate::wire::{self, Edit, Field, Value, WireError};
 
 mod devices;
@@ -193,6 +194,8 @@ pub struct VolumeStorage {
     pub options: Vec<String>,
     /// The group that the shim asks for.
     pub fs_group: Option<u32>,
+    /// Where its disk is, where the shim says it in a way that is known.
+    pub place: Option<Place>,
 }
 
 /// What a CreateContainer request says about us.
@@ -301,6 +304,7 @@ fn volume_storage(bytes: &[u8]) -> Result<Option<VolumeStorage>, RequestError> {
             spec,
             mount_point,
             options,
+            place: Place::of_storage(&storage.driver, &storage.source),
             fs_group: storage.fs_group.map(|group| group.group_id),
         })),
         Err(source) => Err(RequestError::Spec { mount_point, source }),

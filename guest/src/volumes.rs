@@ -23,6 +23,7 @@ use zpod_volume::{Bytes, VolumeId, VolumeSpec};
 
 use crate::error::VolumeError;
 use crate::machine::{Disk, Machine, MountFlags, Usage};
+use crate::place::Place;
 
 mod activate;
 pub mod attributes;
@@ -33,6 +34,7 @@ mod keyring;
 mod marks;
 mod mirror;
 mod progress;
+mod read_only;
 mod release;
 mod restore;
 mod resume;
@@ -62,6 +64,8 @@ pub struct Wanted {
     pub mount_point: PathBuf,
     /// How it is mounted there.
     pub flags: MountFlags,
+    /// Where the request says that its disk is.
+    pub place: Option<Place>,
 }
 
 /// A container's use of a volume at a mount point.
@@ -87,6 +91,8 @@ pub(crate) struct Active {
     base: PathBuf,
     /// The halves of its disk, where it is a mirror.
     mirror: Option<mirror::Halves>,
+    /// The pool was imported read-only, since its disk is.
+    read_only: bool,
 }
 
 /// What a volume is brought up with.
@@ -282,6 +288,9 @@ impl<M: Machine> Volumes<M> {
         wanted: &Wanted,
     ) -> Option<Result<Option<Use>, VolumeError>> {
         let usage = Use { container: container.to_owned(), mount_point: wanted.mount_point.clone() };
+        if let Some(refused) = self.writable_for(volume, wanted).await {
+            return Some(Err(refused));
+        }
         if !wanted.spec.mode.is_filesystem() {
             let mut state = volume.state();
             state.active.as_ref()?;
@@ -338,8 +347,9 @@ impl<M: Machine> Volumes<M> {
         drop(state);
         volume.progress.start();
         let (volumes, volume, refused) = (Arc::clone(self), Arc::clone(volume), request.spec.clone());
+        let place = wanted.place.clone();
         tokio::spawn(async move {
-            let result = volumes.activate(&volume, request).await;
+            let result = volumes.activate(&volume, request, place).await;
             match &result {
                 Ok(()) => volume.state().refusal = None,
                 Err(error) => {
@@ -356,7 +366,7 @@ impl<M: Machine> Volumes<M> {
         run
     }
 
-    async fn activate(&self, volume: &Volume, request: Request) -> Result<(), VolumeError> {
+    async fn activate(&self, volume: &Volume, request: Request, place: Option<Place>) -> Result<(), VolumeError> {
         let _gate = volume.gate.lock().await;
         let request = Request { spec: volume.newest(request.spec), ..request };
         let previous = volume.state().active.clone();
@@ -370,6 +380,8 @@ impl<M: Machine> Volumes<M> {
             progress: &volume.progress,
             arc_max: arc.max(request.spec.arc_max),
             copies: &self.copies,
+            place: place.as_ref(),
+            used: !volume.state().uses.is_empty(),
         };
         let known = previous.is_some();
         let active = match active.run(previous, base).await {

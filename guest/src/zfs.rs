@@ -18,6 +18,7 @@ use crate::key::Key;
 use crate::machine::{Fault, PoolReport, PoolState, Properties, Scrub};
 
 mod json;
+pub mod label;
 mod stream;
 
 /// What most commands get. They take a fraction of a second, some seconds under emulation.
@@ -129,11 +130,19 @@ impl Tools {
 
     /// Imports the pool that has the name `found` on these devices, as `pool`. `-f`: another virtual machine had it, with
     /// another hostid; that it is gone is the node's to prove (DESIGN: one kernel at a time). `-N`: nothing is mounted.
-    pub async fn import(&self, found: &PoolName, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault> {
+    pub async fn import(
+        &self,
+        found: &PoolName,
+        pool: &PoolName,
+        devices: &[PathBuf],
+        read_only: bool,
+    ) -> Result<(), Fault> {
         let mut arguments: Vec<&OsStr> = vec!["import".as_ref()];
         arguments.extend(devices.iter().flat_map(|device| ["-d".as_ref(), device.as_os_str()]));
         let renamed = (found != pool).then_some(pool.as_str());
-        arguments.extend(["-N", "-f"].into_iter().chain(POOL).chain([found.as_str()]).chain(renamed).map(OsStr::new));
+        let read_only: &[&str] = if read_only { &["-o", "readonly=on"] } else { &[] };
+        let options = ["-N", "-f"].into_iter().chain(POOL).chain(read_only.iter().copied());
+        arguments.extend(options.chain([found.as_str()]).chain(renamed).map(OsStr::new));
         self.run("zpool", &arguments, IMPORT_DEADLINE).await.map(drop)
     }
 

@@ -80,6 +80,12 @@ impl DiskLayout {
     /// Where the guest's creation journal lies, in bytes from the start of the disk: one 4 KiB block behind the GPT
     /// and before the partition. The host never reads or writes it.
     pub const JOURNAL_OFFSET: u64 = MIB / 2;
+    /// Where the guest notes which export of the pool was the last one: one sector behind the journal. The host never reads
+    /// or writes it.
+    pub const EXPORT_OFFSET: u64 = MIB / 8 * 5;
+    /// Where the guest writes what tells two views of one image from two images: one sector behind that. What is there
+    /// means nothing.
+    pub const NONCE_OFFSET: u64 = MIB / 4 * 3;
     /// Where the host leaves the [`VolumeSpec`](crate::VolumeSpec) of a block device, in bytes from the start of the
     /// disk: behind the GPT and before the journal. Kata passes no options along with a device.
     pub const SPEC_OFFSET: u64 = MIB / 4;

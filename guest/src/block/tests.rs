@@ -95,6 +95,7 @@ fn a_disk_is_known_by_its_place_on_the_bus() {
         table: Err(String::new()),
         start: 0,
         number: 1,
+        read_only: false,
     };
     let virtio = disk("vdb", "/sys/devices/pci0000:00/0000:00:02.0/0000:01:0a.0/virtio3/block/vdb");
     let numa = disk("vdc", "/sys/devices/pci0000:20/0000:20:00.0/0000:21:02.0/virtio4/block/vdc");
@@ -103,7 +104,7 @@ fn a_disk_is_known_by_its_place_on_the_bus() {
     let disks = [&virtio, &numa, &scsi, &ccw];
     let found = |kind: &str, id: &str, vm_path: &str| {
         let device = Device { r#type: kind.into(), vm_path: vm_path.into(), ..device(id) };
-        let place = Place::of(&device)?;
+        let place = Place::of_device(&device)?;
         disks.iter().find(|disk| place.is_of(disk)).map(|disk| disk.name.as_str())
     };
     assert_eq!(found("blk", "02/0a", ""), Some("vdb"));

@@ -15,11 +15,12 @@ use tokio::sync::watch;
 use zpod_volume::{Bytes, Encryption, PoolName, SECTOR, VolumeId, gpt};
 
 use super::{
-    DeviceNumber, Disk, Fault, Health, Machine, MountFlags, PoolReport, PoolState, Properties, Scrub, Step, Usage,
+    DeviceNumber, Disk, Fault, Health, Label, Machine, MountFlags, PoolReport, PoolState, Properties, Scrub, Step,
+    Usage,
 };
 use crate::key::Key;
 use crate::sys::{PartitionChange, change_partition, dataset_of};
-use crate::zfs::Tools;
+use crate::zfs::{Tools, label};
 use crate::{mounts, ownership};
 
 /// How long a call of the kernel is waited for: unmounting waits for writing out.
@@ -113,8 +114,18 @@ fn scan() -> io::Result<Vec<Disk>> {
             continue;
         }
         let sequence = sys_number(&directory.join("diskseq")).unwrap_or(0);
+        let read_only = sys_number(&directory.join("ro")).is_some_and(|ro| ro != 0);
         let place = fs::canonicalize(&directory).unwrap_or_default();
-        disks.push(Disk { table: table(&name), name, sequence, size: Bytes(size), place, start: 0, number: 1 });
+        disks.push(Disk {
+            table: table(&name),
+            name,
+            sequence,
+            size: Bytes(size),
+            place,
+            start: 0,
+            number: 1,
+            read_only,
+        });
     }
     disks.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(disks)
@@ -196,12 +207,22 @@ impl Machine for LinuxMachine {
 
     async fn write(&self, disk: &Disk, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
         let (name, bytes, offset) = (disk.name.clone(), bytes.to_vec(), disk.start.saturating_add(offset));
+        let sequence = disk.sequence;
         blocking(format!("writing disk {name}"), DEADLINE, move || {
             let file = OpenOptions::new().write(true).open(device(&name))?;
+            // A name goes to the next disk that comes. The one that has it now is the one that was opened, or an earlier one.
+            if sys_number(&Path::new(BLOCK).join(&name).join("diskseq")).unwrap_or(0) != sequence {
+                return Err(io::Error::other("another disk has its name now"));
+            }
             file.write_all_at(&bytes, offset)?;
             file.sync_all()
         })
         .await
+    }
+
+    async fn label(&self, disk: &Disk, start: u64) -> Result<Option<Label>, Fault> {
+        let bytes = self.read(disk, start.saturating_add(label::OFFSET), label::BYTES).await?;
+        Ok(label::decode(&bytes))
     }
 
     async fn partition(&self, disk: &Disk, start: u64, size: Bytes) -> Result<Step, Fault> {
@@ -248,8 +269,14 @@ impl Machine for LinuxMachine {
         self.tools.report(pool).await
     }
 
-    async fn import(&self, found: &PoolName, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault> {
-        self.tools.import(found, pool, devices).await
+    async fn import(
+        &self,
+        found: &PoolName,
+        pool: &PoolName,
+        devices: &[PathBuf],
+        read_only: bool,
+    ) -> Result<(), Fault> {
+        self.tools.import(found, pool, devices, read_only).await
     }
 
     async fn reguid(&self, pool: &PoolName) -> Result<(), Fault> {

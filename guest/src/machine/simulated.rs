@@ -40,6 +40,10 @@ pub(crate) struct SimDisk {
     pub(crate) lost: bool,
     /// GUID of the device that it is to its pool.
     pub(crate) leaf: u64,
+    /// It was plugged in so.
+    pub(crate) read_only: bool,
+    /// It shows the image of that disk, and has none of its own.
+    pub(crate) image_of: Option<usize>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -58,9 +62,20 @@ pub(crate) struct SimPool {
     pub(crate) txg: u64,
     /// The devices of a mirror.
     pub(crate) leaves: Vec<u64>,
+    /// The transaction group of its label, and whether that says that it was exported.
+    labelled: (u64, bool),
+    /// What containers have written is in its log only, which waits to be replayed.
+    log_waits: bool,
     /// What it is encrypted with, and whether the kernel knows it.
     pub(crate) key: Option<Key>,
     loaded: bool,
+}
+
+impl SimPool {
+    /// What containers have fsynced is in the log only: the machine was killed before the next transaction group.
+    pub(crate) fn log_waits(&mut self) {
+        self.log_waits = true;
+    }
 }
 
 /// What outlives a machine.
@@ -134,6 +149,8 @@ struct Kernel {
     /// Pool to disk and its sequence.
     imported: BTreeMap<String, (usize, u64)>,
     links: BTreeMap<PathBuf, usize>,
+    /// Pools that are imported read-only.
+    read_only: BTreeSet<String>,
     mounts: BTreeMap<PathBuf, (String, MountFlags)>,
     lingering: bool,
     /// Halves that are being given what they lack.
@@ -191,6 +208,11 @@ impl SimMachine {
         self.kernel().arc
     }
 
+    /// Adds a disk: a view of another's image, or one of its own.
+    pub(crate) fn add(&self, disk: SimDisk) {
+        self.disks.lock().unwrap().push(disk);
+    }
+
     pub(crate) fn plug(&self, index: usize, plugged: bool) {
         let disk = &mut self.disks.lock().unwrap()[index];
         disk.plugged = plugged;
@@ -207,6 +229,7 @@ impl SimMachine {
     /// What a container does.
     pub(crate) fn container_writes(&self, pool: &PoolName, data: &str) {
         let (kernel, mut disks) = (self.kernel(), self.disks.lock().unwrap());
+        assert!(!kernel.read_only.contains(pool.as_str()), "the pool is read-only");
         let index = working(&kernel, &disks, kernel.imported[pool.as_str()].0).unwrap();
         let on = disks[index].pool.as_mut().unwrap();
         data.clone_into(&mut on.data);
@@ -255,9 +278,13 @@ impl SimMachine {
         effect: impl FnOnce(&mut SimPool, u64) -> Result<T, Fault>,
     ) -> Result<T, Fault> {
         let pool = pool.to_owned();
+        let reads = name.starts_with("load key") || name.starts_with("look");
         self.step(name, |kernel, disks| {
             let (index, _) = *kernel.imported.get(&pool).ok_or_else(|| Fault::new("no such pool"))?;
             let index = working(kernel, disks, index)?;
+            if kernel.read_only.contains(&pool) && !reads {
+                return Err(Fault::new("the pool is read-only"));
+            }
             let partition = kernel.partitions[&key(&disks[index])];
             let pool = disks[index].pool.as_mut().unwrap();
             pool.txg += 1;
@@ -284,6 +311,11 @@ impl SimMachine {
             disks[index].pool.clone_from(&newest);
         }
     }
+}
+
+/// The disk that has the image.
+fn image(disks: &[SimDisk], index: usize) -> usize {
+    disks[index].image_of.unwrap_or(index)
 }
 
 fn index(disks: &[SimDisk], disk: &Disk) -> Result<usize, Fault> {
@@ -348,9 +380,11 @@ impl Machine for SimMachine {
                 place: place(index, &disk.name),
                 name: disk.name.clone(),
                 sequence: disk.sequence,
-                size: Bytes(disk.size * u64::from(disk.number + 1)),
+                read_only: disk.read_only,
+                size: Bytes(disks[image(disks, index)].size * u64::from(disk.number + 1)),
                 table: match disk.lost {
-                    false => gpt::decode(&disk.get(0, gpt::PRIMARY_BYTES)).map_err(|error| error.to_string()),
+                    false => gpt::decode(&disks[image(disks, index)].get(0, gpt::PRIMARY_BYTES))
+                        .map_err(|error| error.to_string()),
                     true => Err("can't be read".to_owned()),
                 },
             });
@@ -359,19 +393,33 @@ impl Machine for SimMachine {
     }
 
     async fn read(&self, disk: &Disk, offset: u64, length: usize) -> Result<Vec<u8>, Fault> {
-        self.look(|_, disks| Ok(disks[index(disks, disk)?].get(offset, length)))
+        self.look(|_, disks| Ok(disks[image(disks, index(disks, disk)?)].get(offset, length)))
     }
 
     async fn write(&self, disk: &Disk, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
         self.step(format!("write {offset}"), |_, disks| {
             let index = index(disks, disk)?;
+            if disks[index].read_only {
+                return Err(Fault::new("Operation not permitted"));
+            }
+            let index = image(disks, index);
             disks[index].put(offset, bytes);
             Ok(())
         })
     }
 
+    async fn label(&self, disk: &Disk, _start: u64) -> Result<Option<Label>, Fault> {
+        self.look(|_, disks| {
+            let pool = disks[image(disks, index(disks, disk)?)].pool.as_ref();
+            Ok(pool.map(|pool| Label { guid: pool.guid, txg: pool.labelled.0, exported: pool.labelled.1 }))
+        })
+    }
+
     async fn partition(&self, disk: &Disk, _start: u64, size: Bytes) -> Result<Step, Fault> {
-        self.step("partition", |kernel, _| {
+        self.step("partition", |kernel, disks| {
+            if let Some(of) = index(disks, disk).ok().and_then(|at| disks[at].image_of) {
+                kernel.partitions.insert(key(&disks[of]), size.0);
+            }
             let before = kernel.partitions.insert((disk.name.clone(), disk.number), size.0);
             Ok(if before == Some(size.0) { Step::Unchanged } else { Step::Changed })
         })
@@ -392,7 +440,10 @@ impl Machine for SimMachine {
     async fn health(&self, pool: &PoolName) -> Result<Option<Health>, Fault> {
         self.look(|kernel, disks| {
             Ok(kernel.imported.get(pool.as_str()).map(|(index, sequence)| {
-                let there = disks[*index].plugged && disks[*index].sequence == *sequence;
+                let shows = |(at, disk): (usize, &SimDisk)| {
+                    image(disks, at) == *index && disk.plugged && disk.sequence == *sequence
+                };
+                let there = disks.iter().enumerate().any(shows);
                 let there = there && working(kernel, disks, *index).is_ok();
                 if there && !disks[*index].suspended { Health::Online } else { Health::Suspended }
             }))
@@ -430,13 +481,23 @@ impl Machine for SimMachine {
         })
     }
 
-    async fn import(&self, found: &PoolName, pool: &PoolName, devices: &[PathBuf]) -> Result<(), Fault> {
+    async fn import(
+        &self,
+        found: &PoolName,
+        pool: &PoolName,
+        devices: &[PathBuf],
+        read_only: bool,
+    ) -> Result<(), Fault> {
         let time = *self.import_time.lock().unwrap();
         tokio::time::sleep(time).await;
         self.step("import", |kernel, disks| {
             let named =
                 |at: &usize| !disks[*at].lost && disks[*at].pool.as_ref().is_some_and(|on| on.name == found.as_str());
-            let given: Vec<_> = devices.iter().map(|device| kernel.links[device]).filter(named).collect();
+            let opened: Vec<_> = devices.iter().map(|device| kernel.links[device]).collect();
+            if !read_only && opened.iter().any(|at| disks[*at].read_only) {
+                return Err(Fault::new("permission denied"));
+            }
+            let given: Vec<_> = opened.iter().map(|at| image(disks, *at)).filter(named).collect();
             let guids: BTreeSet<_> = given.iter().filter_map(|at| Some(disks[*at].pool.as_ref()?.guid)).collect();
             if guids.len() > 1 {
                 return Err(Fault::new("more than one matching pool"));
@@ -461,10 +522,18 @@ impl Machine for SimMachine {
             if kernel.imported.values().any(|(other, _)| same(other)) {
                 return Err(Fault::new("a pool with that GUID is imported already"));
             }
-            kernel.imported.insert(pool.to_string(), (index, disks[index].sequence));
+            let appearance = opened.iter().find(|at| image(disks, **at) == index).map_or(0, |at| disks[*at].sequence);
+            kernel.imported.insert(pool.to_string(), (index, appearance));
             let on = disks[index].pool.as_mut().unwrap();
-            on.name = pool.to_string();
             on.loaded = on.key.is_none();
+            if read_only {
+                assert!(!on.log_waits, "shows a state without what was fsynced");
+                assert_eq!(on.name, pool.as_str(), "a name that can't be written");
+                kernel.read_only.insert(pool.to_string());
+                return Ok(());
+            }
+            on.name = pool.to_string();
+            on.labelled = (on.txg + 1, false);
             let renamed = |(name, properties): (String, Properties)| {
                 (format!("{pool}/{}", name.rsplit('/').next().unwrap_or_default()), properties)
             };
@@ -687,23 +756,30 @@ impl Machine for SimMachine {
                 return Err(Fault::new("cannot clear errors: I/O error"));
             }
             disk.suspended = false;
-            let sequence = disk.sequence;
+            let views = (0..disks.len()).filter(|at| image(disks, *at) == index && disks[*at].plugged);
+            let sequence = views.map(|at| disks[at].sequence).max().unwrap_or(0);
             kernel.imported.insert(pool.to_string(), (index, sequence));
             Ok(())
         })
     }
 
     async fn sync(&self, pool: &PoolName) -> Result<(), Fault> {
+        assert!(!self.kernel().read_only.contains(pool.as_str()), "waits for ever");
         self.pool_step("sync".into(), pool.as_str(), |_, _| Ok(()))
     }
 
     async fn export(&self, pool: &PoolName) -> Result<(), Fault> {
-        self.step("export", |kernel, _| {
+        self.step("export", |kernel, disks| {
             let mounted = kernel.mounts.values().any(|(dataset, _)| pool_of(dataset) == pool.as_str());
             if mounted || kernel.lingering {
                 return Err(Fault { text: "pool is busy".into(), busy: true });
             }
-            kernel.imported.remove(pool.as_str());
+            let read_only = kernel.read_only.remove(pool.as_str());
+            if let Some((index, _)) = kernel.imported.remove(pool.as_str())
+                && let Some(on) = disks[index].pool.as_mut().filter(|_| !read_only)
+            {
+                on.labelled = (on.txg, true);
+            }
             Ok(())
         })
     }
@@ -719,6 +795,11 @@ impl Machine for SimMachine {
                 return Err(Fault::new("no such dataset"));
             }
             assert!(disks[index].pool.as_ref().unwrap().loaded, "mounted without its key");
+            if !kernel.read_only.contains(pool_of(dataset)) {
+                disks[index].pool.as_mut().unwrap().log_waits = false;
+            } else if !flags.read_only {
+                return Err(Fault::new("Read-only file system"));
+            }
             let before = kernel.mounts.insert(target.into(), (dataset.into(), flags));
             Ok(if before.is_some() { Step::Unchanged } else { Step::Changed })
         })

@@ -21,6 +21,7 @@ use super::{Connection, Lost};
 use crate::block;
 use crate::error::VolumeError;
 use crate::machine::{Machine, MountFlags, Usage};
+use crate::place::Place;
 use crate::request::{self, CreateContainer, Envelope, Method, Node, VolumeStorage};
 use crate::ttrpc::{self, Header, Outcome};
 use crate::volumes::Wanted;
@@ -237,7 +238,8 @@ async fn blocks<M: Machine>(
     for device in devices {
         if let Some(spec) = block::identify(machine, device, deadline).await? {
             let flags = MountFlags { read_only: spec.read_only, ..MountFlags::default() };
-            ours.push(Wanted { fs_group: None, mount_point: PathBuf::from(&device.container_path), flags, spec });
+            let (mount_point, place) = (PathBuf::from(&device.container_path), Place::of_device(device));
+            ours.push(Wanted { fs_group: None, mount_point, flags, spec, place });
         }
     }
     Ok(ours)
@@ -267,7 +269,8 @@ fn wanted(storage: VolumeStorage) -> Wanted {
         noatime: asked(MountFlag::Noatime, "noatime"),
     };
     let fs_group = storage.spec.fs_group.or(storage.fs_group);
-    Wanted { fs_group, mount_point: PathBuf::from(storage.mount_point), flags, spec: storage.spec }
+    let mount_point = PathBuf::from(storage.mount_point);
+    Wanted { fs_group, mount_point, flags, spec: storage.spec, place: storage.place }
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use crate::disk;
 use crate::error::VolumeError;
 use crate::journal::{self, Journal};
 use crate::machine::{Disk, Fault, Health, Machine, MountFlags, Properties};
+use crate::place::Place;
 
 pub(super) struct Activation<'a, M> {
     pub(super) machine: &'a M,
@@ -25,6 +26,10 @@ pub(super) struct Activation<'a, M> {
     pub(super) arc_max: Option<Bytes>,
     /// Copies of this guest that get a GUID of their own.
     pub(super) copies: &'a Copies,
+    /// Where the request says that its disk is.
+    pub(super) place: Option<&'a Place>,
+    /// Containers use its pool now.
+    pub(super) used: bool,
 }
 
 /// How a pool came to be there.
@@ -50,7 +55,8 @@ pub(super) struct Pool {
 }
 
 /// Flags of our own mount: nothing is run from it.
-const BASE_FLAGS: MountFlags = MountFlags { read_only: false, noexec: true, nosuid: true, nodev: true, noatime: true };
+pub(super) const BASE_FLAGS: MountFlags =
+    MountFlags { read_only: false, noexec: true, nosuid: true, nodev: true, noatime: true };
 
 impl<M: Machine> Activation<'_, M> {
     pub(super) async fn run(&self, previous: Option<Active>, base: PathBuf) -> Result<Active, VolumeError> {
@@ -58,9 +64,14 @@ impl<M: Machine> Activation<'_, M> {
         self.progress.stage("loading ZFS");
         self.machine.zfs_ready().await.map_err(self.failed("loading ZFS"))?;
         self.progress.stage("waiting for its disk");
-        let disk =
-            disk::find(self.machine, self.id, spec.mirror.is_some(), disk::WAIT, |seen| self.progress.detail(seen))
-                .await?;
+        let search = disk::Search {
+            mirrored: spec.mirror.is_some(),
+            place: self.place,
+            used: previous.as_ref().filter(|_| self.used).map(|active| &active.disk),
+            ..disk::Search::new(self.id)
+        };
+        let disk = disk::find(self.machine, search, |seen| self.progress.detail(seen)).await?;
+        let previous = self.in_the_same_mode(previous, &disk).await?;
         let health = self.machine.health(&spec.pool).await.map_err(self.failed("looking at its pool"))?;
         // What is known of the halves of a pool that is imported still is newer than what the node says.
         let lacking = previous.as_ref().filter(|_| health.is_some()).and_then(|active| active.mirror.as_ref()?.behind);
@@ -72,6 +83,9 @@ impl<M: Machine> Activation<'_, M> {
             return Ok(active);
         }
         self.machine.limit_arc(self.arc_max).await.map_err(self.failed("bounding the ARC"))?;
+        if disk.read_only {
+            return self.run_read_only(disk, health, known, base).await;
+        }
 
         let pool = match spec.mirror {
             Some(Mirror { behind }) => self.open_mirror(&disk, lacking.or(behind), health, known).await?,
@@ -83,7 +97,7 @@ impl<M: Machine> Activation<'_, M> {
             Opened::Found => {
                 self.end_swap().await?;
                 let now = self.dataset().await?;
-                self.unlock(&now).await?;
+                self.unlock(&now, false).await?;
                 let quota = self.settle(&devices, &now).await?;
                 self.remove_leftover_marks(&now).await;
                 self.keep(&now).await;
@@ -93,7 +107,15 @@ impl<M: Machine> Activation<'_, M> {
         };
 
         if !spec.mode.is_filesystem() {
-            return Ok(Active { request: self.request.clone(), disk, partition, quota, base, mirror });
+            return Ok(Active {
+                request: self.request.clone(),
+                disk,
+                partition,
+                quota,
+                base,
+                mirror,
+                read_only: false,
+            });
         }
         self.progress.stage("mounting it");
         self.machine.mount(&spec.dataset(), &base, BASE_FLAGS).await.map_err(self.failed("mounting it"))?;
@@ -104,7 +126,7 @@ impl<M: Machine> Activation<'_, M> {
                 .await
                 .map_err(self.failed("giving its files to the pod's group (fsGroup)"))?;
         }
-        Ok(Active { request: self.request.clone(), disk, partition, quota, base, mirror })
+        Ok(Active { request: self.request.clone(), disk, partition, quota, base, mirror, read_only: false })
     }
 
     /// The pool of a volume that has a disk for itself.
@@ -248,10 +270,10 @@ impl<M: Machine> Activation<'_, M> {
         self.progress.stage("importing its pool");
         let pool = &self.request.spec.pool;
         let copies = self.copies.done();
-        let Err(fault) = self.machine.import(pool, pool, devices).await else { return Ok(()) };
+        let Err(fault) = self.machine.import(pool, pool, devices, false).await else { return Ok(()) };
         // A copy of this very pool may have been in the way.
         match self.copies.since(copies).await {
-            Some(_alone) => self.machine.import(pool, pool, devices).await,
+            Some(_alone) => self.machine.import(pool, pool, devices, false).await,
             None => Err(fault),
         }
     }

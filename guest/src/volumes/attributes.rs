@@ -60,6 +60,7 @@ impl<M: Machine> Volumes<M> {
         let (_, mut active) = self.known(id)?;
         let mode = active.request.spec.mode;
         attributes.check(id, mode)?;
+        active.must_be_writable(id)?;
         let spec = attributes.applied(&active.request.spec);
         let (dataset, failed) = (spec.dataset(), |fault| VolumeError::failed(id, "setting its properties", fault));
         let bounds = match (attributes.quota, attributes.reservation) {

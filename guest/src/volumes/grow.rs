@@ -38,7 +38,10 @@ impl<M: Machine> Volumes<M> {
                     .to_owned();
             return Err(VolumeError::Refused { id, reason });
         }
-        let whole = disk::find(&self.machine, id, active.mirror.is_some(), disk::WAIT, |_| {}).await?;
+        active.must_be_writable(id)?;
+        let search =
+            disk::Search { mirrored: active.mirror.is_some(), used: Some(&active.disk), ..disk::Search::new(id) };
+        let whole = disk::find(&self.machine, search, |_| {}).await?;
         let disks = match &active.mirror {
             None => vec![whole],
             Some(_) => self.whole_halves(id, &active, &whole).await?,
@@ -85,6 +88,9 @@ impl<M: Machine> Volumes<M> {
     /// When it is not here or the pool does not answer.
     pub async fn sync(&self, id: VolumeId) -> Result<(), VolumeError> {
         let (_, active) = self.known(id)?;
+        if active.read_only {
+            return Ok(());
+        }
         let synced = self.machine.sync(&active.request.spec.pool).await;
         synced.map_err(|fault| VolumeError::failed(id, "writing out its pool", fault))
     }
@@ -95,6 +101,7 @@ impl<M: Machine> Volumes<M> {
     /// When it is not here or ZFS refuses.
     pub async fn scrub(&self, id: VolumeId, action: Scrub) -> Result<(), VolumeError> {
         let (volume, active) = self.known(id)?;
+        active.must_be_writable(id)?;
         let pool = &active.request.spec.pool;
         let failed = |fault| VolumeError::failed(id, "scrubbing its pool", fault);
         let running = self.machine.report(pool).await.map_err(failed)?.scrubbing();

@@ -26,6 +26,7 @@ impl<M: Machine> Volumes<M> {
         let (volume, _) = self.known(id)?;
         let _gate = volume.gate.lock().await;
         let (_, active) = self.known(id)?;
+        active.must_be_writable(id)?;
         let (spec, failed) = (&active.request.spec, |fault| VolumeError::failed(id, "marking the instant", fault));
         let dataset = spec.dataset();
         let there = self.machine.snapshots(&dataset).await.map_err(failed)?;

@@ -49,9 +49,12 @@ impl<M: Machine> Volumes<M> {
         let pool = &active.request.spec.pool;
         super::stream::cut_off(volume).await;
         // Even if the export fails, everything is on the disk by then.
-        if let Err(fault) = self.machine.sync(pool).await {
+        if active.read_only {
+            // Nothing was written, and ZFS would wait for a transaction group that never comes.
+        } else if let Err(fault) = self.machine.sync(pool).await {
             tracing::error!(volume = %volume.id, "writing out the pool failed: {fault}");
         }
+        let replayed = self.log_is_replayed(&active).await;
         if !active.is_block() {
             self.unmount(volume.id, &active.base).await;
         }
@@ -59,6 +62,9 @@ impl<M: Machine> Volumes<M> {
             Ok(()) => {
                 volume.state().active = None;
                 tracing::info!(volume = %volume.id, "exported pool {pool}");
+                if replayed {
+                    self.note_export(&active).await;
+                }
             }
             Err(fault) => tracing::error!(
                 volume = %volume.id,

@@ -87,9 +87,9 @@ impl<M: Machine> Activation<'_, M> {
         if self.machine.health(&theirs).await?.is_some() {
             self.machine.reguid(&theirs).await?;
         }
-        let Err(first) = self.machine.import(&theirs, ours, devices).await else { return Ok(()) };
+        let Err(first) = self.machine.import(&theirs, ours, devices, false).await else { return Ok(()) };
         // Cut short after the import: then the labels have the new name already.
-        let Err(second) = self.machine.import(ours, ours, devices).await else { return Ok(()) };
+        let Err(second) = self.machine.import(ours, ours, devices, false).await else { return Ok(()) };
         Err(Fault::new(format!("{first}; and {second}")))
     }
 
@@ -99,7 +99,7 @@ impl<M: Machine> Activation<'_, M> {
         let dataset = spec.dataset();
         // The copy may show the moment in which what was received took the place of the contents.
         self.end_swap().await?;
-        self.unlock(&self.dataset().await?).await?;
+        self.unlock(&self.dataset().await?, false).await?;
         let origin = spec.origin.as_ref();
         if let Some((origin, mark)) = origin.and_then(|origin| Some((origin, origin.mark.as_ref()?))) {
             self.progress.stage("going back to the instant it is a copy of");

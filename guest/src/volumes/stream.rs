@@ -157,6 +157,7 @@ impl<M: Machine> Volumes<M> {
                 return Err(VolumeError::Refused { id, reason });
             }
             if !there.contains(snapshot) {
+                active.must_be_writable(id)?;
                 if active.is_block() {
                     self.machine.flush_volume(&dataset).await.map_err(failed("writing out its block device"))?;
                 }
@@ -211,6 +212,7 @@ impl<M: Machine> Volumes<M> {
         mut chunks: impl Stream<Item = Result<Vec<u8>, String>> + Send + Unpin,
     ) -> Result<Received, VolumeError> {
         let (volume, active) = self.known(id)?;
+        active.must_be_writable(id)?;
         let refused = |reason: String| VolumeError::Refused { id, reason };
         let _one =
             volume.receiving.try_lock().map_err(|_| refused("another stream is being received into it".into()))?;

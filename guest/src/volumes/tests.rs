@@ -4,6 +4,7 @@ use crate::machine::simulated::{self, Disks, Kill, SimMachine};
 use uuid::Uuid;
 use zpod_volume::{Create, DiskLayout, Headroom, MountFlag};
 
+mod appearances;
 mod keys;
 mod restore;
 mod swap;
@@ -26,6 +27,7 @@ pub(super) fn wanted(name: &str, create: Create, mount_point: &str) -> Wanted {
         fs_group: Some(2000),
         mount_point: mount_point.into(),
         flags: MountFlags::default(),
+        place: None,
     }
 }
 
@@ -75,7 +77,8 @@ async fn a_fresh_volume_is_made_mounted_and_exported_with_its_last_user() {
     assert!(steps.ends_with(&[
         "sync".into(),
         format!("unmount /zpod/volumes/{}", spec("a", Create::Fresh).id),
-        "export".into()
+        "export".into(),
+        format!("write {}", DiskLayout::EXPORT_OFFSET)
     ]));
 }
 

@@ -49,7 +49,8 @@ impl<M: Machine> Activation<'_, M> {
     }
 
     /// Loads the key of an encrypted dataset.
-    pub(super) async fn unlock(&self, now: &Properties) -> Result<(), VolumeError> {
+    /// A new one replaces it, unless the pool is read-only.
+    pub(super) async fn unlock(&self, now: &Properties, read_only: bool) -> Result<(), VolumeError> {
         let spec = &self.request.spec;
         let found = now.get("encryption").map_or("off", String::as_str);
         let wanted = spec.encryption.map_or("off", |encryption| encryption.as_str());
@@ -64,7 +65,7 @@ impl<M: Machine> Activation<'_, M> {
         let keys = self.keys().await?;
         let failed = self.failed("loading its key");
         let outcome = self
-            .load(&keys, now)
+            .load(&keys, now, read_only)
             .await
             .map_err(&failed)
             .and_then(|step| step.ok_or(VolumeError::WrongKey { id: self.id, previous: keys.previous.is_some() }));
@@ -72,7 +73,7 @@ impl<M: Machine> Activation<'_, M> {
         outcome.map(drop)
     }
 
-    async fn load(&self, keys: &Keys, now: &Properties) -> Result<Option<Step>, Fault> {
+    async fn load(&self, keys: &Keys, now: &Properties, read_only: bool) -> Result<Option<Step>, Fault> {
         let dataset = self.request.spec.dataset();
         if fits(now, &keys.key) && self.machine.load_key(&dataset, &keys.key, false).await? {
             return Ok(Some(Step::Unchanged));
@@ -80,6 +81,9 @@ impl<M: Machine> Activation<'_, M> {
         let Some(previous) = keys.previous.as_ref().filter(|previous| fits(now, previous)) else { return Ok(None) };
         if !self.machine.load_key(&dataset, previous, false).await? {
             return Ok(None);
+        }
+        if read_only {
+            return Ok(Some(Step::Unchanged));
         }
         self.machine.change_key(&dataset, &keys.key).await?;
         tracing::info!(volume = %self.id, "its key was changed");
@@ -127,6 +131,11 @@ impl<M: Machine> Volumes<M> {
             volume.keyring.put(token, keys);
             return Ok(Step::Unchanged);
         };
+        if active.read_only && active.request.spec.token == token {
+            // What opens it is loaded, and can't be changed now: the next writable start does.
+            volume.keyring.put(token, keys);
+            return Ok(Step::Unchanged);
+        }
         let spec = &active.request.spec;
         if spec.token != token {
             return Err(VolumeError::OtherToken { id });

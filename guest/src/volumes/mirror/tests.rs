@@ -298,7 +298,11 @@ async fn a_mirror_is_found_by_either_half_and_no_other_disk_by_its_middle() {
     let disks = used().await;
     let disk = |disks: &Disks| {
         let machine = SimMachine::new(disks, Kill::Never);
-        async move { crate::disk::find(&machine, id(), true, Duration::from_millis(50), |_| {}).await }
+        async move {
+            let wait = Duration::from_millis(50);
+            let search = crate::disk::Search { mirrored: true, wait, ..crate::disk::Search::new(id()) };
+            crate::disk::find(&machine, search, |_| {}).await
+        }
     };
     for lost in [None, Some(Half::First), Some(Half::Second)] {
         assert_eq!(disk(&next(&disks, lost, None)).await.unwrap().name, "vda", "{lost:?}");
