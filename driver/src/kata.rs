@@ -5,6 +5,7 @@ mod direct_volume;
 mod halves;
 mod loop_device;
 mod mapper;
+mod runtime;
 mod sandbox;
 mod target;
 pub mod udev_rule;
@@ -13,6 +14,7 @@ pub use direct_volume::{DirectVolume, DirectVolumes};
 pub use halves::{Halves, MappedHalves};
 pub use loop_device::LoopDevice;
 pub use mapper::{Mapper, MapperError, Removal};
+pub use runtime::{KataRuntime, RuntimeHandler};
 pub use sandbox::{AgentUrl, Sandbox, SandboxError, discover};
 pub use target::{MAX_TARGET_BYTES, TargetPath, is_same_place};
 

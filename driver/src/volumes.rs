@@ -33,6 +33,7 @@ mod scrubs;
 mod snapshots;
 mod spec;
 mod stats;
+mod unheard;
 mod withdraw;
 
 pub use capacity_range::{CapacityRange, DEFAULT_CAPACITY};

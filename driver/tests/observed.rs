@@ -7,7 +7,7 @@
 mod fake_guest;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -58,6 +58,7 @@ impl Catalog for Counting {
 struct Notes {
     reported: Mutex<Vec<(Observed, Health)>>,
     withdrawn: Mutex<Vec<VolumeId>>,
+    unheard: Mutex<Vec<String>>,
 }
 
 impl Observer for Notes {
@@ -68,11 +69,15 @@ impl Observer for Notes {
     fn withdrawn(&self, id: VolumeId) {
         self.withdrawn.lock().unwrap().push(id);
     }
+
+    fn unheard(&self, _: &Observed, reason: &str) {
+        self.unheard.lock().unwrap().push(reason.to_owned());
+    }
 }
 
-/// Takes pods of one name.
+/// Takes pods of one name, whose containers run or don't yet.
 #[derive(Debug)]
-struct Only(&'static str);
+struct Only(&'static str, Arc<AtomicBool>);
 
 #[async_trait]
 impl PodCheck for Only {
@@ -84,6 +89,10 @@ impl PodCheck for Only {
                 Err(VolumeError::PodRefused { id: volume.id, pod, reason })
             }
         }
+    }
+
+    async fn runs_with(&self, _: &Observed, _: &PodRef) -> Result<bool, VolumeError> {
+        Ok(self.1.load(Ordering::Relaxed))
     }
 
     async fn is_gone(&self, _: VolumeId, pod: &PodRef) -> Result<bool, VolumeError> {
@@ -98,6 +107,7 @@ struct World {
     backing: SimBacking,
     node: NodeVolumes,
     notes: Arc<Notes>,
+    runs: Arc<AtomicBool>,
 }
 
 impl World {
@@ -110,10 +120,13 @@ impl World {
         let (snapshots, shared) = (Arc::new(snapshots), Arc::new(backing.clone()));
         let context = Context::new("node-1".into(), "boot-1".into(), catalog.clone(), snapshots, shared);
         let direct = DirectVolumes::open(&dir.path().join("direct-volumes")).unwrap();
-        let notes = Arc::new(Notes::default());
+        let (notes, runs) = (Arc::new(Notes::default()), Arc::new(AtomicBool::new(false)));
         let node = NodeVolumes::load(context.clone(), direct).await.unwrap();
-        let node = node.observed_by(notes.clone()).checking_pods(Arc::new(Only("good"))).with_ephemeral(Bytes::gib(1));
-        Self { dir, catalog, context, backing, node, notes }
+        let node = node
+            .observed_by(notes.clone())
+            .checking_pods(Arc::new(Only("good", runs.clone())))
+            .with_ephemeral(Bytes::gib(1));
+        Self { dir, catalog, context, backing, node, notes, runs }
     }
 
     async fn volume(&self) -> VolumeId {
@@ -167,6 +180,42 @@ async fn what_a_believed_guest_says_reaches_the_observer_and_stats_ask_no_catalo
     world.node.unpublish(id, target.clone()).await.unwrap();
     assert_eq!(*world.notes.withdrawn.lock().unwrap(), [id]);
     assert!(matches!(world.node.stats(id, &target).await, Err(VolumeError::NotPublished { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_that_runs_without_its_volume_is_found_and_told_until_a_guest_has_it() {
+    let world = World::new().await;
+    let (id, target) = (world.volume().await, world.dir.path().join("pod"));
+    world.publish(id, &target, "good").await.unwrap();
+    let condition = async || world.node.stats(id, &target).await.unwrap().condition;
+    let told = || world.notes.unheard.lock().unwrap().len();
+    // Its image may still be on the way.
+    world.node.find_unheard(Duration::ZERO).await;
+    assert!(!condition().await.abnormal);
+    world.runs.store(true, Ordering::Relaxed);
+    world.node.find_unheard(Duration::from_secs(3600)).await;
+    assert!(!condition().await.abnormal, "a container has just started");
+    for _ in 0..2 {
+        world.node.find_unheard(Duration::ZERO).await;
+        let condition = condition().await;
+        assert!(condition.abnormal && condition.message.contains("disable_block_device_use"), "{condition:?}");
+        assert_eq!(told(), 1, "told once");
+    }
+
+    let token = world.catalog.0.get(id).await.unwrap().unwrap().publication.unwrap().token.to_string();
+    let said =
+        VolumeStatus { volume_id: id.to_string(), token, health: WireHealth::Online.into(), ..Default::default() };
+    let kata = world.dir.path().join("kata");
+    let _guest = FakeGuest::start(&kata, "guest", Behaviour::Honest, vec![said]);
+    let _monitor = Monitor::start(vec![kata], Arc::new(world.node.clone()));
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while condition().await.abnormal {
+        assert!(Instant::now() < deadline, "nothing is heard");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    world.node.find_unheard(Duration::ZERO).await;
+    assert!(!condition().await.abnormal);
+    assert_eq!(told(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -43,4 +43,4 @@ pub const PATIENCE: Duration = Duration::from_secs(300);
 
 pub use node::Node;
 pub use qemu::{Boot, Guest};
-pub use shim::{Container, Mount, Runtime, Sandbox};
+pub use shim::{Container, Mount, Runtime, Sandbox, Vmm};

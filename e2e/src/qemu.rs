@@ -1,6 +1,6 @@
 //! One guest: QEMU, its vsock device, its disks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -84,6 +84,8 @@ pub struct Guest {
     qemu: Process,
     vsock_device: Process,
     disks: BTreeMap<usize, PathBuf>,
+    /// Ports whose disks the guest has been asked to let go. They are not used again.
+    leaving: BTreeSet<usize>,
     dir: Workdir,
     _slot: Slot,
     boot: Boot,
@@ -180,6 +182,7 @@ impl Guest {
             qemu,
             vsock_device,
             disks: BTreeMap::new(),
+            leaving: BTreeSet::new(),
             dir,
             _slot: slot,
             boot,
@@ -229,7 +232,7 @@ impl Guest {
     /// # Errors
     /// When there is no free port, or QEMU refuses.
     pub async fn plug(&mut self, device: &Path, read_only: bool) -> Result<String> {
-        let Some(port) = (0..PORTS).find(|port| !self.disks.contains_key(port)) else {
+        let Some(port) = (0..PORTS).find(|port| !self.disks.contains_key(port) && !self.leaving.contains(port)) else {
             bail!("all {PORTS} ports of the guest have disks");
         };
         let (id, node) = (format!("disk{port}"), format!("node{port}"));
@@ -260,12 +263,29 @@ impl Guest {
         Ok(format!("{:02x}/00", FIRST_PORT + port))
     }
 
-    /// Unplugs a disk and waits until the guest has let go of it.
+    /// Asks the guest to let go of the disk at a PCI path, and does not wait for it, as Kata does with cloud-hypervisor.
     ///
     /// # Errors
-    /// When it is not plugged in, or the guest keeps it.
-    pub async fn unplug(&mut self, device: &Path) -> Result<()> {
-        let port = self.port(device)?;
+    /// When there is none, or QEMU refuses.
+    pub async fn begin_unplug(&mut self, place: &str) -> Result<()> {
+        let port = self.port_at(place)?;
+        self.qmp.execute("device_del", json!({"id": format!("disk{port}")})).await?;
+        self.disks.remove(&port);
+        self.leaving.insert(port);
+        Ok(())
+    }
+
+    fn port_at(&self, place: &str) -> Result<usize> {
+        let port = self.disks.keys().find(|port| place == format!("{:02x}/00", FIRST_PORT + *port));
+        port.copied().with_context(|| format!("no disk is plugged in at {place}"))
+    }
+
+    /// Unplugs the disk at a PCI path and waits until the guest has let go of it.
+    ///
+    /// # Errors
+    /// When there is none, or the guest keeps it.
+    pub async fn unplug(&mut self, place: &str) -> Result<()> {
+        let port = self.port_at(place)?;
         let id = format!("disk{port}");
         self.qmp.execute("device_del", json!({"id": id})).await?;
         self.qmp.device_deleted(&id, UNPLUG).await?;

@@ -5,7 +5,7 @@ mod control;
 mod exec;
 mod monitor;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -25,27 +25,48 @@ pub use container::{Container, Device, Mount, User};
 pub use exec::{Output, Running};
 pub use monitor::Monitor;
 
-/// Whose manners the shim has.
+/// Whose manners the shim has, faults included (Kata 4.1.0).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Runtime {
-    /// runtime-rs: a random mount point per container; the entry's options are in the OCI mount too.
+    /// runtime-rs: a random mount point per container; the entry's options are in the OCI mount too. A disk is as
+    /// read-only as the first mount of it. A device leaves the shim's table with the first of its containers, used or not
+    /// (`try_remove_device`, device_manager.rs): the next start plugs it in again, and nobody unplugs the first. A block
+    /// device is never looked up in that table, nor unplugged.
     Rs,
     /// Go: one mount point per device; DestroySandbox at the end.
     Go,
 }
 
+/// How the VMM takes disks, where that makes a difference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vmm {
+    /// QEMU: one image may be plugged in twice (`share-rw=on`), and the shim waits until the guest has let go of a disk.
+    Qemu,
+    /// cloud-hypervisor: the shim does not wait. Since version 46 images are locked.
+    CloudHypervisor {
+        /// Whether an image that is plugged in is refused a second time.
+        locks: bool,
+    },
+}
+
 /// A container and the disks that it uses.
 #[derive(Debug, Default)]
 struct Held {
-    disks: Vec<PathBuf>,
+    /// PCI paths.
+    disks: Vec<String>,
     capabilities: agent::LinuxCapabilities,
 }
 
-/// A disk that containers of the pod use.
+/// A disk that was plugged in.
 #[derive(Debug)]
 struct Disk {
+    device: PathBuf,
     source: String,
     users: usize,
+    /// The shim finds it again by its path.
+    known: bool,
+    /// It is a block device of a container.
+    block: bool,
 }
 
 /// A pod: a guest, the agent in it, its containers.
@@ -57,7 +78,8 @@ pub struct Sandbox {
     _monitor: Monitor,
     direct_volumes: PathBuf,
     hostname: String,
-    disks: BTreeMap<PathBuf, Disk>,
+    vmm: Vmm,
+    disks: Vec<Disk>,
     containers: HashMap<String, Held>,
     substitutes: HashMap<PathBuf, PathBuf>,
     execs: u64,
@@ -115,13 +137,19 @@ impl Sandbox {
             _monitor: monitor,
             direct_volumes,
             hostname: hostname.to_owned(),
-            disks: BTreeMap::new(),
+            vmm: Vmm::Qemu,
+            disks: Vec::new(),
             containers: HashMap::new(),
             substitutes: HashMap::new(),
             execs: 0,
             boot_time,
             create_time: Duration::ZERO,
         })
+    }
+
+    /// From now on disks are taken as by this VMM.
+    pub fn play(&mut self, vmm: Vmm) {
+        self.vmm = vmm;
     }
 
     /// From now on another device is plugged in where this one should be: an attacker's or an operator's mistake.
@@ -172,7 +200,7 @@ impl Sandbox {
                 Runtime::Rs => mount.read_only,
                 Runtime::Go => volume.options.iter().any(|option| option == "ro"),
             };
-            let source = self.plug(&container.id, &volume.device, device_read_only).await?;
+            let source = self.plug(&container.id, &volume.device, device_read_only, false).await?;
             let (storage, bind) = self.runtime.requests(mount, &volume, &source);
             storages.extend(storage);
             mounts.push(bind);
@@ -180,7 +208,7 @@ impl Sandbox {
         let mut devices = Vec::new();
         for device in &container.devices {
             // manager_inner.rs: id is the PCI path.
-            let id = self.plug(&container.id, &device.path, device.read_only).await?;
+            let id = self.plug(&container.id, &device.path, device.read_only, true).await?;
             let container_path = device.destination.clone();
             devices.push(agent::Device { id, r#type: "blk".into(), container_path, ..Default::default() });
         }
@@ -198,28 +226,50 @@ impl Sandbox {
         Ok(result?)
     }
 
-    async fn plug(&mut self, container: &str, device: &Path, read_only: bool) -> Result<String> {
+    async fn plug(&mut self, container: &str, device: &Path, read_only: bool, block: bool) -> Result<String> {
         let device = self.substitutes.get(device).map_or(device, PathBuf::as_path).to_owned();
-        if !self.disks.contains_key(&device) {
-            let source = self.guest.plug(&device, read_only).await?;
-            self.disks.insert(device.clone(), Disk { source, users: 0 });
-        }
-        let Some(disk) = self.disks.get_mut(&device) else { bail!("{} got lost", device.display()) };
+        let looks = self.runtime == Runtime::Go || !block;
+        let known = self.disks.iter().position(|disk| looks && disk.known && disk.device == device);
+        let index = match known {
+            Some(index) => index,
+            None => {
+                let there = self.disks.iter().any(|disk| disk.device == device);
+                if there && self.vmm == (Vmm::CloudHypervisor { locks: true }) {
+                    // `AddDisk` of cloud-hypervisor 51.1 ends so.
+                    bail!("the VMM can't add a disk: the image {} is locked", device.display());
+                }
+                let source = self.guest.plug(&device, read_only).await?;
+                self.disks.push(Disk { device, source, users: 0, known: true, block });
+                self.disks.len() - 1
+            }
+        };
+        let Some(disk) = self.disks.get_mut(index) else { bail!("a disk got lost") };
         disk.users += 1;
-        self.containers.entry(container.to_owned()).or_default().disks.push(device);
+        self.containers.entry(container.to_owned()).or_default().disks.push(disk.source.clone());
         Ok(disk.source.clone())
     }
 
     /// Unplugs what nobody uses any more, right after the agent's answer, as the shims do.
     async fn release(&mut self, container: &str) -> Result<()> {
-        for device in self.containers.remove(container).unwrap_or_default().disks {
-            let Some(disk) = self.disks.get_mut(&device) else { continue };
+        for source in self.containers.remove(container).unwrap_or_default().disks {
+            let Some(index) = self.disks.iter().position(|disk| disk.source == source) else { continue };
+            let Some(disk) = self.disks.get_mut(index) else { continue };
+            // runtime-rs does not find it any more, or never looks for it.
+            if self.runtime == Runtime::Rs && (disk.block || !disk.known) {
+                continue;
+            }
             disk.users -= 1;
-            if disk.users == 0 {
-                self.disks.remove(&device);
-                if let Err(error) = self.guest.unplug(&device).await {
-                    return Err(self.guest.explain(error));
-                }
+            if disk.users > 0 {
+                disk.known = self.runtime == Runtime::Go;
+                continue;
+            }
+            self.disks.remove(index);
+            let unplugged = match self.vmm {
+                Vmm::Qemu => self.guest.unplug(&source).await,
+                Vmm::CloudHypervisor { .. } => self.guest.begin_unplug(&source).await,
+            };
+            if let Err(error) = unplugged {
+                return Err(self.guest.explain(error));
             }
         }
         Ok(())

@@ -31,12 +31,12 @@ use crate::root::HostRoot;
 
 /// Base configurations below `<kata-dir>/share/defaults/kata-containers` that our runtime may be a copy of.
 const BASE_CONFIGS: [&str; 5] = [
-    "runtime-rs/configuration-qemu-runtime-rs.toml",
     "configuration-qemu.toml",
+    "configuration-clh.toml",
+    "runtime-rs/configuration-qemu-runtime-rs.toml",
     "runtime-rs/configuration-clh-runtime-rs.toml",
     // The same until 3.26.
     "runtime-rs/configuration-cloud-hypervisor.toml",
-    "configuration-clh.toml",
 ];
 /// Where the shims look by themselves (DEFAULT_RUNTIME_CONFIGURATIONS in kata-types, SYSCONFIG in the Makefiles).
 const PACKAGED_CONFIGS: [&str; 4] = [

@@ -94,6 +94,15 @@ impl PoolEvents {
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn tell(&self, volume: &Observed, change: &Change) {
+        for regarding in regarding(volume) {
+            let note = Note { regarding, change: change.clone(), related: object(volume.id) };
+            if self.waiting.try_send(note).is_err() {
+                tracing::warn!(volume = %volume.id, reason = change.reason, "event dropped, too many wait");
+            }
+        }
+    }
+
     /// What is worth an event now, and may be one.
     fn changes(&self, volume: &Observed, report: &VolumeReport, now: Instant) -> Vec<Change> {
         let mut volumes = self.volumes();
@@ -111,12 +120,17 @@ impl PoolEvents {
 impl Observer for PoolEvents {
     fn reported(&self, volume: &Observed, report: &VolumeReport) {
         for change in self.changes(volume, report, Instant::now()) {
-            for regarding in regarding(volume) {
-                let note = Note { regarding, change: change.clone(), related: object(volume.id) };
-                if self.waiting.try_send(note).is_err() {
-                    tracing::warn!(volume = %volume.id, reason = change.reason, "event dropped, too many wait");
-                }
-            }
+            self.tell(volume, &change);
+        }
+    }
+
+    fn unheard(&self, volume: &Observed, reason: &str) {
+        let change = Change::unheard(volume, reason);
+        let mut volumes = self.volumes();
+        let said = &mut volumes.entry(volume.id).or_default().said;
+        let bucket = said.entry(change.reason).or_insert_with(|| Bucket::new(REASON_BURST, REASON_EVERY));
+        if bucket.try_take(Instant::now()) {
+            self.tell(volume, &change);
         }
     }
 

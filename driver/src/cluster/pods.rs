@@ -3,7 +3,7 @@ use std::fmt;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use k8s_openapi::api::core::v1::{Pod, PodSpec, VolumeMount};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, VolumeMount};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::{Api, Client};
 use zpod_storage::catalog::{PodRef, Volume};
@@ -11,7 +11,8 @@ use zpod_volume::VolumeId;
 
 use crate::csi::DRIVER;
 use crate::guest::clean;
-use crate::volumes::{CLAIM_NAME, PodCheck, VolumeError};
+use crate::kata::{KataRuntime, RuntimeHandler};
+use crate::volumes::{CLAIM_NAME, Observed, PodCheck, VolumeError};
 
 /// For each of the two questions to the API server. Kubelet waits 2 minutes for the call, and repeats it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -25,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct ClusterPods {
     client: Client,
-    handlers: Vec<String>,
+    handlers: Vec<RuntimeHandler>,
 }
 
 impl fmt::Debug for ClusterPods {
@@ -45,7 +46,7 @@ enum Refusal {
 
 impl ClusterPods {
     /// Takes pods whose RuntimeClass has one of these handlers.
-    pub fn new(client: Client, handlers: Vec<String>) -> Self {
+    pub fn new(client: Client, handlers: Vec<RuntimeHandler>) -> Self {
         Self { client, handlers }
     }
 
@@ -64,8 +65,13 @@ impl ClusterPods {
             }
         };
         let handler = class.as_ref().map(|(name, class)| (*name, class.as_ref().map(|class| class.handler.as_str())));
-        check_runtime(handler, &self.handlers)?;
-        check_mounts(&wanted.name, &spec, volume)
+        let runtime = check_runtime(handler, &self.handlers)?;
+        let volumes = names(&wanted.name, &spec, volume.labels.get(CLAIM_NAME).map(String::as_str), volume.ephemeral);
+        check_mounts(&spec, &volumes)?;
+        match runtime {
+            Some(KataRuntime::Rust) => check_order(&spec, &volumes, &self.handlers),
+            Some(KataRuntime::Go) | None => Ok(()),
+        }
     }
 }
 
@@ -98,6 +104,33 @@ impl PodCheck for ClusterPods {
         })
     }
 
+    async fn runs_with(&self, volume: &Observed, pod: &PodRef) -> Result<bool, VolumeError> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
+        let found = ask("the pod", pods.get_opt(&pod.name)).await;
+        let found = found.map_err(|(Refusal::Pod(reason) | Refusal::Unknown(reason))| VolumeError::PodUnknown {
+            id: volume.id,
+            pod: pod.to_string(),
+            reason: clean(&reason, 512),
+        })?;
+        let same = |found: &Pod| found.metadata.uid.as_deref() == Some(pod.uid.as_str());
+        let Some(Pod { spec: Some(spec), status: Some(status), .. }) = found.filter(same) else { return Ok(false) };
+        let claim = volume.labels.get(CLAIM_NAME).map(String::as_str);
+        let volumes = names(&pod.name, &spec, claim, claim.is_none());
+        let mounts = |container: &Container| {
+            let files = container.volume_mounts.iter().flatten().map(|mount| mount.name.as_str());
+            let devices = container.volume_devices.iter().flatten().map(|device| device.name.as_str());
+            files.chain(devices).any(|name| volumes.contains(name))
+        };
+        let statuses = [&status.container_statuses, &status.init_container_statuses];
+        let running: BTreeSet<&str> = statuses
+            .into_iter()
+            .flat_map(|statuses| statuses.iter().flatten())
+            .filter(|status| status.state.as_ref().is_some_and(|state| state.running.is_some()))
+            .map(|status| status.name.as_str())
+            .collect();
+        Ok(starts(&spec).any(|(container, _)| running.contains(container.name.as_str()) && mounts(container)))
+    }
+
     async fn is_gone(&self, id: VolumeId, pod: &PodRef) -> Result<bool, VolumeError> {
         if pod.uid.is_empty() || pod.namespace.is_empty() {
             return Ok(false);
@@ -116,36 +149,80 @@ impl PodCheck for ClusterPods {
 /// The pod's RuntimeClass by name, with its handler where it exists.
 type Class<'a> = Option<(&'a str, Option<&'a str>)>;
 
-fn check_runtime(class: Class<'_>, handlers: &[String]) -> Result<(), Refusal> {
-    let ours = handlers.first().map_or("kata-zpod", String::as_str);
+/// The runtime behind the pod's handler, where it is known.
+fn check_runtime(class: Class<'_>, handlers: &[RuntimeHandler]) -> Result<Option<KataRuntime>, Refusal> {
+    let ours = handlers.first().map_or("kata-zpod", |handler| handler.name.as_str());
     let why = format!(
         "a zpod volume is a ZFS pool that lives in the kernel of the pod's own Kata guest, and only a guest with zpod-guest \
          can open it; write spec.runtimeClassName: {ours} in the pod (spec.template.spec.runtimeClassName: {ours} in a \
          Deployment, StatefulSet or Job)"
     );
     match class {
-        Some((_, Some(handler))) if handlers.iter().any(|allowed| allowed == handler) => Ok(()),
+        Some((name, Some(handler))) => match handlers.iter().find(|allowed| allowed.name == handler) {
+            Some(allowed) => Ok(allowed.runtime),
+            None => Err(Refusal::Pod(format!(
+                "its RuntimeClass {name} has handler {handler}, which has no zpod-guest; {why}"
+            ))),
+        },
         None => Err(Refusal::Pod(format!("it has no runtimeClassName and would run on the node's own kernel; {why}"))),
-        Some((name, Some(handler))) => {
-            Err(Refusal::Pod(format!("its RuntimeClass {name} has handler {handler}, which has no zpod-guest; {why}")))
-        }
         Some((name, None)) => Err(Refusal::Pod(format!("its RuntimeClass {name} does not exist; {why}"))),
     }
 }
 
-/// Refuses subPath: kubelet resolves it on the node, where there is only the placeholder.
-fn check_mounts(pod: &str, spec: &PodSpec, volume: &Volume) -> Result<(), Refusal> {
-    let claim = volume.labels.get(CLAIM_NAME).map_or("", String::as_str);
-    let ephemeral = volume.ephemeral;
+/// What the pod calls a volume. Which of its inline volumes it is its handle does not tell: all of them are.
+fn names<'a>(pod: &str, spec: &'a PodSpec, claim: Option<&str>, inline: bool) -> BTreeSet<&'a str> {
+    let claim = claim.unwrap_or_default();
     let volumes = spec.volumes.iter().flatten().filter_map(|volume| {
         let named = volume.persistent_volume_claim.as_ref().is_some_and(|source| source.claim_name == claim);
         // The claim of a generic ephemeral volume is named after pod and volume.
         let made = volume.ephemeral.is_some() && claim == format!("{pod}-{}", volume.name);
-        // Which of a pod's inline volumes it is its handle does not tell: none of them can be used by subPath.
-        let inline = ephemeral && volume.csi.as_ref().is_some_and(|source| source.driver == DRIVER);
+        let inline = inline && volume.csi.as_ref().is_some_and(|source| source.driver == DRIVER);
         (named || made || inline).then_some(volume.name.as_str())
     });
-    let volumes: BTreeSet<&str> = volumes.collect();
+    volumes.collect()
+}
+
+/// The pod's containers that go on while others start, and those others, in the order in which they start.
+fn starts(spec: &PodSpec) -> impl Iterator<Item = (&Container, bool)> {
+    let init = spec.init_containers.iter().flatten();
+    let init = init.map(|container| (container, container.restart_policy.as_deref() == Some("Always")));
+    init.chain(spec.containers.iter().map(|container| (container, true)))
+}
+
+/// Refuses what runtime-rs does not do: it plugs a disk in as the first container mounts it, and all that come while that
+/// one runs get it so.
+fn check_order(spec: &PodSpec, volumes: &BTreeSet<&str>, handlers: &[RuntimeHandler]) -> Result<(), Refusal> {
+    for volume in volumes {
+        let mut reader: Option<&str> = None;
+        for (container, stays) in starts(spec) {
+            let mut mounts = container.volume_mounts.iter().flatten().filter(|mount| mount.name == **volume).peekable();
+            let Some(first) = mounts.peek() else { continue };
+            let reads = first.read_only.unwrap_or(false);
+            let writer = mounts.find(|mount| !mount.read_only.unwrap_or(false));
+            let before = reader.or_else(|| reads.then_some(container.name.as_str()));
+            if let (Some(reader), Some(writer)) = (before, writer) {
+                let go = handlers.iter().find(|handler| handler.runtime == Some(KataRuntime::Go));
+                let go = go.map_or("kata-zpod", |handler| handler.name.as_str());
+                return Err(Refusal::Pod(format!(
+                    "container {reader} mounts its volume {volume} with readOnly: true, and container {} mounts it writable \
+                     at {} after that; Kata's runtime-rs plugs the disk in read-only for both; write \
+                     spec.runtimeClassName: {go}, whose runtime does not, or let the first of them mount it writable",
+                    container.name, writer.mount_path,
+                )));
+            }
+            if stays {
+                if !reads {
+                    break;
+                }
+                reader = reader.or(Some(container.name.as_str()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses subPath: kubelet resolves it on the node, where there is only the placeholder.
+fn check_mounts(spec: &PodSpec, volumes: &BTreeSet<&str>) -> Result<(), Refusal> {
     let check = |kind: &str, container: &str, mounts: Option<&Vec<VolumeMount>>| {
         for mount in mounts.into_iter().flatten().filter(|mount| volumes.contains(mount.name.as_str())) {
             let given = |value: &Option<String>| value.clone().filter(|value| !value.is_empty());
@@ -176,6 +253,10 @@ mod tests {
     use crate::cluster::fake::{Answers, volume};
     use serde_json::{Value, json};
 
+    fn handlers(all: &[&str]) -> Vec<RuntimeHandler> {
+        all.iter().map(|handler| handler.parse().unwrap()).collect()
+    }
+
     fn pod() -> PodRef {
         PodRef { namespace: "prod".into(), name: "db-0".into(), uid: "u-1".into() }
     }
@@ -201,7 +282,7 @@ mod tests {
     }
 
     async fn check(answers: Answers, pod: Option<&PodRef>) -> Result<(), VolumeError> {
-        let pods = ClusterPods::new(answers.client(), vec!["kata-zpod".into(), "kata-zpod-clh".into()]);
+        let pods = ClusterPods::new(answers.client(), handlers(&["kata-zpod=go", "kata-zpod-clh=rust"]));
         pods.check(pod, &volume("data-db-0")).await
     }
 
@@ -258,10 +339,81 @@ mod tests {
         }
     }
 
+    /// A pod whose containers mount its volume so, in their order: name, kind and whether read-only.
+    fn order(class: &str, all: &[(&str, &str, bool)]) -> Value {
+        let mut spec = spec(Some(class), whole());
+        let of = |wanted: &[&str]| -> Vec<Value> {
+            let here = all.iter().filter(|(_, kind, _)| wanted.contains(kind));
+            here.map(|(name, kind, read_only)| {
+                let mounts = json!([{"name": "data", "mountPath": "/data", "readOnly": read_only}]);
+                let policy = if *kind == "sidecar" { json!("Always") } else { Value::Null };
+                json!({"name": name, "volumeMounts": mounts, "restartPolicy": policy})
+            })
+            .collect()
+        };
+        spec["initContainers"] = of(&["init", "sidecar"]).into();
+        spec["containers"] = of(&["main"]).into();
+        spec
+    }
+
+    #[tokio::test]
+    async fn a_writer_after_a_reader_is_refused_on_runtime_rs_alone_with_the_class_that_can() {
+        let cases: [(&[(&str, &str, bool)], bool); 7] = [
+            (&[("reader", "main", true), ("writer", "main", false)], true),
+            (&[("reader", "sidecar", true), ("writer", "init", false), ("app", "main", true)], true),
+            (&[("reader", "sidecar", true), ("writer", "main", false)], true),
+            (&[("writer", "main", false), ("reader", "main", true)], false),
+            // It has ended when the next one starts.
+            (&[("reader", "init", true), ("writer", "main", false)], false),
+            (&[("one", "main", true), ("two", "main", true)], false),
+            (&[("one", "main", false), ("two", "main", false)], false),
+        ];
+        for (containers, refused) in cases {
+            // `ours` has the handler kata-zpod-clh, which is runtime-rs here.
+            match check(world(order("ours", containers)), Some(&pod())).await {
+                Ok(()) => assert!(!refused, "{containers:?}"),
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(
+                        refused && text.contains("container reader") && text.contains("container writer"),
+                        "{text}"
+                    );
+                    assert!(text.contains("spec.runtimeClassName: kata-zpod,"), "{text}");
+                }
+            }
+            let go = ClusterPods::new(world(order("ours", containers)).client(), handlers(&["kata-zpod-clh=go"]));
+            go.check(Some(&pod()), &volume("data-db-0")).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_container_runs_with_a_volume_when_it_mounts_it_and_is_running() {
+        let running = |name: &str| json!({"name": name, "state": {"running": {}}});
+        let waiting = |name: &str| json!({"name": name, "state": {"waiting": {"reason": "ContainerCreating"}}});
+        let Volume { id, labels, capacity, .. } = volume("data-db-0");
+        let observed = Observed { id, target: "/t".into(), pod: Some(pod()), labels, capacity };
+        for (statuses, uid, want) in [
+            (json!([running("db")]), "u-1", true),
+            (json!([waiting("db")]), "u-1", false),
+            (json!([running("other"), waiting("db")]), "u-1", false),
+            (json!([running("db")]), "u-2", false),
+            (json!([]), "u-1", false),
+        ] {
+            let mut spec = spec(Some("ours"), whole());
+            spec["containers"].as_array_mut().unwrap().push(json!({"name": "other"}));
+            let mut object = object(spec);
+            object["status"] = json!({"containerStatuses": statuses});
+            let answers = Answers::default().with("/api/v1/namespaces/prod/pods/db-0", object);
+            let pods = ClusterPods::new(answers.client(), vec![]);
+            let pod = PodRef { uid: uid.into(), ..pod() };
+            assert_eq!(pods.runs_with(&observed, &pod).await.unwrap(), want, "{statuses} {uid}");
+        }
+    }
+
     #[tokio::test]
     async fn the_claim_of_a_generic_ephemeral_volume_is_known_by_its_name() {
         let sub = json!({"name": "tmp", "mountPath": "/tmp", "subPath": "a"});
-        let pods = ClusterPods::new(world(spec(Some("ours"), sub)).client(), vec!["kata-zpod-clh".into()]);
+        let pods = ClusterPods::new(world(spec(Some("ours"), sub)).client(), handlers(&["kata-zpod-clh"]));
         let error = pods.check(Some(&pod()), &volume("db-0-tmp")).await.unwrap_err();
         assert!(matches!(error, VolumeError::PodRefused { .. }), "{error}");
     }
@@ -273,7 +425,7 @@ mod tests {
         for (driver, refused) in [(DRIVER, true), ("csi.example.com", false)] {
             let mut spec = spec(Some("ours"), sub.clone());
             spec["volumes"] = json!([{"name": "scratch", "csi": {"driver": driver}}]);
-            let pods = ClusterPods::new(world(spec).client(), vec!["kata-zpod-clh".into()]);
+            let pods = ClusterPods::new(world(spec).client(), handlers(&["kata-zpod-clh"]));
             let answer = pods.check(Some(&pod()), &inline).await;
             assert_eq!(matches!(answer, Err(VolumeError::PodRefused { .. })), refused, "{answer:?}");
         }

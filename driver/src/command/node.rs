@@ -21,7 +21,7 @@ use crate::cluster::{
 };
 use crate::csi::{IdentityService, NodeService};
 use crate::guest::Monitor;
-use crate::kata::{DirectVolumes, udev_rule};
+use crate::kata::{DirectVolumes, RuntimeHandler, udev_rule};
 use crate::metrics::{self, NodeMetrics, VolumeMetrics};
 use crate::serve::{Services, Socket, serve};
 use crate::volumes::{Context, NodeVolumes, Observer, Provisioner, Snapshotter, VolumeError};
@@ -48,10 +48,10 @@ struct Options {
     namespace: String,
     #[command(flatten)]
     doctor: DoctorOptions,
-    /// Handlers of RuntimeClasses whose guests have zpod-guest. A pod on any other can't use a volume. May be given more
-    /// than once.
-    #[arg(long, default_values = ["kata-zpod"])]
-    runtime_handler: Vec<String>,
+    /// Handlers of RuntimeClasses whose guests have zpod-guest. A pod on any other can't use a volume. With =go or =rust
+    /// behind it, which of Kata's runtimes it is: what that is known not to do is refused. May be given more than once.
+    #[arg(long, default_values = ["kata-zpod=go"])]
+    runtime_handler: Vec<RuntimeHandler>,
 }
 
 /// Parses the command line, runs, and says why where that failed.
@@ -70,7 +70,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let client = zpod_kubernetes::connect().await?;
     let backing = Arc::new(LateBacking::open(&node.backing_dir, node.overprovision)?);
     let doctor = Doctor::new(options.doctor.places(&node), backing.clone())
-        .in_cluster(client.clone(), options.runtime_handler.clone());
+        .in_cluster(client.clone(), options.runtime_handler.iter().map(|handler| handler.name.clone()).collect());
     let direct = DirectVolumes::open(&node.direct_volume_dir)?;
     udev_rule::write(&node.udev_dir, &node.volume_dirs())?;
     let catalog = KubeCatalog::<ZfsVolume>::of_node(client.clone(), &node.node_name);
@@ -90,6 +90,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let volumes = load(&context, direct).await?.with_ephemeral(node.ephemeral_max_size);
     let volumes = volumes.observed_by(Arc::new(observers)).checking_pods(Arc::new(pods));
     tokio::spawn(volumes.clone().keep_scrubbing());
+    tokio::spawn(volumes.clone().keep_finding_unheard());
     tokio::spawn(volumes.clone().keep_ending_abandoned());
     tokio::spawn(volumes.clone().keep_withdrawing_abandoned());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));

@@ -57,6 +57,11 @@ pub trait Observer: Send + Sync + fmt::Debug {
     /// A volume is not published here any more.
     fn withdrawn(&self, id: VolumeId);
 
+    /// A container runs that mounts a volume of which no guest tells. The node's own word.
+    fn unheard(&self, volume: &Observed, reason: &str) {
+        let _ = (volume, reason);
+    }
+
     /// Whether it keeps a volume's condition where the catalog finds it. Then the node does not record it as well.
     fn keeps_condition(&self) -> bool {
         false
@@ -71,6 +76,10 @@ impl Observer for Vec<Arc<dyn Observer>> {
 
     fn withdrawn(&self, id: VolumeId) {
         self.iter().for_each(|observer| observer.withdrawn(id));
+    }
+
+    fn unheard(&self, volume: &Observed, reason: &str) {
+        self.iter().for_each(|observer| observer.unheard(volume, reason));
     }
 
     fn keeps_condition(&self) -> bool {

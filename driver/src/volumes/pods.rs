@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use zpod_storage::catalog::{PodRef, Volume};
 use zpod_volume::VolumeId;
 
-use super::VolumeError;
+use super::{Observed, VolumeError};
 
 /// Whether a pod can use a volume at all: asked before anything is done to publish it there.
 #[async_trait]
@@ -15,6 +15,15 @@ pub trait PodCheck: Send + Sync + fmt::Debug {
     /// [`VolumeError::PodRefused`] with what to write in the pod's specification instead, [`VolumeError::PodUnknown`]
     /// while the pod can't be looked up.
     async fn check(&self, pod: Option<&PodRef>, volume: &Volume) -> Result<(), VolumeError>;
+
+    /// Whether a container of a pod runs that mounts a volume, which is never so where nobody can be asked.
+    ///
+    /// # Errors
+    /// While who could be asked does not answer.
+    async fn runs_with(&self, volume: &Observed, pod: &PodRef) -> Result<bool, VolumeError> {
+        let _ = (volume, pod);
+        Ok(false)
+    }
 
     /// Whether it is certain that there is no such pod any more, which is never so where nobody can be asked.
     ///

@@ -37,6 +37,10 @@ struct Entry {
     heard: Option<Heard>,
     /// Its guest fell silent.
     silence: Option<Silence>,
+    /// When it was published, or this process began.
+    since: Instant,
+    /// A container mounts it and runs, and no guest tells of it.
+    unheard: bool,
     recorded: Option<Instant>,
     grown: Option<Instant>,
     /// It has attributes that its note may be without.
@@ -107,6 +111,8 @@ impl Published {
             mirror: None,
             heard: None,
             silence: None,
+            since: Instant::now(),
+            unheard: false,
             recorded: None,
             grown: None,
             changed: false,
@@ -130,6 +136,8 @@ impl Published {
             mirror: volume.is_mirrored().then_some(volume.behind),
             heard: None,
             silence: None,
+            since: Instant::now(),
+            unheard: false,
             recorded: None,
             grown: None,
             changed: may_have_changed(volume),
@@ -234,7 +242,7 @@ impl Published {
         if grow {
             entry.grown = Some(now);
         }
-        entry.silence = None;
+        (entry.silence, entry.unheard) = (None, false);
         entry.heard = Some(Heard { guest: guest.clone(), report: report.clone() });
         Note::Believed { volume, first, changed, grow, tell }
     }
@@ -249,6 +257,27 @@ impl Published {
     /// The silence of a guest that has had a volume.
     pub(super) fn silence(&self, id: VolumeId) -> Option<Silence> {
         self.entries().get(&id)?.silence.clone()
+    }
+
+    /// Those that have been published for so long, and of which no guest tells or has just told.
+    pub(super) fn silent(&self, patience: Duration) -> Vec<(Arc<Observed>, Uuid)> {
+        let silent = |entry: &Entry| {
+            let quiet = entry.heard.is_none() && entry.silence.is_none() && entry.since.elapsed() >= patience;
+            quiet.then(|| entry.observed.clone().zip(entry.token)).flatten()
+        };
+        self.entries().values().filter_map(silent).collect()
+    }
+
+    /// Notes whether a container runs with a publication of which no guest tells. Whether that is new.
+    pub(super) fn set_unheard(&self, id: VolumeId, token: Uuid, unheard: bool) -> bool {
+        let mut entries = self.entries();
+        let entry = entries.get_mut(&id).filter(|entry| entry.token == Some(token) && entry.heard.is_none());
+        entry.is_some_and(|entry| std::mem::replace(&mut entry.unheard, unheard) != unheard)
+    }
+
+    /// Whether a container runs with a volume of which no guest tells.
+    pub(super) fn is_unheard(&self, id: VolumeId) -> bool {
+        self.entries().get(&id).is_some_and(|entry| entry.unheard)
     }
 
     /// Notes that a sandbox can't be heard any more.

@@ -10,6 +10,7 @@ use super::block::is_meant;
 use super::observer::Observed;
 use super::publish::NodeVolumes;
 use super::published::Silence;
+use super::unheard::UNHEARD;
 use super::{Context, VolumeError};
 use crate::guest::{Health, VolumeReport};
 
@@ -77,7 +78,9 @@ impl NodeVolumes {
             let capacity = volume.capacity;
             let allocated = context.with_backing(move |backing| backing.allocated(id)).await.unwrap_or(Bytes(0));
             let used = allocated.min(capacity).0;
-            let condition = Condition { abnormal: false, message: SILENT.into() };
+            let unheard = context.published.is_unheard(id);
+            let message = if unheard { UNHEARD } else { SILENT };
+            let condition = Condition { abnormal: unheard, message: message.into() };
             return Stats { bytes: [capacity.0, used, capacity.0 - used], inodes: None, condition };
         };
         match heard.guest.status().await {

@@ -13,4 +13,5 @@ mod lifecycle;
 mod mirror;
 mod pod;
 mod refusals;
+mod runtimes;
 mod send;

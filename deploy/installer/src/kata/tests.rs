@@ -61,12 +61,11 @@ fn kata_deploys_initrd_is_found_through_its_link() {
 fn an_initrd_that_a_base_configuration_names_goes_before_the_usual_one() {
     let node = Node::new();
     node.put(DEFAULT, "1").put("/srv/own.img", "2");
-    node.put(&format!("{DEFAULTS}/configuration-qemu.toml"), names("/srv/own.img"));
+    node.put(&format!("{DEFAULTS}/runtime-rs/configuration-qemu-runtime-rs.toml"), names("/srv/own.img"));
     node.finds("/srv/own.img");
-    // The default runtime's configuration is asked first.
-    node.put("/srv/rs.img", "3")
-        .put(&format!("{DEFAULTS}/runtime-rs/configuration-qemu-runtime-rs.toml"), names("/srv/rs.img"));
-    node.finds("/srv/rs.img");
+    // The configuration that our default runtime is a copy of is asked first.
+    node.put("/srv/go.img", "3").put(&format!("{DEFAULTS}/configuration-qemu.toml"), names("/srv/go.img"));
+    node.finds("/srv/go.img");
 }
 
 #[test]

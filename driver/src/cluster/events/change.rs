@@ -116,6 +116,13 @@ impl Seen {
     }
 }
 
+impl Change {
+    /// A container runs without the volume that it mounts.
+    pub(super) fn unheard(volume: &Observed, reason: &str) -> Self {
+        Self { reason: "VolumeNotPluggedIn", warning: true, note: format!("{}: {reason}", name(volume)) }
+    }
+}
+
 fn name(volume: &Observed) -> String {
     match volume.label(CLAIM_NAME) {
         "" => format!("volume {}", volume.id),
