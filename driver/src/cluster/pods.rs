@@ -358,7 +358,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_writer_after_a_reader_is_refused_on_runtime_rs_alone_with_the_class_that_can() {
-        let cases: [(&[(&str, &str, bool)], bool); 7] = [
+        type Containers = &'static [(&'static str, &'static str, bool)];
+        let cases: [(Containers, bool); 7] = [
             (&[("reader", "main", true), ("writer", "main", false)], true),
             (&[("reader", "sidecar", true), ("writer", "init", false), ("app", "main", true)], true),
             (&[("reader", "sidecar", true), ("writer", "main", false)], true),

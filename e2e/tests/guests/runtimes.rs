@@ -1,6 +1,6 @@
 //! What Kata's runtimes do with disks, their faults included.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use zpod_e2e::csi::Publish;
 use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, Vmm};
 use zpod_volume::Bytes;
@@ -8,7 +8,8 @@ use zpod_volume::Bytes;
 const SIZE: Bytes = Bytes::mib(256);
 
 async fn refused(pod: &mut Sandbox, container: Container, why: &str) -> Result<()> {
-    let error = format!("{:#}", pod.run(container).await.expect_err("it must not start"));
+    let Err(error) = pod.run(container).await else { bail!("it must not start") };
+    let error = format!("{error:#}");
     println!("{error}");
     ensure!(error.contains(why), "{why:?} is not in {error}");
     Ok(())
