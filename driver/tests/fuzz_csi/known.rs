@@ -14,7 +14,7 @@ pub(crate) enum Weakness {
 }
 
 /// To become empty.
-const KNOWN: &[Weakness] = &[Weakness::FullRun];
+const KNOWN: &[Weakness] = &[Weakness::FullRun, Weakness::ReadOnlyDisk];
 
 /// Whether something is tried.
 pub(crate) fn allows(weakness: Weakness) -> bool {
