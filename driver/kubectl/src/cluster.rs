@@ -3,10 +3,9 @@ use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
 use zpod_kubernetes::crd::{ZfsSnapshot, ZfsVolume};
-use zpod_volume::VolumeId;
 
 use crate::Failure;
-use crate::options::Global;
+use crate::options::{Global, Named};
 
 /// Objects that are asked for at once.
 const PAGE: u32 = 500;
@@ -50,13 +49,21 @@ impl Cluster {
         Api::all(self.client.clone())
     }
 
-    /// The volume of a claim, or of an id.
-    pub(crate) async fn volume(&self, name: &str) -> Result<ZfsVolume, Failure> {
-        let id = match name.parse::<VolumeId>() {
-            Ok(id) => id.to_string(),
-            Err(_) => self.handle(&self.claim(name).await?).await?,
-        };
-        let volume = self.volumes().get_opt(&id).await.map_err(|error| Failure::api("ZfsVolumes", &error))?;
+    /// The volume that somebody names. Every command goes through here.
+    pub(crate) async fn volume(&self, named: &Named) -> Result<ZfsVolume, Failure> {
+        match named {
+            Named::Id(id) => self.object(&id.to_string()).await,
+            Named::Claim(name) => self.volume_of(&self.claim(name).await?).await,
+        }
+    }
+
+    /// The volume that a claim is bound to.
+    pub(crate) async fn volume_of(&self, claim: &PersistentVolumeClaim) -> Result<ZfsVolume, Failure> {
+        self.object(&self.handle(claim).await?).await
+    }
+
+    async fn object(&self, id: &str) -> Result<ZfsVolume, Failure> {
+        let volume = self.volumes().get_opt(id).await.map_err(|error| Failure::api("ZfsVolumes", &error))?;
         volume.ok_or_else(|| {
             Failure::not_found(
                 format!("there is no ZfsVolume {id}"),
@@ -72,13 +79,14 @@ impl Cluster {
         claim.ok_or_else(|| {
             Failure::not_found(
                 format!("there is no PersistentVolumeClaim {name} in namespace {}", self.namespace),
-                "-n chooses another namespace; `kubectl zpod status -A` lists the claims that have ZFS volumes",
+                "-n chooses another namespace, --volume takes the id of a volume; `kubectl zpod status -A` lists what there is",
             )
         })
     }
 
-    /// The id of a claim's volume.
-    pub(crate) async fn handle(&self, claim: &PersistentVolumeClaim) -> Result<String, Failure> {
+    /// The id of a claim's volume. Whoever makes a claim may write any PersistentVolume's name into it: only the volume's
+    /// own word, its `claimRef`, says whose it is.
+    async fn handle(&self, claim: &PersistentVolumeClaim) -> Result<String, Failure> {
         let name = claim.metadata.name.clone().unwrap_or_default();
         let bound = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).filter(|name| !name.is_empty());
         let bound = bound.ok_or_else(|| {
@@ -89,8 +97,25 @@ impl Cluster {
         })?;
         let volumes: Api<PersistentVolume> = Api::all(self.client.clone());
         let found = volumes.get_opt(&bound).await.map_err(|error| Failure::api("PersistentVolumes", &error))?;
-        let source = found.and_then(|volume| volume.spec).and_then(|spec| spec.csi);
-        match source {
+        let spec = found.and_then(|volume| volume.spec).unwrap_or_default();
+        let phase = claim.status.as_ref().and_then(|status| status.phase.as_deref());
+        let owner = spec.claim_ref.as_ref();
+        let same = owner.is_some_and(|owner| {
+            owner.uid.is_some()
+                && owner.uid == claim.metadata.uid
+                && owner.name == claim.metadata.name
+                && owner.namespace.as_deref() == Some(self.namespace.as_str())
+        });
+        if phase != Some("Bound") || !same {
+            let phase = phase.unwrap_or("Pending");
+            return Err(Failure::failed(
+                format!(
+                    "the claim {name} names the PersistentVolume {bound}, which is not bound to it (it is {phase})"
+                ),
+                "the volume may be another claim's; `kubectl describe pvc` says what this one waits for",
+            ));
+        }
+        match spec.csi {
             Some(source) if source.driver == DRIVER => Ok(source.volume_handle),
             Some(source) => Err(Failure::not_found(
                 format!("the claim {name} is a volume of the driver {}, not of {DRIVER}", source.driver),
@@ -133,5 +158,56 @@ impl Cluster {
                 None => return Ok(all),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::fake::{Answers, bound, path, volume};
+    use serde_json::{Value, json};
+
+    const CLAIM: &str = "/api/v1/namespaces/prod/persistentvolumeclaims/";
+
+    fn answers(claim: Value, persistent: Value) -> (Answers, String) {
+        let (id, object) = volume("db", json!({"phase": "Ready"}));
+        let answers = Answers::default().with(&path(&id), object).with(&format!("{CLAIM}db"), claim);
+        (answers.with("/api/v1/persistentvolumes/pv", persistent), id)
+    }
+
+    #[tokio::test]
+    async fn a_claim_is_the_volume_that_is_bound_to_it_and_no_other() {
+        let (claim, persistent) = bound("db", "Filesystem");
+        let named = Named::Claim("db".into());
+        let (good, id) = answers(claim.clone(), persistent.clone());
+        assert_eq!(good.cluster().volume(&named).await.unwrap().metadata.name, Some(id));
+        for (of_claim, pointer, value) in [
+            (true, "/status/phase", json!("Pending")),
+            (true, "/status/phase", json!("Lost")),
+            (true, "/status", json!({})),
+            (true, "/metadata/uid", json!("uid-of-another")),
+            (true, "/metadata/uid", Value::Null),
+            (false, "/spec/claimRef/uid", json!("uid-of-another")),
+            (false, "/spec/claimRef/uid", Value::Null),
+            (false, "/spec/claimRef/namespace", json!("victim")),
+            (false, "/spec/claimRef/name", json!("other")),
+            (false, "/spec/claimRef", Value::Null),
+            (false, "/spec/csi/driver", json!("other.example")),
+        ] {
+            let (mut claim, mut persistent) = (claim.clone(), persistent.clone());
+            *(if of_claim { &mut claim } else { &mut persistent }).pointer_mut(pointer).unwrap() = value.clone();
+            let failure = answers(claim, persistent).0.cluster().volume(&named).await.unwrap_err();
+            assert!(failure.to_string().contains("claim db"), "{pointer} {value}: {failure}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_claim_that_is_named_like_a_volume_is_not_that_volume() {
+        let (id, object) = volume("db", json!({"phase": "Ready"}));
+        let cluster = Answers::default().with(&path(&id), object).cluster();
+        let failure = cluster.volume(&Named::Claim(id.clone())).await.unwrap_err();
+        assert!(failure.to_string().contains("there is no PersistentVolumeClaim"), "{failure}");
+        assert!(failure.to_string().contains("--volume"), "{failure}");
+        assert!(cluster.volume(&Named::Id(id.parse().unwrap())).await.is_ok());
     }
 }

@@ -3,6 +3,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use zpod_admin::{ResumeToken, SendName};
+use zpod_volume::VolumeId;
+
+use crate::Failure;
 
 /// Status, properties, scrubs, backups and a doctor for ZFS volumes that live in pods.
 #[derive(Debug, Clone, Parser)]
@@ -68,13 +71,83 @@ pub(crate) enum Command {
     Receive(Receive),
 }
 
+/// Which volume. What is given without a flag is always a claim: whoever makes claims may give them any name, that of
+/// another's volume too.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Target {
+    /// A PersistentVolumeClaim. Without a cluster, the id of a volume.
+    #[arg(value_name = "PVC")]
+    pub(crate) claim: Option<String>,
+    /// The id of a volume (the name of its ZfsVolume), in place of a claim.
+    #[arg(long = "volume", value_name = "ID")]
+    pub(crate) id: Option<VolumeId>,
+}
+
+/// One volume, as somebody names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Named {
+    /// By its claim.
+    Claim(String),
+    /// By its id.
+    Id(VolumeId),
+}
+
+impl std::fmt::Display for Named {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Claim(name) => f.write_str(name),
+            Self::Id(id) => write!(f, "--volume {id}"),
+        }
+    }
+}
+
+impl Target {
+    /// The volume that is meant, if one is.
+    pub(crate) fn maybe(&self) -> Result<Option<Named>, Failure> {
+        match (&self.claim, self.id) {
+            (Some(_), Some(_)) => Err(Failure::usage(
+                "a claim and --volume are given, and only one can be meant",
+                "leave one of them out",
+            )),
+            (Some(claim), None) => Ok(Some(Named::Claim(claim.clone()))),
+            (None, Some(id)) => Ok(Some(Named::Id(id))),
+            (None, None) => Ok(None),
+        }
+    }
+
+    /// The volume that is meant.
+    pub(crate) fn named(&self) -> Result<Named, Failure> {
+        self.maybe()?.ok_or_else(|| Failure::usage("no volume is named", "give a claim, or --volume and its id"))
+    }
+
+    /// The volume that is meant, where more words follow the claim: with --volume the first is one of them.
+    fn and_more(&self) -> Result<(Named, Option<String>), Failure> {
+        match self.id {
+            Some(id) => Ok((Named::Id(id), self.claim.clone())),
+            None => Ok((self.named()?, None)),
+        }
+    }
+}
+
+impl Named {
+    /// The id that is meant without a cluster, where there are no claims.
+    pub(crate) fn on_one_machine(&self) -> Result<VolumeId, Failure> {
+        match self {
+            Self::Id(id) => Ok(*id),
+            Self::Claim(name) => name.parse().map_err(|_| {
+                Failure::usage(format!("{name} is not the id of a volume"), "on one machine, volumes have ids only")
+            }),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Status {
-    /// A PersistentVolumeClaim, or the id of a volume. All of the namespace, if it is not given.
-    #[arg(value_name = "PVC|VOLUME")]
-    pub(crate) volume: Option<String>,
+    // All of the namespace, if none is given.
+    #[command(flatten)]
+    pub(crate) target: Target,
     /// Of all namespaces.
-    #[arg(short = 'A', long, conflicts_with = "volume")]
+    #[arg(short = 'A', long, conflicts_with_all = ["claim", "id"])]
     pub(crate) all_namespaces: bool,
     /// What hangs together: claim, volume, dataset, snapshots, clones.
     #[arg(long)]
@@ -112,9 +185,8 @@ pub(crate) enum Sort {
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Scrub {
-    /// A PersistentVolumeClaim, or the id of a volume.
-    #[arg(value_name = "PVC|VOLUME")]
-    pub(crate) volume: String,
+    #[command(flatten)]
+    pub(crate) target: Target,
     /// Wait until it has ended; fail if it found errors.
     #[arg(short, long)]
     pub(crate) wait: bool,
@@ -133,9 +205,8 @@ pub(crate) enum Props {
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct PropsGet {
-    /// A PersistentVolumeClaim, or the id of a volume.
-    #[arg(value_name = "PVC|VOLUME")]
-    pub(crate) volume: String,
+    #[command(flatten)]
+    pub(crate) target: Target,
     /// These only.
     #[arg(value_name = "KEY")]
     pub(crate) keys: Vec<String>,
@@ -146,11 +217,10 @@ pub(crate) struct PropsGet {
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct PropsSet {
-    /// A PersistentVolumeClaim, or the id of a volume.
-    #[arg(value_name = "PVC|VOLUME")]
-    pub(crate) volume: String,
+    #[command(flatten)]
+    pub(crate) target: Target,
     /// Such as compression=zstd.
-    #[arg(value_name = "KEY=VALUE", required = true, value_parser = pair)]
+    #[arg(value_name = "KEY=VALUE", value_parser = pair)]
     pub(crate) changes: Vec<(String, String)>,
     /// Don't wait until the node has taken them over.
     #[arg(long)]
@@ -162,9 +232,8 @@ pub(crate) struct PropsSet {
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Snapshots {
-    /// A PersistentVolumeClaim, or the id of a volume.
-    #[arg(value_name = "PVC|VOLUME")]
-    pub(crate) volume: String,
+    #[command(flatten)]
+    pub(crate) target: Target,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -174,6 +243,28 @@ pub(crate) struct Doctor {
     /// Show what is right, too.
     #[arg(long)]
     pub(crate) all: bool,
+}
+
+impl PropsGet {
+    /// The volume and the keys that are meant.
+    pub(crate) fn meant(&self) -> Result<(Named, Vec<String>), Failure> {
+        let (named, first) = self.target.and_more()?;
+        Ok((named, first.into_iter().chain(self.keys.clone()).collect()))
+    }
+}
+
+impl PropsSet {
+    /// The volume and the changes that are meant.
+    pub(crate) fn meant(&self) -> Result<(Named, Vec<(String, String)>), Failure> {
+        let (named, first) = self.target.and_more()?;
+        let first = first.map(|text| pair(&text)).transpose();
+        let first = first.map_err(|what| Failure::usage(what, "after --volume and its id come the changes"))?;
+        let changes: Vec<_> = first.into_iter().chain(self.changes.clone()).collect();
+        if changes.is_empty() {
+            return Err(Failure::usage("no change is given", "write key=value, such as compression=zstd"));
+        }
+        Ok((named, changes))
+    }
 }
 
 /// A pod that is made where none runs.
@@ -195,9 +286,8 @@ pub(crate) struct HelperOptions {
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Send {
-    /// A PersistentVolumeClaim, or the id of a volume.
-    #[arg(value_name = "PVC|VOLUME")]
-    pub(crate) volume: String,
+    #[command(flatten)]
+    pub(crate) target: Target,
     /// Send what has changed since this snapshot, which the receiver has.
     #[arg(long, value_name = "NAME", conflicts_with = "resume")]
     pub(crate) from: Option<SendName>,
@@ -216,9 +306,9 @@ pub(crate) struct Send {
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Receive {
-    /// A PersistentVolumeClaim, or the id of a volume. Bound or not; what is in it is replaced.
-    #[arg(value_name = "PVC|VOLUME")]
-    pub(crate) volume: String,
+    // Bound or not; what is in it is replaced.
+    #[command(flatten)]
+    pub(crate) target: Target,
     /// Go on where it broke off: what is read is what `kubectl zpod send --resume` sends.
     #[arg(long)]
     pub(crate) resume: bool,
@@ -293,6 +383,7 @@ mod tests {
             "send data-db-0 --from monday --snapshot tuesday",
             "send data-db-0 --resume 1-ab-cd",
             "receive copy --resume",
+            "receive --volume 2d0f3c1e-8f5a-5d2a-9c4b-0123456789ab",
             "receive copy --token",
             "send 2d0f3c1e-8f5a-5d2a-9c4b-0123456789ab --admin-endpoint unix:///run/zpod/admin.sock",
         ] {
@@ -305,7 +396,8 @@ mod tests {
         for line in [
             "",
             "status db -A",
-            "props set db",
+            "status -A --volume 2d0f3c1e-8f5a-5d2a-9c4b-0123456789ab",
+            "send --volume db",
             "props set db compression",
             "props set db =zstd",
             "scrub db --timeout soon",
@@ -318,6 +410,28 @@ mod tests {
         ] {
             assert!(parse(line).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn what_is_given_without_a_flag_is_a_claim_even_if_it_looks_like_an_id() {
+        let id = "2d0f3c1e-8f5a-5d2a-9c4b-0123456789ab";
+        let set = |line: &str| match parse(line).unwrap().command {
+            Command::Props(Props::Set(set)) => set.meant(),
+            other => panic!("{other:?}"),
+        };
+        let change = vec![("atime".to_owned(), "off".to_owned())];
+        let claim = set(&format!("props set {id} atime=off")).unwrap();
+        assert_eq!(claim, (Named::Claim(id.into()), change.clone()));
+        let volume = set(&format!("props set --volume {id} atime=off")).unwrap();
+        assert_eq!(volume, (Named::Id(id.parse().unwrap()), change));
+        for line in ["props set db", &format!("props set --volume {id}"), &format!("props set --volume {id} db a=b")] {
+            assert!(set(line).is_err(), "{line}");
+        }
+        let both = parse(&format!("send db --volume {id}")).unwrap();
+        let Command::Send(both) = both.command else { panic!() };
+        assert!(both.target.named().unwrap_err().to_string().contains("only one"));
+        let Command::Scrub(none) = parse("scrub").unwrap().command else { panic!() };
+        assert_eq!(none.target.named().unwrap_err().kind, crate::Kind::Usage);
     }
 
     #[test]

@@ -95,3 +95,14 @@ pub(crate) fn volume(claim: &str, status: Value) -> (String, Value) {
 pub(crate) fn path(id: &str) -> String {
     format!("/apis/zpod.storage/v1alpha1/zfsvolumes/{id}")
 }
+
+/// A claim, and the PersistentVolume that is bound to it, of [`volume`].
+pub(crate) fn bound(claim: &str, mode: &str) -> (Value, Value) {
+    let id = VolumeId::from_name("pvc-1").to_string();
+    let owned = json!({"metadata": {"name": claim, "namespace": "prod", "uid": "uid-1"},
+                       "spec": {"volumeName": "pv", "volumeMode": mode}, "status": {"phase": "Bound"}});
+    let persistent = json!({"metadata": {"name": "pv"}, "spec": {
+        "csi": {"driver": "csi.zpod.storage", "volumeHandle": id},
+        "claimRef": {"namespace": "prod", "name": claim, "uid": "uid-1"}}});
+    (owned, persistent)
+}

@@ -70,7 +70,7 @@ impl<'a> Helper<'a> {
         }
         bar.finish_and_clear();
         let claim = self.cluster.claim(&self.claim).await?;
-        self.cluster.volume(&self.cluster.handle(&claim).await?).await
+        self.cluster.volume_of(&claim).await
     }
 
     /// Removes it. One that is not there is as good.
@@ -129,7 +129,7 @@ fn reason(pod: &Pod) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commands::fake::{Answers, path, volume};
+    use crate::commands::fake::{Answers, bound, path, volume};
 
     fn options() -> HelperOptions {
         HelperOptions {
@@ -141,17 +141,17 @@ mod tests {
     }
 
     fn claim(mode: &str) -> Value {
-        json!({"metadata": {"name": "db"}, "spec": {"volumeName": "pv", "volumeMode": mode}})
+        bound("db", mode).0
     }
 
     #[tokio::test]
     async fn a_pod_is_made_for_the_claim_and_removed_afterwards() {
         let (id, object) = volume("db", json!({"phase": "Ready"}));
         let claims = "/api/v1/namespaces/prod/persistentvolumeclaims/db";
-        let answers = Answers::default().with(claims, claim("Block")).with(&path(&id), object).with(
-            "/api/v1/persistentvolumes/pv",
-            json!({"metadata": {"name": "pv"}, "spec": {"csi": {"driver": "csi.zpod.storage", "volumeHandle": id}}}),
-        );
+        let answers = Answers::default()
+            .with(claims, claim("Block"))
+            .with(&path(&id), object)
+            .with("/api/v1/persistentvolumes/pv", bound("db", "Block").1);
         let (cluster, options) = (answers.cluster(), options());
         let helper = Helper::new(&cluster, "prod".into(), "db".into(), &options);
         let pods = "/api/v1/namespaces/prod/pods";

@@ -42,7 +42,8 @@ pub(super) struct Found {
 }
 
 pub(super) async fn get(cluster: &Cluster, options: &PropsGet, format: Format) -> Result<(), Failure> {
-    let volume = cluster.volume(&options.volume).await?;
+    let (named, keys) = options.meant()?;
+    let volume = cluster.volume(&named).await?;
     let name = volume.metadata.name.clone().unwrap_or_default();
     let properties = match (options.live, name.parse()) {
         (true, Ok(id)) => {
@@ -51,16 +52,16 @@ pub(super) async fn get(cluster: &Cluster, options: &PropsGet, format: Format) -
         }
         _ => properties(&volume),
     };
-    show_properties(name, properties, &options.keys, format)
+    show_properties(name, properties, &keys, format)
 }
 
 /// Without a cluster: as the guest says.
 pub(super) async fn of_socket(admin: &Admin, options: &PropsGet, format: Format) -> Result<(), Failure> {
-    let id = options.volume.parse().map_err(|_| {
-        Failure::usage(format!("{} is not the id of a volume", options.volume), "on one machine, volumes have ids only")
-    })?;
+    // Keys may follow the id, with a flag or without.
+    let (named, keys) = options.meant()?;
+    let id = named.on_one_machine()?;
     let properties = as_they_are(admin.properties(id).await?);
-    show_properties(options.volume.clone(), properties, &options.keys, format)
+    show_properties(id.to_string(), properties, &keys, format)
 }
 
 fn as_they_are(said: zpod_admin::Properties) -> Vec<Property> {
@@ -112,10 +113,11 @@ fn properties(volume: &ZfsVolume) -> Vec<Property> {
 }
 
 pub(super) async fn set(cluster: &Cluster, options: &PropsSet, format: Format) -> Result<(), Failure> {
-    let pairs = options.changes.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    let (named, changes) = options.meant()?;
+    let pairs = changes.iter().map(|(key, value)| (key.as_str(), value.as_str()));
     let changes = VolumeAttributes::parse(pairs)
         .map_err(|error| Failure::usage(error.to_string(), "docs/parameters.md says what each key means"))?;
-    let volume = cluster.volume(&options.volume).await?;
+    let volume = cluster.volume(&named).await?;
     let changes: BTreeMap<_, _> = changes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
     let name = volume.metadata.name.clone().unwrap_or_default();
     let mut ours = applied_before(&volume);
@@ -196,10 +198,11 @@ mod tests {
     use super::*;
     use crate::Kind;
     use crate::commands::fake::{Answers, path, volume};
+    use crate::options::Target;
 
     fn options(changes: &[(&str, &str)]) -> PropsSet {
         PropsSet {
-            volume: volume("", json!(null)).0,
+            target: Target { claim: None, id: Some(volume("", json!(null)).0.parse().unwrap()) },
             changes: changes.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
             no_wait: false,
             timeout: Duration::from_secs(5),

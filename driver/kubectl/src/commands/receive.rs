@@ -27,10 +27,11 @@ pub(super) async fn run(way: Way<'_>, options: &Receive, format: Format) -> Resu
     }
     let token = options.token;
     let resume = options.resume;
-    let name = &options.volume;
+    let named = options.target.named()?;
+    let name = &named.to_string();
     with_guest(
         way,
-        name,
+        &named,
         &options.helper,
         |volume| free(volume, name),
         |reached| async move {

@@ -35,10 +35,11 @@ struct Outcome {
 }
 
 pub(super) async fn run(cluster: &Cluster, options: &Scrub, format: Format) -> Result<(), Failure> {
-    let volume = cluster.volume(&options.volume).await?;
+    let named = options.target.named()?;
+    let volume = cluster.volume(&named).await?;
     let runs = volume.status.as_ref().is_some_and(|status| status.publication.is_some());
     if options.wait && !runs {
-        let what = format!("no pod uses {}, and only a running guest can scrub its pool", options.volume);
+        let what = format!("no pod uses {named}, and only a running guest can scrub its pool");
         return Err(Failure::failed(what, "start its pod, or leave --wait out: it begins with the next start"));
     }
     let before = last_of(&volume);
@@ -47,10 +48,10 @@ pub(super) async fn run(cluster: &Cluster, options: &Scrub, format: Format) -> R
         let last = wait(cluster, &outcome.volume, before, options.timeout).await?;
         outcome = Outcome { state: last.state, end_time: last.end_time, errors: Some(last.errors), ..outcome };
     }
-    show(format, &outcome, || text(&options.volume, &outcome, runs))?;
+    show(format, &outcome, || text(&named.to_string(), &outcome, runs))?;
     match outcome.errors {
         Some(errors) if errors > 0 => Err(Failure::failed(
-            format!("the scrub of {} found {errors} errors", options.volume),
+            format!("the scrub of {named} found {errors} errors"),
             "`kubectl zpod status` says what is damaged; restore those files from a snapshot or a backup",
         )),
         _ if outcome.state == "Canceled" => {
@@ -132,6 +133,7 @@ fn text(given: &str, outcome: &Outcome, runs: bool) -> String {
 mod tests {
     use super::*;
     use crate::commands::fake::{Answers, path, volume};
+    use crate::options::Target;
 
     fn scrubbed(state: &str, end: Option<&str>, errors: i64) -> serde_json::Value {
         json!({"phase": "Ready",
@@ -140,7 +142,11 @@ mod tests {
     }
 
     fn options(wait: bool) -> Scrub {
-        Scrub { volume: volume("", json!(null)).0, wait, timeout: Duration::from_secs(5) }
+        Scrub {
+            target: Target { claim: None, id: Some(volume("", json!(null)).0.parse().unwrap()) },
+            wait,
+            timeout: Duration::from_secs(5),
+        }
     }
 
     #[tokio::test]

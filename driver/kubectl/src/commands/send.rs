@@ -28,9 +28,10 @@ pub(super) async fn run(way: Way<'_>, options: &Send, format: Format) -> Result<
             from: options.from.clone(),
         },
     };
+    let named = options.target.named()?;
     with_guest(
         way,
-        &options.volume,
+        &named,
         &options.helper,
         |_| Ok(()),
         |reached| async move {

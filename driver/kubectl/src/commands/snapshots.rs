@@ -13,14 +13,15 @@ struct Found {
 }
 
 pub(super) async fn run(cluster: &Cluster, options: &Snapshots, format: Format) -> Result<(), Failure> {
-    let volume = cluster.volume(&options.volume).await?;
+    let named = options.target.named()?;
+    let volume = cluster.volume(&named).await?;
     let id = volume.metadata.name.unwrap_or_default();
     let all = cluster.all_snapshots().await?;
     let mut snapshots: Vec<_> =
         all.iter().filter(|snapshot| snapshot.spec.volume == id).map(SnapshotView::new).collect();
     snapshots.sort_by_cached_key(|view| (view.creation_time.as_ref().map(|time| time.0), view.snapshot.clone()));
     if snapshots.is_empty() && format == Format::Table {
-        let what = format!("there is no snapshot of {}", options.volume);
+        let what = format!("there is no snapshot of {named}");
         return Err(Failure::not_found(what, "a VolumeSnapshot of the claim makes one"));
     }
     let found = Found { snapshots };

@@ -14,8 +14,8 @@ pub(super) struct Volumes {
 }
 
 pub(super) async fn run(cluster: &Cluster, options: &Status, format: Format) -> Result<(), Failure> {
-    let shown = match &options.volume {
-        Some(name) => vec![cluster.volume(name).await?],
+    let shown = match options.target.maybe()? {
+        Some(named) => vec![cluster.volume(&named).await?],
         None => cluster.all_volumes(options.all_namespaces).await?,
     };
     let snapshots = cluster.all_snapshots().await?;

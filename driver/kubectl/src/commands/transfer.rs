@@ -10,7 +10,7 @@ use zpod_volume::VolumeId;
 use super::helper::Helper;
 use crate::admin::{Admin, Line, Trouble};
 use crate::cluster::Cluster;
-use crate::options::HelperOptions;
+use crate::options::{HelperOptions, Named};
 use crate::{Failure, Kind, progress};
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -30,26 +30,27 @@ pub(super) enum Way<'a> {
 /// Does the work on a volume that runs. Where no pod has it, one is made for that time, and removed whatever happens.
 pub(super) async fn with_guest<F: Future<Output = Result<(), Failure>>>(
     way: Way<'_>,
-    name: &str,
+    named: &Named,
     options: &HelperOptions,
     allowed: impl Fn(&ZfsVolume) -> Result<(), Failure>,
     work: impl FnOnce(Reached) -> F,
 ) -> Result<(), Failure> {
     let cluster = match way {
         Way::Socket(line) => {
-            let id = name.parse().map_err(|_| {
-                Failure::usage(format!("{name} is not the id of a volume"), "on one machine, volumes have ids only")
-            })?;
+            let id = named.on_one_machine()?;
             let admin = Admin::new(line);
             admin.send_points(id).await?;
             return until_signal(work(Reached { admin, id })).await;
         }
         Way::Cluster(cluster) => cluster,
     };
-    let volume = match cluster.volume(name).await {
-        // Not bound yet: its first pod makes it, and that may be ours.
-        Err(failure) if failure.kind == Kind::NotFound && cluster.claim(name).await.is_ok_and(|c| unbound(&c)) => None,
-        volume => Some(volume?),
+    let volume = match named {
+        Named::Id(_) => Some(cluster.volume(named).await?),
+        Named::Claim(name) => match cluster.claim(name).await? {
+            // Not bound yet: its first pod makes it, and that may be ours.
+            claim if unbound(&claim) => None,
+            claim => Some(cluster.volume_of(&claim).await?),
+        },
     };
     if let Some(volume) = &volume {
         allowed(volume)?;
@@ -59,18 +60,26 @@ pub(super) async fn with_guest<F: Future<Output = Result<(), Failure>>>(
         }
     }
     if options.no_helper {
-        let what = format!("no pod uses {name}, and only a running guest can open its pool");
+        let what = format!("no pod uses {named}, and only a running guest can open its pool");
         return Err(Failure::failed(what, "start its pod, or leave --no-helper out: a pod is made for that time then"));
     }
-    let claim = match volume.as_ref().map(|volume| volume.spec.claim.as_ref()) {
-        Some(Some(claim)) => (claim.namespace.clone(), claim.name.clone()),
-        Some(None) => return Err(Failure::failed(format!("volume {name} has no claim that a pod could use"), "")),
-        None => (cluster.namespace.clone(), name.to_owned()),
+    let claim = match (volume.as_ref().map(|volume| volume.spec.claim.as_ref()), named) {
+        (_, Named::Claim(name)) => (cluster.namespace.clone(), name.clone()),
+        (Some(Some(claim)), _) => (claim.namespace.clone(), claim.name.clone()),
+        _ => return Err(Failure::failed(format!("volume {named} has no claim that a pod could use"), "")),
     };
     let helper = Helper::new(cluster, claim.0, claim.1, options);
     let done = until_signal(async {
-        let volume = helper.start().await?;
-        work(reach(cluster, &volume, options.helper_timeout).await?).await
+        let started = helper.start().await?;
+        // The claim may have been made anew, or be bound to another volume than the id that was given.
+        if volume.as_ref().is_some_and(|volume| volume.metadata.name != started.metadata.name) {
+            let found = started.metadata.name.unwrap_or_default();
+            let what = format!("the claim of {named} has another volume now: {found}");
+            return Err(Failure::failed(what, "`kubectl zpod status -A` says which claim has which volume"));
+        }
+        // What was looked at before was another volume, or this one before the pod.
+        allowed(&started)?;
+        work(reach(cluster, &started, options.helper_timeout).await?).await
     })
     .await;
     helper.remove().await;
