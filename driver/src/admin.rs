@@ -6,8 +6,8 @@
 //! memory each, at the pace of the slower end.
 //!
 //! In a cluster it is HTTPS on a port of the pod, with a certificate made at the start: the API server's proxy, through
-//! which it is reached, checks none. Whoever asks shows a token that was made for this alone ([`Tokens`]), before
-//! anything of the request is looked at. On one machine it is a unix socket that root alone can open.
+//! which it is reached, checks none. Whoever asks shows a token that was made for this call, volume and node alone
+//! ([`Tokens`]), before anything of the request but its path is looked at. On one machine it is a unix socket that root alone can open.
 //!
 //! # Limitations
 //! Who may make tokens of the ServiceAccount `zpod-admin` can read and replace the contents of every volume. An

@@ -15,6 +15,7 @@
 pub mod admin;
 pub mod cluster;
 pub mod command;
+mod crowd;
 pub mod csi;
 pub mod guest;
 pub mod kata;

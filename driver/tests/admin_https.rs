@@ -19,20 +19,25 @@ use zpod_driver::volumes::{Context, NodeVolumes};
 use zpod_storage::backing::late::LateBacking;
 use zpod_storage::catalog::dir;
 
-/// An API server that knows one token.
+/// An API server that knows one token for each audience: its name behind `good:`.
 fn api_server() -> Client {
     let service = tower::service_fn(|request: Request<Body>| async move {
         let body = request.into_body().collect().await.unwrap().to_bytes();
         let mut review: Value = serde_json::from_slice(&body).unwrap();
         let name = "system:serviceaccount:zpod-system:zpod-admin";
         review["status"] = match review["spec"]["token"].as_str() {
-            Some("good") => json!({"authenticated": true, "audiences": ["zpod.storage"], "user": {"username": name}}),
+            Some(token) if token.starts_with("good:") => {
+                json!({"authenticated": review["spec"]["audiences"] == json!([token["good:".len()..]]),
+                       "audiences": [token["good:".len()..]], "user": {"username": name}})
+            }
             _ => json!({"authenticated": false}),
         };
         Ok::<_, Infallible>(Response::new(Body::from(serde_json::to_vec(&review).unwrap())))
     });
     Client::new(service, "default")
 }
+
+const DOCTOR: &str = "good:zpod.storage/n1/doctor";
 
 async fn serve(dir: &TempDir) -> AdminServer {
     let path = |name: &str| dir.path().join(name);
@@ -79,10 +84,25 @@ async fn a_token_is_asked_for_before_anything_else_is_looked_at() {
             assert_eq!(code, 401, "{path} {token:?}: {answer}");
         }
     }
-    let (code, checks) = ask(&server, "/v1/doctor", Some("good")).await;
+    let (code, checks) = ask(&server, "/v1/doctor", Some(DOCTOR)).await;
     assert_eq!(code, 200, "{checks}");
     assert!(checks.as_array().unwrap().len() > 8, "{checks}");
-    assert_eq!(ask(&server, "/nothing", Some("good")).await.0, 404);
+    // A token opens one call of one volume on one node: whoever is shown it can do nothing else with it.
+    let id = zpod_volume::VolumeId::from_name("a");
+    let (path, audience) = (format!("/v1/volumes/{id}/send-points"), format!("good:zpod.storage/n1/send-points/{id}"));
+    assert_eq!(ask(&server, &path, Some(&audience)).await.0, 404, "taken; there is no such volume");
+    let other = zpod_volume::VolumeId::from_name("b");
+    for wrong in [
+        DOCTOR.to_owned(),
+        "good:zpod.storage".to_owned(),
+        format!("good:zpod.storage/n2/send-points/{id}"),
+        format!("good:zpod.storage/n1/send/{id}"),
+        format!("good:zpod.storage/n1/send-points/{other}"),
+    ] {
+        assert_eq!(ask(&server, &path, Some(&wrong)).await.0, 401, "{wrong}");
+    }
+    assert_eq!(ask(&server, "/v1/doctor", Some("good:zpod.storage/n2/doctor")).await.0, 401, "another node's");
+    assert_eq!(ask(&server, "/nothing", Some(DOCTOR)).await.0, 401, "no token opens what is not there");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -90,11 +110,11 @@ async fn connections_that_say_nothing_are_closed_and_others_are_served() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let server = serve(&dir).await;
     let mut silent = Vec::new();
-    for _ in 0..40 {
+    for _ in 0..300 {
         silent.push(tokio::net::TcpStream::connect(server.address().unwrap()).await.unwrap());
     }
     let begun = Instant::now();
-    assert_eq!(ask(&server, "/v1/doctor", Some("good")).await.0, 200);
+    assert_eq!(ask(&server, "/v1/doctor", Some(DOCTOR)).await.0, 200);
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     assert_eq!(silent[0].read(&mut [0; 16]).await.unwrap_or(0), 0, "closed");
 }

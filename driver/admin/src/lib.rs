@@ -15,10 +15,10 @@ pub use route::{Route, SendQuery};
 
 /// The port of zpod-node.
 pub const PORT: u16 = 9812;
-/// The header with a ServiceAccount token for [`AUDIENCE`].
+/// The header with a ServiceAccount token for what is asked for ([`Route::audience`]).
 pub const TOKEN_HEADER: &str = "x-zpod-token";
-/// The audience of that token. It opens nothing else, the API server least.
-pub const AUDIENCE: &str = "zpod.storage";
+/// What the audiences of those tokens begin with. None opens anything else, the API server least.
+const AUDIENCE: &str = "zpod.storage";
 /// The ServiceAccount, in zpod's namespace, whose tokens are taken.
 pub const SERVICE_ACCOUNT: &str = "zpod-admin";
 /// The header with ZFS's estimate of what is about to be sent, in bytes.

@@ -2,7 +2,7 @@ use std::fmt;
 
 use zpod_volume::VolumeId;
 
-use crate::{ParseTokenError, ResumeToken, SendName};
+use crate::{AUDIENCE, ParseTokenError, ResumeToken, SendName};
 
 /// What can be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +35,19 @@ impl Route {
             "receive" => Some(Self::Receive(id)),
             _ => None,
         }
+    }
+
+    /// The audience of the token that opens this on a node, and nothing else: no other call, volume or node. So whoever
+    /// is shown a token can do no more with it than it was asked to do.
+    pub fn audience(self, node: &str) -> String {
+        let (what, id) = match self {
+            Self::Doctor => return format!("{AUDIENCE}/{node}/doctor"),
+            Self::Properties(id) => ("properties", id),
+            Self::SendPoints(id) => ("send-points", id),
+            Self::Send(id) => ("send", id),
+            Self::Receive(id) => ("receive", id),
+        };
+        format!("{AUDIENCE}/{node}/{what}/{id}")
     }
 
     /// The method it is asked with.
@@ -131,6 +144,17 @@ mod tests {
         for path in [upper, simple, format!("/v1/volumes/{id}/send/"), format!("/v1/volumes/{id}"), format!("/{id}")] {
             assert_eq!(Route::parse(&path), None, "{path}");
         }
+    }
+
+    #[test]
+    fn each_call_of_each_volume_on_each_node_has_an_audience_of_its_own() {
+        let (a, b) = (VolumeId::from_name("a"), VolumeId::from_name("b"));
+        let of = |id| [Route::Properties(id), Route::SendPoints(id), Route::Send(id), Route::Receive(id)];
+        let routes = || of(a).into_iter().chain(of(b)).chain([Route::Doctor]);
+        let all = ["n1", "n2"].iter().flat_map(|node| routes().map(|route| route.audience(node)));
+        assert_eq!(all.collect::<std::collections::HashSet<_>>().len(), 18);
+        assert_eq!(Route::Doctor.audience("n1"), "zpod.storage/n1/doctor");
+        assert_eq!(Route::Send(a).audience("n1"), format!("zpod.storage/n1/send/{a}"));
     }
 
     #[test]

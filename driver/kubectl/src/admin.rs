@@ -63,7 +63,7 @@ impl Admin {
     /// Begins to send: the stream, and how long it will be by ZFS's estimate.
     pub(crate) async fn send(&self, id: VolumeId, query: &SendQuery) -> Result<(Incoming, Option<u64>), Failure> {
         let request = request(Route::Send(id), Some(&query.to_string()), line::nothing())?;
-        let answer = within(BEGIN, self.line.ask(request).map_err(Trouble::Other)).await?;
+        let answer = within(BEGIN, self.line.ask(Route::Send(id), request).map_err(Trouble::Other)).await?;
         let answer = good(answer).await?;
         let estimate = answer.headers().get(ESTIMATE_HEADER).and_then(|value| value.to_str().ok()?.parse().ok());
         Ok((answer.into_body(), estimate))
@@ -73,14 +73,14 @@ impl Admin {
     pub(crate) async fn receive(&self, id: VolumeId, stream: Out) -> Result<Received, Failure> {
         let mut request = request(Route::Receive(id), None, stream)?;
         request.headers_mut().insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(STREAM_TYPE));
-        let answer = self.line.ask(request).await?;
+        let answer = self.line.ask(Route::Receive(id), request).await?;
         read(good(answer).await?).await
     }
 
     async fn get<T: DeserializeOwned>(&self, route: Route) -> Result<T, Trouble> {
         let request = request(route, None, line::nothing()).map_err(Trouble::Other)?;
         let answer = async {
-            let answer = self.line.ask(request).await.map_err(Trouble::Other)?;
+            let answer = self.line.ask(route, request).await.map_err(Trouble::Other)?;
             read(good(answer).await?).await.map_err(Trouble::Other)
         };
         within(DEADLINE, answer).await

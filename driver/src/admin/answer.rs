@@ -59,6 +59,9 @@ pub enum AdminError {
     /// Another transfer of this volume goes on.
     #[error("volume {0} is being sent or received already; wait for the end of that, or end it")]
     Busy(VolumeId),
+    /// There are as many connections with a token as there may be.
+    #[error("{0} connections with a token are open already; wait for the end of one of those transfers")]
+    Full(usize),
     /// The body of the request broke off.
     #[error(
         "the stream broke off after {bytes} bytes: {reason}; what was received is kept, \
@@ -86,7 +89,7 @@ impl AdminError {
             Self::Query(_) | Self::Broken { .. } => StatusCode::BAD_REQUEST,
             Self::Refused(Refused::Missing | Refused::Denied) => StatusCode::UNAUTHORIZED,
             Self::NotRunning { .. } | Self::Busy(_) | Self::Volume(_) => StatusCode::CONFLICT,
-            Self::Refused(Refused::Unknown(_)) | Self::Silent { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Refused(Refused::Unknown(_)) | Self::Silent { .. } | Self::Full(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Guest(GuestError::Timeout { .. }) => StatusCode::GATEWAY_TIMEOUT,
             Self::Guest(GuestError::Unreachable { .. }) => StatusCode::BAD_GATEWAY,
             Self::Guest(_) => StatusCode::UNPROCESSABLE_ENTITY,
@@ -168,6 +171,7 @@ mod tests {
             (AdminError::NotRunning { id, node: node() }, 409),
             (AdminError::Silent { id, node: node() }, 503),
             (AdminError::Busy(id), 409),
+            (AdminError::Full(32), 503),
             (AdminError::Volume(VolumeError::NotFound { id: "x".into(), node: node() }), 404),
             (guest(GuestError::Unreachable { sandbox: "s".into(), reason: "gone".into() }), 502),
             (guest(GuestError::Refused { sandbox: "s".into(), call: "Send", message: "no".into() }), 422),

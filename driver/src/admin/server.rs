@@ -13,7 +13,7 @@ use hyper::{Method, Request};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use zpod_admin::{Route, SendQuery, TOKEN_HEADER};
@@ -21,10 +21,12 @@ use zpod_admin::{Route, SendQuery, TOKEN_HEADER};
 use super::answer::{Answer, Told, json};
 use super::transfer::Transfers;
 use super::{Admin, AdminError, Tokens, tls};
+use crate::crowd::{Crowd, Member};
 use crate::serve::Socket;
 
-/// Connections at the same time, each with a few hundred KiB at most.
+/// Connections at the same time that have shown a token, each with a few hundred KiB at most, and those that have not.
 const CONNECTIONS: usize = 32;
+const UNPROVEN: usize = 32;
 /// For the handshake of TLS, and for the head of a request.
 const HEAD: Duration = Duration::from_secs(10);
 /// A connection on which nothing moves for this long is closed. A guest may be busy for minutes before a stream's first
@@ -54,15 +56,21 @@ impl AdminServer {
         let listener = TcpListener::bind(address).await?;
         let address = Some(listener.local_addr()?);
         let service = Arc::new(Service::new(admin, Some(tokens)));
+        let crowd = Crowd::new(UNPROVEN, CONNECTIONS);
         let task = tokio::spawn(async move {
             loop {
-                let Some(place) = service.place().await else { return };
-                let Some((stream, _)) = accepted(listener.accept().await).await else { continue };
+                let Some((stream, peer)) = accepted(listener.accept().await).await else { continue };
+                let member = Arc::new(crowd.enter(peer.ip()));
                 let (service, acceptor) = (service.clone(), acceptor.clone());
                 tokio::spawn(async move {
-                    let _place = place;
-                    if let Ok(Ok(stream)) = tokio::time::timeout(HEAD, acceptor.accept(stream)).await {
-                        service.connection(stream).await;
+                    let connection = async {
+                        if let Ok(Ok(stream)) = tokio::time::timeout(HEAD, acceptor.accept(stream)).await {
+                            service.connection(stream, Some(member.clone())).await;
+                        }
+                    };
+                    tokio::select! {
+                        () = connection => {}
+                        () = member.pushed_out() => {}
                     }
                 });
             }
@@ -78,14 +86,15 @@ impl AdminServer {
         let mut socket = Socket::bind(path)?;
         let listener = socket.listener().ok_or(io::ErrorKind::NotConnected)?;
         let service = Arc::new(Service::new(admin, None));
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
         let task = tokio::spawn(async move {
             loop {
-                let Some(place) = service.place().await else { return };
+                let Ok(place) = places.clone().acquire_owned().await else { return };
                 let Some((stream, _)) = accepted(listener.accept().await).await else { continue };
                 let service = service.clone();
                 tokio::spawn(async move {
                     let _place = place;
-                    service.connection(stream).await;
+                    service.connection(stream, None).await;
                 });
             }
         });
@@ -120,7 +129,6 @@ struct Service {
     admin: Arc<Admin>,
     tokens: Option<Tokens>,
     transfers: Arc<Transfers>,
-    places: Arc<Semaphore>,
 }
 
 /// When something moved last, in milliseconds since the connection came.
@@ -139,22 +147,21 @@ impl Pulse {
 
 impl Service {
     fn new(admin: Arc<Admin>, tokens: Option<Tokens>) -> Self {
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
-        Self { admin, tokens, transfers: Arc::default(), places }
+        Self { admin, tokens, transfers: Arc::default() }
     }
 
-    async fn place(&self) -> Option<OwnedSemaphorePermit> {
-        self.places.clone().acquire_owned().await.ok()
-    }
-
-    async fn connection(self: Arc<Self>, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+    async fn connection(
+        self: Arc<Self>,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        member: Option<Arc<Member>>,
+    ) {
         let pulse = Pulse(Instant::now(), Arc::default());
         let watched = pulse.clone();
         let service = service_fn(move |request| {
-            let (service, pulse) = (self.clone(), pulse.clone());
+            let (service, pulse, member) = (self.clone(), pulse.clone(), member.clone());
             async move {
                 pulse.beat();
-                let answer = service.answer(request, &pulse).await.unwrap_or_else(|error| {
+                let answer = service.answer(request, &pulse, member.as_deref()).await.unwrap_or_else(|error| {
                     tracing::info!("admin: {error}");
                     error.answer()
                 });
@@ -177,11 +184,23 @@ impl Service {
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>, pulse: &Pulse) -> Result<Answer, AdminError> {
-        if let Some(tokens) = &self.tokens {
-            tokens.check(request.headers().get(TOKEN_HEADER).map(|token| token.as_bytes())).await?;
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        pulse: &Pulse,
+        member: Option<&Member>,
+    ) -> Result<Answer, AdminError> {
+        // Which token opens it is said by the path: nothing else is looked at before. No token opens a path that is none.
+        let route = Route::parse(request.uri().path());
+        if let (Some(tokens), Some(member)) = (&self.tokens, member) {
+            let audience = route.map(|route| route.audience(self.admin.volumes.node()));
+            let token = request.headers().get(TOKEN_HEADER).map(|token| token.as_bytes());
+            tokens.check(member.peer(), token, audience.as_deref()).await?;
+            if !member.prove() {
+                return Err(AdminError::Full(CONNECTIONS));
+            }
         }
-        let route = Route::parse(request.uri().path()).ok_or(AdminError::Path)?;
+        let route = route.ok_or(AdminError::Path)?;
         let allowed = route.method();
         if request.method() != Method::from_bytes(allowed.as_bytes()).unwrap_or_default() {
             return Err(AdminError::Method { route, allowed });

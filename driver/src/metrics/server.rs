@@ -16,8 +16,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
-/// Connections at the same time. Whoever may reach the port could else take all memory.
+use crate::crowd::Crowd;
+
+/// Connections at the same time. Whoever may reach the port could else take all memory. Nobody proves anything here, so
+/// an address with many makes room for one with few, however far its requests are.
 const CONNECTIONS: usize = 16;
+/// Answers that are written at the same time.
+const WRITERS: usize = 2;
 /// How long a client has for the head of a request, and for a connection in all.
 const HEAD: Duration = Duration::from_secs(5);
 const CONNECTION: Duration = Duration::from_secs(60);
@@ -55,16 +60,20 @@ pub async fn serve(address: SocketAddr, registry: Registry) -> io::Result<Server
 }
 
 async fn accept(listener: TcpListener, registry: Arc<Registry>) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let crowd = Crowd::new(CONNECTIONS, 0);
+    let writers = Arc::new(Semaphore::new(WRITERS));
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let registry = registry.clone();
+            Ok((stream, peer)) => {
+                let (registry, writers) = (registry.clone(), writers.clone());
+                let member = crowd.enter(peer.ip());
                 tokio::spawn(async move {
-                    let _place = place;
                     // A client that hangs up is its own affair.
-                    let _ = tokio::time::timeout(CONNECTION, connection(stream, registry)).await;
+                    let connection = tokio::time::timeout(CONNECTION, connection(stream, registry, writers));
+                    tokio::select! {
+                        _ = connection => {}
+                        () = member.pushed_out() => {}
+                    }
                 });
             }
             Err(error) => {
@@ -76,17 +85,21 @@ async fn accept(listener: TcpListener, registry: Arc<Registry>) {
     }
 }
 
-async fn connection(stream: TcpStream, registry: Arc<Registry>) -> hyper::Result<()> {
+async fn connection(stream: TcpStream, registry: Arc<Registry>, writers: Arc<Semaphore>) -> hyper::Result<()> {
     let service = service_fn(move |request| {
-        let registry = registry.clone();
-        async move { Ok::<_, Infallible>(answer(&request, registry).await) }
+        let (registry, writers) = (registry.clone(), writers.clone());
+        async move { Ok::<_, Infallible>(answer(&request, registry, writers).await) }
     });
     let mut server = hyper::server::conn::http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(16 << 10);
     server.serve_connection(TokioIo::new(stream), service).await
 }
 
-async fn answer(request: &Request<Incoming>, registry: Arc<Registry>) -> Response<Full<Bytes>> {
+async fn answer(
+    request: &Request<Incoming>,
+    registry: Arc<Registry>,
+    writers: Arc<Semaphore>,
+) -> Response<Full<Bytes>> {
     let plain = |code, text: &'static str| {
         let mut response = Response::new(Full::from(text));
         *response.status_mut() = code;
@@ -98,8 +111,11 @@ async fn answer(request: &Request<Incoming>, registry: Arc<Registry>) -> Respons
     if request.method() != Method::GET {
         return plain(StatusCode::METHOD_NOT_ALLOWED, "there is only GET\n");
     }
-    // Some of it is asked of the file system.
+    // Never closed.
+    let writer = writers.acquire_owned().await;
+    // Some of it is asked of the file system. It goes on when the client has gone, so its turn goes with it.
     let text = tokio::task::spawn_blocking(move || {
+        let _writer = writer;
         let mut text = String::new();
         encode(&mut text, &registry).map(|()| text)
     });
@@ -140,7 +156,7 @@ mod tests {
     async fn clients_that_say_nothing_keep_nobody_out_for_long() {
         let server = serve("127.0.0.1:0".parse().unwrap(), Registry::default()).await.unwrap();
         let mut silent = Vec::new();
-        for _ in 0..2 * CONNECTIONS {
+        for _ in 0..200 {
             silent.push(TcpStream::connect(server.address()).await.unwrap());
         }
         let begun = std::time::Instant::now();

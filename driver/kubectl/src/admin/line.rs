@@ -1,4 +1,6 @@
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Empty};
@@ -11,9 +13,11 @@ use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
 use kube::api::{ListParams, PostParams};
 use kube::client::ConfigExt as _;
 use kube::{Api, Config};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tower::util::BoxCloneSyncService;
 use tower::{BoxError, ServiceBuilder, ServiceExt as _};
-use zpod_admin::{AUDIENCE, PORT, SERVICE_ACCOUNT, TOKEN_HEADER};
+use zpod_admin::{PORT, Route, SERVICE_ACCOUNT, TOKEN_HEADER};
 
 use crate::Failure;
 use crate::cluster::Cluster;
@@ -24,6 +28,8 @@ pub(crate) type Out = UnsyncBoxBody<Bytes, std::io::Error>;
 
 /// How long a token is good: it is shown when a transfer begins, and that is all.
 const TOKEN_SECONDS: i64 = 600;
+/// How long it is shown again for the same call: a guest that starts is asked every second.
+const SHOWN_FOR: Duration = Duration::from_secs(300);
 /// What the pods of zpod-node have.
 const SELECTOR: &str = "app.kubernetes.io/name=zpod-node";
 
@@ -34,7 +40,7 @@ pub(crate) fn nothing() -> Out {
 /// The way to an admin endpoint.
 pub(crate) enum Line {
     /// Through the API server's proxy to a pod.
-    Pod { path: String, token: HeaderValue, server: BoxCloneSyncService<Request<Out>, Response<Incoming>, BoxError> },
+    Pod { path: String, tokens: Box<Tokens>, server: BoxCloneSyncService<Request<Out>, Response<Incoming>, BoxError> },
     /// A socket on this machine.
     Unix(PathBuf),
 }
@@ -47,19 +53,19 @@ impl Line {
         let Some(config) = &cluster.config else { return Err(Failure::failed("there is no cluster", "")) };
         Ok(Self::Pod {
             path: format!("/api/v1/namespaces/{namespace}/pods/https:{pod}:{PORT}/proxy"),
-            token: token(cluster).await?,
+            tokens: Box::new(Tokens { cluster: cluster.clone(), node: node.to_owned(), made: Mutex::default() }),
             server: api_server(config)?,
         })
     }
 
-    /// Asks, and gives the answer as soon as its head is there.
-    pub(crate) async fn ask(&self, mut request: Request<Out>) -> Result<Response<Incoming>, Failure> {
+    /// Asks, and gives the answer as soon as its head is there. The request is one of that route.
+    pub(crate) async fn ask(&self, route: Route, mut request: Request<Out>) -> Result<Response<Incoming>, Failure> {
         match self {
-            Self::Pod { path, token, server } => {
+            Self::Pod { path, tokens, server } => {
                 let uri = format!("{path}{}", request.uri());
                 *request.uri_mut() =
                     uri.parse::<Uri>().map_err(|error| Failure::failed(format!("{uri}: {error}"), ""))?;
-                request.headers_mut().insert(TOKEN_HEADER, token.clone());
+                request.headers_mut().insert(TOKEN_HEADER, tokens.of(route).await?);
                 let answer = server.clone().oneshot(request).await;
                 answer.map_err(|error| {
                     let what = format!("the API server: {}", with_causes(error.as_ref()));
@@ -118,11 +124,31 @@ async fn pod_of(cluster: &Cluster, node: &str) -> Result<String, Failure> {
     })
 }
 
-/// A token that opens the admin endpoint and nothing else.
-async fn token(cluster: &Cluster) -> Result<HeaderValue, Failure> {
+/// Tokens for a node, each for one call of one volume: a node that is shown one can't use it for anything else, and not
+/// on any other node.
+pub(crate) struct Tokens {
+    cluster: Cluster,
+    node: String,
+    made: Mutex<HashMap<String, (Instant, HeaderValue)>>,
+}
+
+impl Tokens {
+    async fn of(&self, route: Route) -> Result<HeaderValue, Failure> {
+        let audience = route.audience(&self.node);
+        let mut made = self.made.lock().await;
+        if let Some((_, token)) = made.get(&audience).filter(|(since, _)| since.elapsed() < SHOWN_FOR) {
+            return Ok(token.clone());
+        }
+        let token = token(&self.cluster, &audience).await?;
+        made.insert(audience, (Instant::now(), token.clone()));
+        Ok(token)
+    }
+}
+
+async fn token(cluster: &Cluster, audience: &str) -> Result<HeaderValue, Failure> {
     let accounts: Api<ServiceAccount> = Api::namespaced(cluster.client.clone(), &cluster.zpod_namespace);
     let spec = TokenRequestSpec {
-        audiences: vec![AUDIENCE.into()],
+        audiences: vec![audience.into()],
         expiration_seconds: Some(TOKEN_SECONDS),
         ..TokenRequestSpec::default()
     };
@@ -140,4 +166,46 @@ async fn token(cluster: &Cluster) -> Result<HeaderValue, Failure> {
         .map_err(|_| Failure::failed(format!("{what}: the API server gave none"), ""))?;
     token.set_sensitive(true);
     Ok(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::fake::Answers;
+    use serde_json::json;
+    use zpod_volume::VolumeId;
+
+    #[tokio::test]
+    async fn a_token_is_made_for_each_call_volume_and_node_and_shown_again_for_the_same() {
+        tokio::time::pause();
+        let path = "/api/v1/namespaces/zpod-system/serviceaccounts/zpod-admin/token";
+        let made = json!({"metadata": {}, "spec": {"audiences": []},
+                          "status": {"token": "t", "expirationTimestamp": "2026-01-01T00:00:00Z"}});
+        let answers = Answers::default().with(path, made);
+        let of = |node: &str| Tokens { cluster: answers.cluster(), node: node.into(), made: Mutex::default() };
+        let (one, two) = (of("n1"), of("n2"));
+        let id = VolumeId::from_name("a");
+        for (tokens, route) in [
+            (&one, Route::Doctor),
+            (&one, Route::Doctor),
+            (&two, Route::Doctor),
+            (&one, Route::SendPoints(id)),
+            (&one, Route::Send(id)),
+        ] {
+            tokens.of(route).await.unwrap();
+        }
+        tokio::time::advance(SHOWN_FOR).await;
+        one.of(Route::Doctor).await.unwrap();
+        let asked = answers.writes();
+        let audiences: Vec<_> = asked.iter().map(|asked| asked.body["spec"]["audiences"].clone()).collect();
+        let want = [
+            json!(["zpod.storage/n1/doctor"]),
+            json!(["zpod.storage/n2/doctor"]),
+            json!([format!("zpod.storage/n1/send-points/{id}")]),
+            json!([format!("zpod.storage/n1/send/{id}")]),
+            json!(["zpod.storage/n1/doctor"]),
+        ];
+        assert_eq!(audiences, want);
+        assert!(asked.iter().all(|asked| asked.body["spec"]["expirationSeconds"] == 600));
+    }
 }
