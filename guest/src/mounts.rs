@@ -88,7 +88,13 @@ pub fn mount(dataset: &str, target: &Path, flags: MountFlags) -> io::Result<Step
     bits.set(Flags::NOSUID, flags.nosuid);
     bits.set(Flags::NODEV, flags.nodev);
     bits.set(Flags::NOATIME, flags.noatime);
-    rustix::mount::mount(dataset, target, "zfs", bits, None)?;
+    match rustix::mount::mount(dataset, target, "zfs", bits, None) {
+        // The file system itself is read-only, since its pool is, and is mounted already: it has to be asked for so.
+        Err(Errno::BUSY) if flags.read_only => {
+            rustix::mount::mount(dataset, target, "zfs", bits | Flags::RDONLY, None)?;
+        }
+        mounted => mounted?,
+    }
     if flags.read_only {
         // Of this mount only. Asked for at mount(2), it would be asked of the file system, which ZFS refuses with EBUSY
         // while another mount of the dataset writes (`zpl_mount_impl`).
