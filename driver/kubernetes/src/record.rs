@@ -3,7 +3,6 @@
 mod snapshot;
 mod volume;
 
-pub(crate) use snapshot::GROUP_LABEL;
 pub use volume::CLAIM_UID;
 
 use zpod_volume::{Origin, VolumeMode};

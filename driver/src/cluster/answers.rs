@@ -9,7 +9,11 @@ use tokio::time::Instant;
 use zpod_kubernetes::{Kept, KubeCatalog};
 use zpod_storage::catalog::{CatalogError, Record};
 
+use crate::guest::clean;
 use crate::volumes::VolumeError;
+
+/// Characters of a node's words that are passed on.
+const MAX_WORDS: usize = 1024;
 
 /// Where something was looked for that is nowhere.
 pub(super) const ANY_NODE: &str = "any (there is no such object)";
@@ -64,6 +68,11 @@ pub(super) fn said_now<K: Kept>(object: &K, kind: &str) -> bool {
     said_since(object, kind, object.meta().generation)
 }
 
+/// A node's words, as far as they are passed on: into answers, and from there into events and claims of tenants.
+pub(super) fn words(condition: &Condition) -> String {
+    clean(&condition.message, MAX_WORDS)
+}
+
 /// What the node said, as an error.
 pub(super) fn refusal<K: Kept>(object: &K, kind: &str, node: &str) -> VolumeError {
     match condition(object, kind) {
@@ -71,7 +80,7 @@ pub(super) fn refusal<K: Kept>(object: &K, kind: &str, node: &str) -> VolumeErro
             // Another node may have the room, or a file system that holds larger files.
             let elsewhere = [super::reasons::NO_ROOM, super::reasons::TOO_LARGE];
             let no_room = elsewhere.contains(&condition.reason.as_str());
-            VolumeError::NodeRefused { no_room, reason: condition.message }
+            VolumeError::NodeRefused { no_room, reason: words(&condition) }
         }
         None => VolumeError::NodeRefused {
             reason: format!("node {node} refused {}, and did not say why", object.name_any()),

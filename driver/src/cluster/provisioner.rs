@@ -14,7 +14,7 @@ use zpod_storage::crash;
 use zpod_volume::{Bytes, Vdevs, VolumeAttributes, VolumeId};
 
 use super::Nodes;
-use super::answers::{ANY_NODE, Wanted, condition, refusal, said_now, said_since, wait};
+use super::answers::{ANY_NODE, Wanted, condition, refusal, said_now, said_since, wait, words};
 use super::reasons::TOO_LARGE;
 use crate::volumes::{
     Bounds, CLAIM_NAME, CLAIM_NAMESPACE, CapacityRange, CreateRequest, Probe, Provision, Room, VolumeError, VolumePage,
@@ -64,7 +64,7 @@ impl ClusterProvisioner {
     async fn not_yet(&self, id: VolumeId) -> Option<VolumeError> {
         let object = self.catalog.object(id).await.ok()??;
         let said = condition(&object, READY).filter(|_| said_now(&object, READY))?;
-        Some(VolumeError::NodeAtWork { reason: said.message })
+        Some(VolumeError::NodeAtWork { reason: words(&said) })
     }
 
     /// What is asked of a volume made from a source.

@@ -5,6 +5,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::Quantity;
 
+/// Which phase may follow which. What is there to be restored can't become what is thrown away as never finished.
+const PHASES: &str = "!has(oldSelf.status) || !has(oldSelf.status.phase) || (has(self.status) && has(self.status.phase) && (\
+    self.status.phase == oldSelf.status.phase || self.status.phase == 'Deleting' \
+    || (oldSelf.status.phase == 'Marked' && self.status.phase == 'Copying') \
+    || (oldSelf.status.phase == 'Copying' && self.status.phase == 'Ready')))";
+
 /// A snapshot of a volume: what the controller wants of it.
 #[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[kube(
@@ -20,6 +26,7 @@ use crate::Quantity;
     doc = "A snapshot of a ZfsVolume, on the node of that volume. Its name is the snapshot handle.",
     selectable = ".spec.nodeName",
     selectable = ".spec.volume",
+    selectable = ".spec.group.id",
     printcolumn(
         name = "Volume",
         type_ = "string",
@@ -46,7 +53,12 @@ use crate::Quantity;
         description = "since it was asked for"
     )
 )]
+#[kube(validation = Rule::new(PHASES).message("status.phase: it can't come after the one before"))]
 #[x_kube(validation = Rule::new("!has(oldSelf.destroy) || !oldSelf.destroy || (has(self.destroy) && self.destroy)").message("destroy can't be taken back"))]
+#[x_kube(validation = Rule::new("!has(oldSelf.copy) || !oldSelf.copy || (has(self.copy) && self.copy)").message("copy can't be taken back"))]
+#[x_kube(validation = Rule::new("!has(oldSelf.complete) || !oldSelf.complete || (has(self.complete) && self.complete)").message("complete can't be taken back"))]
+#[x_kube(validation = Rule::new("!has(self.complete) || !self.complete || has(self.group)").message("only a snapshot of a group can be complete"))]
+#[x_kube(validation = Rule::new("(has(self.allowCopy) && self.allowCopy) == (has(oldSelf.allowCopy) && oldSelf.allowCopy)").message("allowCopy can't be changed"))]
 #[x_kube(validation = Rule::new("has(oldSelf.group) == has(self.group) && (!has(self.group) || self.group == oldSelf.group)").message("group can't be changed"))]
 #[serde(rename_all = "camelCase")]
 pub struct ZfsSnapshotSpec {
@@ -68,6 +80,10 @@ pub struct ZfsSnapshotSpec {
     /// Of a group: every guest has marked the instant, the copies may be made. Set by the controller.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub copy: bool,
+    /// Of a group: it was answered for as a whole. Set by the controller on each member, and never taken back. From then on
+    /// the group ends with DeleteVolumeGroupSnapshot, whatever nodes say of its members.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub complete: bool,
     /// It may be a full copy where blocks can't be shared.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub allow_copy: bool,

@@ -10,6 +10,15 @@ use zpod_volume::{Half, VolumeParameters};
 
 use crate::Quantity;
 
+/// Which phase may follow which: one that was said stays, until the volume is on its way out. What was ready can't become
+/// what was refused, whose record is thrown away.
+const PHASES: &str = "!has(oldSelf.status) || !has(oldSelf.status.phase) || (has(self.status) && has(self.status.phase) \
+    && (self.status.phase == oldSelf.status.phase || self.status.phase == 'Deleting'))";
+/// That there may be data is never forgotten.
+const KNOWN: &str = "!has(oldSelf.status) \
+    || ((!has(oldSelf.status.initialized) || !oldSelf.status.initialized || (has(self.status) && has(self.status.initialized) && self.status.initialized)) \
+    && (!has(oldSelf.status.written) || !oldSelf.status.written || (has(self.status) && has(self.status.written) && self.status.written)))";
+
 /// A volume: what the controller wants of it.
 #[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[kube(
@@ -90,11 +99,13 @@ use crate::Quantity;
     )
 )]
 #[kube(validation = Rule::new("!has(self.status) || !has(self.status.capacity) || quantity(self.spec.capacity).compareTo(quantity(self.status.capacity)) >= 0").message("spec.capacity is less than status.capacity: volumes never shrink"))]
+#[kube(validation = Rule::new(PHASES).message("status.phase: it can't come after the one before"))]
+#[kube(validation = Rule::new(KNOWN).message("status.initialized and status.written can't be taken back"))]
 #[x_kube(validation = Rule::new("!has(oldSelf.destroy) || !oldSelf.destroy || (has(self.destroy) && self.destroy)").message("destroy can't be taken back"))]
 #[x_kube(validation = Rule::new("has(oldSelf.claim) == has(self.claim) && (!has(self.claim) || self.claim == oldSelf.claim)").message("claim can't be changed"))]
 #[x_kube(validation = Rule::new("has(oldSelf.source) == has(self.source) && (!has(self.source) || self.source == oldSelf.source)").message("source can't be changed"))]
 #[x_kube(validation = Rule::new("has(oldSelf.mode) == has(self.mode) && (!has(self.mode) || self.mode == oldSelf.mode)").message("mode can't be changed"))]
-#[x_kube(validation = Rule::new("has(oldSelf.ephemeral) == has(self.ephemeral)").message("ephemeral can't be changed"))]
+#[x_kube(validation = Rule::new("(has(self.ephemeral) && self.ephemeral) == (has(oldSelf.ephemeral) && oldSelf.ephemeral)").message("ephemeral can't be changed"))]
 #[serde(rename_all = "camelCase")]
 pub struct ZfsVolumeSpec {
     /// The name CSI gave. One name, one volume.

@@ -9,8 +9,9 @@ use crate::catalog::{Head, Kept, Requests};
 use crate::crd::{FINALIZER, GroupRef, SnapshotPhase, ZfsSnapshot, ZfsSnapshotSpec, ZfsSnapshotStatus};
 use crate::remark::{Remark, set};
 
-/// The label by which the snapshots of a group are found. Its value is the group's id.
-pub(crate) const GROUP_LABEL: &str = "zpod.storage/group";
+/// A label with the group's id, for people, and for controllers from before `spec.complete`. Nodes could write labels: nothing is
+/// decided by it.
+const GROUP_LABEL: &str = "zpod.storage/group";
 
 impl Kept for ZfsSnapshot {
     type Record = Snapshot;
@@ -36,6 +37,7 @@ impl Kept for ZfsSnapshot {
                 size: i64::try_from(group.size).unwrap_or(i64::MAX),
             }),
             copy: false,
+            complete: false,
             allow_copy: snapshot.allow_copy,
             destroy: false,
         };
@@ -221,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn the_members_of_a_group_are_found_by_a_label_that_kubernetes_allows() {
+    fn the_members_of_a_group_have_its_id_in_a_label_that_kubernetes_allows() {
         let object = ZfsSnapshot::asking_for(&snapshot());
         let value = &object.metadata.labels.unwrap()[GROUP_LABEL];
         assert_eq!(value, &GroupId::from_name("g").to_string());

@@ -2,9 +2,10 @@
 //!
 //! # Design
 //! Every member is an object of its own. The nodes have the guests mark the instant and say `Marked`; when all have, the
-//! controller sets `spec.copy` on all of them, and the nodes make the copies. A group is its members: a controller that
-//! dies anywhere leaves nothing but objects, from which the repeated call goes on, or which [`super::super::Groups`]
-//! rolls back when none comes.
+//! controller sets `spec.copy` on all of them, and the nodes make the copies. When all are made or being made it sets
+//! `spec.complete` on all and answers: from then on no node's word about its member can make it roll the group back. A
+//! group is its members: a controller that dies anywhere leaves nothing but objects, from which the repeated call goes on,
+//! or which [`super::super::Groups`] rolls back when none comes.
 
 use std::collections::BTreeSet;
 
@@ -13,18 +14,23 @@ use zpod_kubernetes::READY;
 use zpod_kubernetes::crd::{SnapshotPhase, ZfsSnapshot};
 use zpod_storage::catalog::Snapshot;
 use zpod_storage::crash;
-use zpod_volume::{GroupId, VolumeId};
+use zpod_volume::{GroupId, SnapshotId, VolumeId};
 
 use super::{ClusterSnapshotter, is_leaving, phase, said_now, usable};
-use crate::cluster::answers::refusal;
-use crate::volumes::{GroupRequest, VolumeError, wanted_member};
+use crate::cluster::answers::{ANY_NODE, refusal};
+use crate::cluster::groups::is_complete;
+use crate::volumes::{GroupRequest, VolumeError, member_name, wanted_member};
 
 impl ClusterSnapshotter {
     pub(super) async fn take_group(&self, request: &GroupRequest) -> Result<Vec<Snapshot>, VolumeError> {
         let id = GroupId::from_name(&request.name);
         let found = self.snapshots.in_group(Some(id)).await?;
-        if found.iter().any(|object| is_leaving(object) || phase(object) == Some(SnapshotPhase::Refused)) {
-            // An earlier call could not have them all, and its roll-back was cut short.
+        // Of a complete group every member was there. What a node says of its own since is no reason to end the others.
+        let ending = |object: &ZfsSnapshot| object.spec.destroy && is_leaving(object);
+        let given_up = |object: &ZfsSnapshot| is_leaving(object) || phase(object) == Some(SnapshotPhase::Refused);
+        let over = if is_complete(&found) { found.iter().any(ending) } else { found.iter().any(given_up) };
+        if over {
+            // An earlier call could not have them all, and its roll-back was cut short; or its removal was.
             self.end_all(&found).await?;
             return Err(VolumeError::CutShort(format!("group snapshot {} was begun and given up", request.name)));
         }
@@ -36,7 +42,9 @@ impl ClusterSnapshotter {
             // All or none. What can't be removed now, the repeated call removes, or the leader.
             crash::point("cluster group: roll back");
             let objects = self.snapshots.in_group(Some(id)).await?;
-            if let Err(error) = self.end_all(&objects).await {
+            if !is_complete(&objects)
+                && let Err(error) = self.end_all(&objects).await
+            {
                 tracing::warn!(group = %id, "not all of a group that failed could be removed yet: {error}");
             }
         }
@@ -61,6 +69,13 @@ impl ClusterSnapshotter {
             return Err(VolumeError::GroupExists { name: request.name.clone(), id, difference });
         }
         let mut missing = Vec::new();
+        if is_complete(found)
+            && let Some(lost) = volumes.iter().find(|volume| members.iter().all(|member| member.volume != **volume))
+        {
+            // Taken now it would show another instant than the others.
+            let id = SnapshotId::from_name(&member_name(&request.name, *lost)).to_string();
+            return Err(VolumeError::SnapshotNotFound { id, node: ANY_NODE.into() });
+        }
         for volume in volumes.iter().filter(|volume| members.iter().all(|member| member.volume != **volume)) {
             let failed = |source| self.failed(request, *volume, source);
             missing.push(wanted_member(request, &self.source(*volume).await.map_err(failed)?));
@@ -83,6 +98,11 @@ impl ClusterSnapshotter {
             crash::point("cluster group: copy asked for");
         }
         let taken = self.all(request, members, "taken", super::is_taken).await?;
+        crash::point("cluster group: taken");
+        for object in &taken {
+            self.snapshots.want_complete(object).await?;
+            crash::point("cluster group: complete");
+        }
         taken.iter().map(usable).collect()
     }
 
