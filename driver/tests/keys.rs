@@ -166,6 +166,35 @@ async fn without_a_key_nothing_is_published_and_the_error_says_where_it_goes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_sandbox_that_shows_the_token_gets_nothing_while_the_first_lives() {
+    let mut world = World::new().await;
+    world.publish(KEY, "").await.unwrap();
+    let guest = world.guest("sandbox-1", KEY);
+    provided(&guest.state, 1).await;
+    // Nothing that the driver writes has the token, but Kata's entry, where it is encoded.
+    grep(world.node.path("").as_path(), &world.spec().token.to_string());
+
+    let thief = world.guest("sandbox-2", KEY);
+    thief.state.volumes.lock().unwrap()[0].used_bytes = 54321;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !world.node.log().contains("a second sandbox shows the volume's token") {
+        assert!(Instant::now() < deadline, "{}", world.node.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // The next key goes to the first again.
+    world.publish(NEXT, KEY).await.unwrap();
+    provided(&guest.state, 2).await;
+    assert!(thief.state.provided.lock().unwrap().is_empty());
+    assert!(world.calls.stats(&world.id, &world.target).await.unwrap().usage[0].used != 54321);
+
+    // When the first is gone, the pod may have a new sandbox.
+    drop(guest);
+    *thief.state.key.lock().unwrap() = NEXT.into();
+    provided(&thief.state, 1).await;
+    world.nowhere();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_guest_that_was_given_the_volume_gets_its_key_and_nobody_else() {
     let mut world = World::new().await;
     world.publish(KEY, "").await.unwrap();

@@ -75,6 +75,7 @@ struct World {
     catalog: Arc<DirCatalog>,
     context: Arc<Context>,
     node: NodeVolumes,
+    _monitor: Monitor,
 }
 
 fn parameters(vdevs: Vdevs) -> VolumeParameters {
@@ -104,7 +105,8 @@ impl World {
         );
         let direct = DirectVolumes::open(&dir.path().join("direct-volumes")).unwrap();
         let node = NodeVolumes::load(context.clone(), direct).await.unwrap();
-        Self { dir, sides, halves, catalog, context, node }
+        let _monitor = Monitor::start(vec![dir.path().join("kata")], Arc::new(node.clone()));
+        Self { dir, sides, halves, catalog, context, node, _monitor }
     }
 
     async fn volume(&self) -> VolumeId {
@@ -156,10 +158,9 @@ impl World {
     /// A guest that says this of the volume, until it is recorded.
     async fn heard(&self, id: VolumeId, sandbox: &str, status: VolumeStatus, want: impl Fn(&Volume) -> bool) {
         let kata = self.dir.path().join("kata");
-        let token = self.record(id).await.publication.unwrap().token.to_string();
+        let token = self.entry().1.token.to_string();
         let status = VolumeStatus { volume_id: id.to_string(), token, ..status };
         let _guest = FakeGuest::start(&kata, sandbox, Behaviour::Honest, vec![status]);
-        let _monitor = Monitor::start(vec![kata], Arc::new(self.node.clone()));
         let deadline = Instant::now() + Duration::from_secs(60);
         while !want(&self.record(id).await) {
             assert!(Instant::now() < deadline, "it is not recorded: {:?}", self.record(id).await);

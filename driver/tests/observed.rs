@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use fake_guest::{Behaviour, FakeGuest};
 use zpod_driver::guest::{Health, Monitor, VolumeReport};
-use zpod_driver::kata::DirectVolumes;
+use zpod_driver::kata::{DirectVolumes, TargetPath};
 use zpod_driver::volumes::{
     CLAIM_NAME, CapacityRange, Context, CreateRequest, EphemeralVolume, NodeVolumes, Observed, Observer, PodCheck,
     Provision, Provisioner, PublishRequest, VolumeError,
@@ -147,7 +147,8 @@ async fn what_a_believed_guest_says_reaches_the_observer_and_stats_ask_no_catalo
     let world = World::new().await;
     let (id, target) = (world.volume().await, world.dir.path().join("pod"));
     world.publish(id, &target, "good").await.unwrap();
-    let token = world.catalog.0.get(id).await.unwrap().unwrap().publication.unwrap().token;
+    let direct = DirectVolumes::open(&world.dir.path().join("direct-volumes")).unwrap();
+    let token = direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap().token;
     let said = |token: String, health: WireHealth| VolumeStatus {
         volume_id: id.to_string(),
         token,
@@ -202,7 +203,8 @@ async fn a_container_that_runs_without_its_volume_is_found_and_told_until_a_gues
         assert_eq!(told(), 1, "told once");
     }
 
-    let token = world.catalog.0.get(id).await.unwrap().unwrap().publication.unwrap().token.to_string();
+    let direct = DirectVolumes::open(&world.dir.path().join("direct-volumes")).unwrap();
+    let token = direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap().token.to_string();
     let said =
         VolumeStatus { volume_id: id.to_string(), token, health: WireHealth::Online.into(), ..Default::default() };
     let kata = world.dir.path().join("kata");

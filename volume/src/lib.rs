@@ -16,6 +16,7 @@ mod mirror;
 mod parameters;
 mod property;
 mod spec;
+mod token;
 
 pub mod gpt;
 pub mod note;
@@ -30,3 +31,4 @@ pub use parameters::{
 };
 pub use property::{Property, PropertyKind};
 pub use spec::{Create, DecodeSpecError, MountFlag, OPTION_PREFIX, Origin, Version, VolumeMode, VolumeSpec};
+pub use token::{ParseTokenError, TokenDigest};

@@ -69,6 +69,13 @@ struct Known {
     withdrawn: Option<Instant>,
 }
 
+impl Known {
+    /// Whether one more event of this reason is within the bounds.
+    fn may_say(&mut self, reason: &'static str, now: Instant) -> bool {
+        self.said.entry(reason).or_insert_with(|| Bucket::new(REASON_BURST, REASON_EVERY)).try_take(now)
+    }
+}
+
 impl fmt::Debug for PoolEvents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PoolEvents").field("node", &self.node).finish_non_exhaustive()
@@ -109,10 +116,7 @@ impl PoolEvents {
         let known = volumes.entry(volume.id).or_default();
         known.withdrawn = None;
         let mut changes = known.seen.changes(&self.node, volume, report);
-        changes.retain(|change| {
-            let bucket = known.said.entry(change.reason).or_insert_with(|| Bucket::new(REASON_BURST, REASON_EVERY));
-            bucket.try_take(now)
-        });
+        changes.retain(|change| known.may_say(change.reason, now));
         changes
     }
 }
@@ -126,10 +130,14 @@ impl Observer for PoolEvents {
 
     fn unheard(&self, volume: &Observed, reason: &str) {
         let change = Change::unheard(volume, reason);
-        let mut volumes = self.volumes();
-        let said = &mut volumes.entry(volume.id).or_default().said;
-        let bucket = said.entry(change.reason).or_insert_with(|| Bucket::new(REASON_BURST, REASON_EVERY));
-        if bucket.try_take(Instant::now()) {
+        if self.volumes().entry(volume.id).or_default().may_say(change.reason, Instant::now()) {
+            self.tell(volume, &change);
+        }
+    }
+
+    fn claimed_again(&self, volume: &Observed, sandbox: &str) {
+        let change = change::claimed_again(&self.node, volume, sandbox);
+        if self.volumes().entry(volume.id).or_default().may_say(change.reason, Instant::now()) {
             self.tell(volume, &change);
         }
     }
@@ -323,6 +331,22 @@ mod tests {
         tokio::time::advance(KEPT).await;
         events.withdrawn(VolumeId::from_name("other"));
         assert!(events.volumes().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_second_claim_is_told_to_claim_and_pod_a_few_times() {
+        let (events, mut waiting) = PoolEvents::new("n1");
+        for _ in 0..100 {
+            events.claimed_again(&observed(), "sandbox-2");
+        }
+        let mut told = Vec::new();
+        while let Ok(note) = waiting.notes.try_recv() {
+            told.push(note);
+        }
+        assert_eq!(told.len(), 2 * REASON_BURST as usize);
+        let change = &told[0].change;
+        assert!(change.warning && change.reason == "VolumeClaimedAgain", "{change:?}");
+        assert!(change.note.contains("sandbox-2") && change.note.contains("delete the pod"), "{change:?}");
     }
 
     #[tokio::test(start_paused = true)]

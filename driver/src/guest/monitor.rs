@@ -27,8 +27,11 @@ pub trait Listener: Send + Sync + 'static {
     /// A guest said something.
     async fn reported(&self, guest: &GuestClient, report: Report);
 
-    /// A sandbox can't be heard any more: it is gone, or its connection broke.
+    /// A sandbox can't be heard any more: its connection broke.
     fn lost(&self, sandbox: &str);
+
+    /// A sandbox is no more: its shim is gone.
+    fn gone(&self, sandbox: &str);
 }
 
 /// Finds sandboxes as they come and go, and keeps an ear on the guest of each.
@@ -71,7 +74,7 @@ async fn run(dirs: Vec<PathBuf>, listener: Arc<dyn Listener>) {
             let stays = found.contains(sandbox);
             if !stays {
                 tracing::debug!(sandbox = sandbox.id, "sandbox is gone");
-                listener.lost(&sandbox.id);
+                listener.gone(&sandbox.id);
             }
             stays
         });
@@ -98,6 +101,12 @@ async fn listen(sandbox: Sandbox, listener: Arc<dyn Listener>) {
     loop {
         let mut heard = false;
         if let Err(silence) = hear(&sandbox, listener.as_ref(), &mut heard).await {
+            // A shim that was killed leaves its socket.
+            if let Silence::Sandbox(error) = &silence
+                && error.is_gone()
+            {
+                listener.gone(&sandbox.id);
+            }
             // The first silence is worth a line, the hundredth is not.
             match heard || tries == 0 {
                 true => tracing::info!(sandbox = sandbox.id, "{silence}"),

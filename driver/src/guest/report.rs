@@ -1,7 +1,7 @@
 use uuid::Uuid;
 use zpod_proto::guest::last_scrub::State as WireState;
 use zpod_proto::guest::{Health as WireHealth, LastScrub, StatusResponse, VolumeStatus};
-use zpod_volume::{Bytes, Half, VolumeId};
+use zpod_volume::{Bytes, Half, TokenDigest, VolumeId};
 
 /// No pod has more volumes; what a guest says beyond is passed over.
 const MAX_VOLUMES: usize = 64;
@@ -164,8 +164,8 @@ impl Report {
     }
 
     /// The entry of one volume.
-    pub fn volume(&self, id: VolumeId, token: Uuid) -> Option<&VolumeReport> {
-        self.volumes.iter().find(|volume| volume.id == id && volume.token == token)
+    pub fn volume(&self, id: VolumeId, token: TokenDigest) -> Option<&VolumeReport> {
+        self.volumes.iter().find(|volume| volume.id == id && token.is_of(volume.token))
     }
 }
 

@@ -60,6 +60,15 @@ pub enum SandboxError {
     },
 }
 
+impl SandboxError {
+    /// Whether nobody listens on the shim's socket any more.
+    pub fn is_gone(&self) -> bool {
+        use std::io::ErrorKind;
+        matches!(self, Self::Connect { source, .. }
+            if matches!(source.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound))
+    }
+}
+
 /// The sandboxes whose shims have a socket in one of these directories: `/run/kata` of the runtime in Rust,
 /// `/run/vc/sbs` of the one in Go.
 pub fn discover(dirs: &[PathBuf]) -> Vec<Sandbox> {

@@ -32,6 +32,8 @@ struct Sample {
     report: VolumeReport,
     /// When the last scrub ended that saw everything.
     scrubbed: Option<u64>,
+    /// Reports of sandboxes that showed the token of one that another one has.
+    second_claims: u64,
 }
 
 type Labels<'a, const N: usize> = [(&'static str, &'a str); N];
@@ -67,16 +69,25 @@ impl Observer for VolumeMetrics {
     fn reported(&self, volume: &Observed, report: &VolumeReport) {
         let ended = report.scrub.filter(|scrub| scrub.state == ScrubState::Finished).and_then(|scrub| scrub.ended);
         let mut samples = self.samples();
-        let before = samples.remove(&volume.id).and_then(|sample| sample.scrubbed);
+        let before = samples.remove(&volume.id);
+        let (scrubbed, second_claims) = before.map_or((None, 0), |sample| (sample.scrubbed, sample.second_claims));
         let sample = Sample {
             id: volume.id.to_string(),
             namespace: volume.label(CLAIM_NAMESPACE).to_owned(),
             claim: volume.label(CLAIM_NAME).to_owned(),
             capacity: volume.capacity.0,
             report: report.clone(),
-            scrubbed: ended.or(before),
+            scrubbed: ended.or(scrubbed),
+            second_claims,
         };
         samples.insert(volume.id, sample);
+    }
+
+    fn claimed_again(&self, volume: &Observed, _sandbox: &str) {
+        // Whoever has it was heard first.
+        if let Some(sample) = self.samples().get_mut(&volume.id) {
+            sample.second_claims += 1;
+        }
     }
 
     fn withdrawn(&self, id: VolumeId) {
@@ -129,6 +140,11 @@ impl Collector for VolumeMetrics {
                 ConstCounter::new(count).encode(family.encode_family(&self.with(sample, "type", kind))?)?;
             }
         }
+        let help = "Reports of sandboxes that showed the token of a volume that another sandbox has: refused";
+        let mut family = encoder.encode_descriptor("zpod_volume_second_claims", help, None, MetricType::Counter)?;
+        for sample in samples.values() {
+            ConstCounter::new(sample.second_claims).encode(family.encode_family(&self.labels(sample))?)?;
+        }
         Ok(())
     }
 }
@@ -171,6 +187,9 @@ mod tests {
         // One that runs again does not hide when everything was seen last.
         report.scrub = Some(Scrub { state: ScrubState::Running, ended: None, errors: 0, bytes: Bytes(1) });
         metrics.reported(&volume, &report);
+        metrics.claimed_again(&volume, "other");
+        metrics.claimed_again(&observed("unheard"), "other");
+        metrics.reported(&volume, &report);
         let told = text(&registry);
         let labels = format!(
             r#"namespace="prod",persistentvolumeclaim="data",volume="{}",node="n1""#,
@@ -185,6 +204,7 @@ mod tests {
             format!(r#"zpod_volume_health{{{labels},health="Online"}} 1"#),
             format!(r#"zpod_volume_health{{{labels},health="Degraded"}} 0"#),
             format!(r#"zpod_volume_errors_total{{{labels},type="checksum"}} 3"#),
+            format!("zpod_volume_second_claims_total{{{labels}}} 1"),
         ] {
             assert!(told.contains(&line), "{line} in {told}");
         }

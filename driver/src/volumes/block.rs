@@ -11,6 +11,7 @@
 
 use std::path::Path;
 
+use uuid::Uuid;
 use zpod_storage::backing::{Exclusive, Outcome};
 use zpod_storage::catalog::{Publication, Volume};
 use zpod_storage::crash;
@@ -45,10 +46,11 @@ impl NodeVolumes {
         &self,
         volume: &Volume,
         publication: &Publication,
+        token: Uuid,
         proof: Box<dyn Exclusive>,
     ) -> Result<Box<dyn Exclusive>, VolumeError> {
         let id = volume.id;
-        let note = note::encode(&volume_spec(volume, publication)).map_err(|error| {
+        let note = note::encode(&volume_spec(volume, publication, token)).map_err(|error| {
             VolumeError::invalid("parameters", format!("volume {id}: {error}; set fewer ZFS properties"))
         })?;
         crash::point("publish: note");

@@ -5,10 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
-use uuid::Uuid;
 use zpod_storage::backing::{Backing, BackingError, CopySource, DeviceSpec};
 use zpod_storage::catalog::{Catalog, Phase, Publication, Snapshot, Volume};
-use zpod_volume::{SnapshotId, VolumeId};
+use zpod_volume::{SnapshotId, TokenDigest, VolumeId};
 
 use super::copies::Copies;
 use super::lock::{VolumeLock, VolumeLocks};
@@ -17,7 +16,7 @@ use super::{Mirrors, NO_MIRRORS, VolumeError};
 
 /// In which publication's guest the instant of a snapshot was marked; none where nobody ran. In memory: after a restart
 /// nobody knows whether a mark is still there.
-type Marks = Mutex<HashMap<SnapshotId, Option<Uuid>>>;
+type Marks = Mutex<HashMap<SnapshotId, Option<TokenDigest>>>;
 
 /// What all work on volumes needs.
 #[derive(Debug)]
@@ -106,7 +105,7 @@ impl Context {
         self.catalog.get(id).await?.ok_or_else(|| self.not_found(&id.to_string()))
     }
 
-    pub(super) fn marks(&self) -> MutexGuard<'_, HashMap<SnapshotId, Option<Uuid>>> {
+    pub(super) fn marks(&self) -> MutexGuard<'_, HashMap<SnapshotId, Option<TokenDigest>>> {
         self.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

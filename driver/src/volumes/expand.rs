@@ -4,7 +4,7 @@ use tokio::time::Instant;
 use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::Volume;
 use zpod_storage::crash;
-use zpod_volume::{Bytes, DiskLayout, QuotaMode, VolumeId};
+use zpod_volume::{Bytes, DiskLayout, QuotaMode, TokenDigest, VolumeId};
 
 use super::context::{device_spec, to_the_end};
 use super::publish::NodeVolumes;
@@ -68,7 +68,8 @@ impl NodeVolumes {
     async fn expand_in_guest(&self, volume: &Volume, heard: Heard) -> Result<(), VolumeError> {
         let (id, layout) = (volume.id, volume.layout());
         let fresh = heard.guest.status().await.ok();
-        let report = fresh.as_ref().and_then(|report| report.volume(id, heard.report.token)).unwrap_or(&heard.report);
+        let token = TokenDigest::of(heard.report.token);
+        let report = fresh.as_ref().and_then(|report| report.volume(id, token)).unwrap_or(&heard.report);
         let largest = DiskLayout::largest_partition(report.disk);
         if report.disk.0 > 0 && largest < layout.partition {
             return Err(self.beyond_headroom(volume, largest));

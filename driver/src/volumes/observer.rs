@@ -54,6 +54,9 @@ pub trait Observer: Send + Sync + fmt::Debug {
     /// be a lie all the same.
     fn reported(&self, volume: &Observed, report: &VolumeReport);
 
+    /// A sandbox showed a volume's token, which another one has. It is not believed, and told nothing.
+    fn claimed_again(&self, _volume: &Observed, _sandbox: &str) {}
+
     /// A volume is not published here any more.
     fn withdrawn(&self, id: VolumeId);
 
@@ -72,6 +75,10 @@ pub trait Observer: Send + Sync + fmt::Debug {
 impl Observer for Vec<Arc<dyn Observer>> {
     fn reported(&self, volume: &Observed, report: &VolumeReport) {
         self.iter().for_each(|observer| observer.reported(volume, report));
+    }
+
+    fn claimed_again(&self, volume: &Observed, sandbox: &str) {
+        self.iter().for_each(|observer| observer.claimed_again(volume, sandbox));
     }
 
     fn withdrawn(&self, id: VolumeId) {

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use zpod_storage::backing::{BackingError, Exclusive, Outcome};
 use zpod_storage::catalog::{PodRef, Publication, Volume};
 use zpod_storage::crash;
-use zpod_volume::{Bytes, MountFlag, VolumeId, VolumeMode, VolumeSpec};
+use zpod_volume::{Bytes, MountFlag, TokenDigest, VolumeId, VolumeMode, VolumeSpec};
 
 use super::block::check_mode;
 use super::context::{blocking, device_spec, to_the_end};
@@ -87,6 +87,9 @@ impl NodeVolumes {
         loop {
             let page = node.context.catalog.list(from, LOAD_PAGE).await?;
             for volume in &page.records {
+                if let Err(error) = node.forget_token_in_record(volume).await {
+                    tracing::warn!(volume = %volume.id, "its record still has the token of its publication: {error}");
+                }
                 if let Some(publication) = node.context.publication(volume) {
                     node.context.published.insert(volume, publication);
                     // An entry that lets a guest make a pool must not outlive the record that forbids it.
@@ -197,23 +200,23 @@ impl NodeVolumes {
         if let Some(difference) = difference(publication, &request) {
             return Err(VolumeError::PublishedOtherwise { id: volume.id, target: request.target, difference });
         }
-        let publication = publication.clone();
         self.take_keys(&request)?;
-        let installed = self.install(&volume, &publication, &target).await;
-        installed.map_err(|source| self.still_published(volume.id, source))
+        let id = volume.id;
+        let installed = self.install_again(volume, &target).await;
+        installed.map_err(|source| self.still_published(id, source))
     }
 
     /// Whether everything that the request asks for is there already. It then brings its key, and nothing else.
     async fn stands(&self, request: &PublishRequest, target: &TargetPath) -> Result<bool, VolumeError> {
         let known = self.context.published.observed(request.id);
         let here = known.filter(|(volume, _)| volume.target == target.as_path() && request.mode.is_filesystem());
-        let Some((_, token)) = here else {
+        let Some((_, digest)) = here else {
             return Ok(false);
         };
         let (direct, target) = (self.direct.clone(), target.clone());
         let there = blocking(move || Ok(if target.has_placeholder()? { direct.spec(&target)? } else { None })).await?;
         let same = |spec: &VolumeSpec| {
-            spec.token == token
+            digest.is_of(spec.token)
                 && spec.read_only == request.read_only
                 && spec.fs_group == request.fs_group
                 && spec.mount_flags == request.flags
@@ -241,12 +244,12 @@ impl NodeVolumes {
         self.keys.forget(id);
         self.take_keys(&request)?;
         self.reserve(id, target, &request).await.inspect_err(|_| self.keys.forget(id))?;
-        let (volume, publication) = match self.record_publication(volume, target, request).await {
+        let (volume, publication, token) = match self.record_publication(volume, target, request).await {
             Ok(published) => published,
             Err(error) => return Err(self.not_recorded(id, target, error).await),
         };
         crash::point("publish: recorded");
-        match self.install(&volume, &publication, target).await {
+        match self.install(&volume, &publication, token, target).await {
             Err(error) => Err(self.not_installed(volume, target, error).await),
             installed => installed,
         }
@@ -270,7 +273,7 @@ impl NodeVolumes {
         volume: Volume,
         target: &TargetPath,
         request: PublishRequest,
-    ) -> Result<(Volume, Publication), VolumeError> {
+    ) -> Result<(Volume, Publication, Uuid), VolumeError> {
         crash::point("publish: begin");
         let volume = self.prepare_halves(volume).await?;
         let proof = self.prove_exclusive(&volume).await?;
@@ -286,9 +289,10 @@ impl NodeVolumes {
             Ok((written, proof))
         };
         let (written, proof) = self.context.with_device(&volume, prepare).await?;
+        let token = Uuid::new_v4();
         let publication = Publication {
             target_path: target.as_path().to_owned(),
-            token: Uuid::new_v4(),
+            token_digest: TokenDigest::of(token),
             read_only: request.read_only,
             fs_group: request.fs_group,
             mount_flags: mount_options::names(&request.flags),
@@ -298,14 +302,45 @@ impl NodeVolumes {
         let table_capacity = volume.capacity;
         let record = Volume { written, table_capacity, publication: Some(publication.clone()), ..volume };
         let proof = match record.mode {
-            VolumeMode::Block => self.leave_note(&record, &publication, proof).await?,
+            VolumeMode::Block => self.leave_note(&record, &publication, token, proof).await?,
             VolumeMode::Filesystem => proof,
         };
         let volume = self.context.catalog.update(record).await?;
         self.context.published.insert(&volume, &publication);
+        self.context.published.keep_token(volume.id, token);
         // Held until the record keeps others out; let go before the shim may open the device.
         drop(proof);
-        Ok((volume, publication))
+        Ok((volume, publication, token))
+    }
+
+    /// What is published already, with the token that it has: it is in the memory of this process, or in Kata's entry.
+    async fn install_again(&self, volume: Volume, target: &TargetPath) -> Result<Outcome, VolumeError> {
+        let id = volume.id;
+        let Some(publication) = volume.publication.clone() else { return Ok(Outcome::Unchanged) };
+        if volume.mode == VolumeMode::Block {
+            return self.install_device(&volume, target).await;
+        }
+        let token = match self.context.published.token(id) {
+            Some(token) => Some(token),
+            None => {
+                let (direct, target) = (self.direct.clone(), target.clone());
+                let spec = blocking(move || Ok(direct.spec(&target)?)).await?;
+                spec.map(|spec| spec.token).filter(|token| publication.token_digest.is_of(*token))
+            }
+        };
+        if let Some(token) = token {
+            return self.install(&volume, &publication, token, target).await;
+        }
+        // Killed between the record and the entry. Nobody was told the token, if nobody has the device: there is a new one.
+        let proof = self.prove_exclusive(&volume).await?;
+        let token = Uuid::new_v4();
+        let publication = Publication { token_digest: TokenDigest::of(token), ..publication };
+        let record = Volume { publication: Some(publication.clone()), ..volume };
+        let volume = self.context.catalog.update(record).await?;
+        self.context.published.insert(&volume, &publication);
+        self.context.published.keep_token(id, token);
+        drop(proof);
+        self.install(&volume, &publication, token, target).await
     }
 
     /// The placeholder and the entry, whatever is there of them already.
@@ -313,6 +348,7 @@ impl NodeVolumes {
         &self,
         volume: &Volume,
         publication: &Publication,
+        token: Uuid,
         target: &TargetPath,
     ) -> Result<Outcome, VolumeError> {
         if volume.mode == VolumeMode::Block {
@@ -320,7 +356,7 @@ impl NodeVolumes {
         }
         let joined = self.join_halves(volume).await?;
         let device = self.context.device_of(volume).await?;
-        let entry = DirectVolume { device, spec: volume_spec(volume, publication), discard: discard(volume) };
+        let entry = DirectVolume { device, spec: volume_spec(volume, publication, token), discard: discard(volume) };
         let (direct, target) = (self.direct.clone(), target.clone());
         blocking(move || {
             // The placeholder first: at no moment is there a path that Kata could share from the host's disk.
@@ -342,17 +378,28 @@ impl NodeVolumes {
             return Ok(());
         }
         let device = self.context.device_of(volume).await?;
-        let entry = DirectVolume { device, spec: volume_spec(volume, &publication), discard: discard(volume) };
-        let direct = self.direct.clone();
-        blocking(move || {
+        let (id, direct, volume) = (volume.id, self.direct.clone(), volume.clone());
+        let token = blocking(move || {
             let target = TargetPath::resolve(&publication.target_path)?;
-            let current = direct.spec(&target)?.is_some_and(|spec| spec.token == publication.token);
-            if current {
-                direct.publish(&target, &entry)?;
-            }
-            Ok(())
+            let token = direct.spec(&target)?.map(|spec| spec.token);
+            let Some(token) = token.filter(|token| publication.token_digest.is_of(*token)) else { return Ok(None) };
+            let spec = volume_spec(&volume, &publication, token);
+            direct.publish(&target, &DirectVolume { device, spec, discard: discard(&volume) })?;
+            Ok(Some(token))
         })
-        .await
+        .await?;
+        if let Some(token) = token {
+            self.context.published.keep_token(id, token);
+        }
+        Ok(())
+    }
+
+    /// Writes a record again that an earlier version wrote with the token itself, which others could read.
+    async fn forget_token_in_record(&self, volume: &Volume) -> Result<(), VolumeError> {
+        if volume.publication.as_ref().is_some_and(|publication| publication.token_digest.was_plain()) {
+            self.context.catalog.update(volume.clone()).await?;
+        }
+        Ok(())
     }
 
     /// Proves that no virtual machine has the device; one that is on its way out is given a moment.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use zpod_storage::catalog::{Condition, Publication, Volume};
-use zpod_volume::{Bytes, DiskLayout, Half, VolumeId, VolumeMode};
+use zpod_volume::{Bytes, DiskLayout, Half, TokenDigest, VolumeId, VolumeMode};
 
 use super::observer::Observed;
 use super::scrubs::{Candidate, Scrubs};
@@ -16,6 +16,8 @@ use crate::guest::{GuestClient, Health, VolumeReport};
 const RECORD_EVERY: Duration = Duration::from_secs(5);
 /// A guest that does not grow, or does not take attributes, is asked again no more often than this.
 const ASK_EVERY: Duration = Duration::from_secs(30);
+/// A second sandbox that claims a volume is complained of in the log no more often than this.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 
 /// The volumes published on this node in this boot, and what their guests said last. A few for each pod; the others
 /// take no memory.
@@ -25,7 +27,13 @@ pub(super) struct Published(Mutex<HashMap<VolumeId, Entry>>);
 #[derive(Debug)]
 struct Entry {
     target: PathBuf,
+    /// Of the token of the publication, and the token itself where it is known: it is in no record.
+    digest: Option<TokenDigest>,
     token: Option<Uuid>,
+    /// The sandbox that showed the token first. Until it is gone no other one speaks for the volume, or hears of it.
+    owner: Option<String>,
+    /// When another one was last complained of.
+    complained: Option<Instant>,
     /// There once it is published, not only reserved.
     observed: Option<Arc<Observed>>,
     block: bool,
@@ -74,6 +82,15 @@ pub(super) struct Silence {
 pub(super) enum Note {
     /// The token is wrong, or the volume is not published: the guest speaks of what isn't its own.
     Disbelieved,
+    /// The token is right, but another sandbox showed it first, and lives.
+    SecondClaim {
+        /// The volume it speaks of.
+        volume: Arc<Observed>,
+        /// The sandbox that has it.
+        owner: String,
+        /// It is time to say so in the log.
+        complain: bool,
+    },
     /// Believed.
     Believed {
         /// The volume it speaks of.
@@ -102,7 +119,10 @@ impl Published {
         }
         entries.entry(id).or_insert_with(|| Entry {
             target: target.to_owned(),
+            digest: None,
             token: None,
+            owner: None,
+            complained: None,
             observed: None,
             block: false,
             initialized: false,
@@ -127,7 +147,10 @@ impl Published {
     pub(super) fn insert(&self, volume: &Volume, publication: &Publication) {
         let entry = Entry {
             target: publication.target_path.clone(),
-            token: Some(publication.token),
+            digest: Some(publication.token_digest),
+            token: None,
+            owner: None,
+            complained: None,
             observed: Some(Arc::new(Observed::new(volume, publication))),
             block: volume.mode == VolumeMode::Block,
             initialized: volume.initialized,
@@ -174,11 +197,25 @@ impl Published {
         self.entries().iter().map(|(id, entry)| (*id, entry.target.clone())).collect()
     }
 
-    /// A volume that is published here, and the token of its publication.
-    pub(super) fn observed(&self, id: VolumeId) -> Option<(Arc<Observed>, Uuid)> {
+    /// A volume that is published here, and the digest of its publication's token.
+    pub(super) fn observed(&self, id: VolumeId) -> Option<(Arc<Observed>, TokenDigest)> {
         let entries = self.entries();
         let entry = entries.get(&id)?;
-        Some((entry.observed.clone()?, entry.token?))
+        Some((entry.observed.clone()?, entry.digest?))
+    }
+
+    /// Keeps the token of a publication, if it is that.
+    pub(super) fn keep_token(&self, id: VolumeId, token: Uuid) {
+        let mut entries = self.entries();
+        if let Some(entry) = entries.get_mut(&id).filter(|entry| entry.digest.is_some_and(|digest| digest.is_of(token)))
+        {
+            entry.token = Some(token);
+        }
+    }
+
+    /// The token of a publication, where it is known.
+    pub(super) fn token(&self, id: VolumeId) -> Option<Uuid> {
+        self.entries().get(&id)?.token
     }
 
     /// All that are published, and what was heard of each.
@@ -216,11 +253,21 @@ impl Published {
     /// Notes what a guest said of a volume.
     pub(super) fn note(&self, guest: &GuestClient, report: &VolumeReport) -> Note {
         let mut entries = self.entries();
-        let entry = entries.get_mut(&report.id).filter(|entry| entry.token == Some(report.token));
+        let entry =
+            entries.get_mut(&report.id).filter(|entry| entry.digest.is_some_and(|digest| digest.is_of(report.token)));
         let Some((entry, volume)) = entry.and_then(|entry| entry.observed.clone().map(|volume| (entry, volume))) else {
             return Note::Disbelieved;
         };
         let now = Instant::now();
+        if entry.owner.as_deref().is_some_and(|owner| owner != guest.sandbox()) {
+            let complain = entry.complained.is_none_or(|last| now.duration_since(last) >= COMPLAIN_EVERY);
+            if complain {
+                entry.complained = Some(now);
+            }
+            return Note::SecondClaim { volume, owner: entry.owner.clone().unwrap_or_default(), complain };
+        }
+        entry.owner.get_or_insert_with(|| guest.sandbox().to_owned());
+        entry.token = Some(report.token);
         let due = |last: Option<Instant>, every| last.is_none_or(|last| now.duration_since(last) >= every);
         // A loss is recorded at once; that it is over, or was another one, when there is time.
         let lost = entry.mirror.is_some_and(|behind| {
@@ -260,18 +307,18 @@ impl Published {
     }
 
     /// Those that have been published for so long, and of which no guest tells or has just told.
-    pub(super) fn silent(&self, patience: Duration) -> Vec<(Arc<Observed>, Uuid)> {
+    pub(super) fn silent(&self, patience: Duration) -> Vec<(Arc<Observed>, TokenDigest)> {
         let silent = |entry: &Entry| {
             let quiet = entry.heard.is_none() && entry.silence.is_none() && entry.since.elapsed() >= patience;
-            quiet.then(|| entry.observed.clone().zip(entry.token)).flatten()
+            quiet.then(|| entry.observed.clone().zip(entry.digest)).flatten()
         };
         self.entries().values().filter_map(silent).collect()
     }
 
     /// Notes whether a container runs with a publication of which no guest tells. Whether that is new.
-    pub(super) fn set_unheard(&self, id: VolumeId, token: Uuid, unheard: bool) -> bool {
+    pub(super) fn set_unheard(&self, id: VolumeId, token: TokenDigest, unheard: bool) -> bool {
         let mut entries = self.entries();
-        let entry = entries.get_mut(&id).filter(|entry| entry.token == Some(token) && entry.heard.is_none());
+        let entry = entries.get_mut(&id).filter(|entry| entry.digest == Some(token) && entry.heard.is_none());
         entry.is_some_and(|entry| std::mem::replace(&mut entry.unheard, unheard) != unheard)
     }
 
@@ -280,7 +327,15 @@ impl Published {
         self.entries().get(&id).is_some_and(|entry| entry.unheard)
     }
 
-    /// Notes that a sandbox can't be heard any more.
+    /// Notes that a sandbox is no more: whoever shows the token next may speak for its volumes.
+    pub(super) fn gone(&self, sandbox: &str) {
+        self.lost(sandbox);
+        for entry in self.entries().values_mut() {
+            entry.owner.take_if(|owner| owner == sandbox);
+        }
+    }
+
+    /// Notes that a sandbox can't be heard any more. It keeps its volumes: it may be heard again.
     pub(super) fn lost(&self, sandbox: &str) {
         let since = Instant::now();
         for entry in self.entries().values_mut() {

@@ -21,6 +21,13 @@ impl Listener for NodeVolumes {
                     // Its own volume of a moment ago, or a lie. Either way nothing follows from it.
                     tracing::debug!(sandbox = guest.sandbox(), volume = %volume.id, "report without the right token ignored");
                 }
+                Note::SecondClaim { volume: observed, owner, complain } => {
+                    self.observer.claimed_again(&observed, guest.sandbox());
+                    if complain {
+                        let (claims, id) = (guest.sandbox(), volume.id);
+                        tracing::warn!(volume = %id, owner, claims, "a second sandbox shows the volume's token: refused");
+                    }
+                }
                 Note::Believed { volume: observed, first, changed, grow, tell } => {
                     believed.push(volume.id);
                     self.observer.reported(&observed, volume);
@@ -47,6 +54,10 @@ impl Listener for NodeVolumes {
     fn lost(&self, sandbox: &str) {
         self.context.published.lost(sandbox);
     }
+
+    fn gone(&self, sandbox: &str) {
+        self.context.published.gone(sandbox);
+    }
 }
 
 impl NodeVolumes {
@@ -61,7 +72,7 @@ impl NodeVolumes {
         let _lock = self.context.lock(id).await;
         let volume = self.context.ready(id).await?;
         // The publication may have ended while the lock was waited for.
-        if self.context.publication(&volume).is_none_or(|publication| publication.token != token) {
+        if self.context.publication(&volume).is_none_or(|publication| !publication.token_digest.is_of(token)) {
             return Ok(());
         }
         let first = imported && !volume.initialized;

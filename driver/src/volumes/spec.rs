@@ -1,12 +1,13 @@
 use std::collections::BTreeMap;
 
+use uuid::Uuid;
 use zpod_storage::catalog::{Publication, Volume};
 use zpod_volume::{Create, Mirror, Property, PropertyKind, Provisioning, VolumeMode, VolumeSpec};
 
 use super::mount_options;
 
-/// What the guest of a publication is told about its volume.
-pub(super) fn volume_spec(volume: &Volume, publication: &Publication) -> VolumeSpec {
+/// What the guest of a publication is told about its volume. The token is told to it alone.
+pub(super) fn volume_spec(volume: &Volume, publication: &Publication, token: Uuid) -> VolumeSpec {
     let block = volume.mode == VolumeMode::Block;
     VolumeSpec {
         quota: volume.attributes.quota(&volume.parameters),
@@ -28,7 +29,7 @@ pub(super) fn volume_spec(volume: &Volume, publication: &Publication) -> VolumeS
         // Until its guest has made it its own: then the record says so, and what it was made from may be long gone.
         origin: volume.origin.clone().filter(|_| !volume.initialized),
         mirror: volume.is_mirrored().then_some(Mirror { behind: volume.behind }),
-        ..VolumeSpec::new(volume.id, publication.token, create(volume), volume.capacity)
+        ..VolumeSpec::new(volume.id, token, create(volume), volume.capacity)
     }
 }
 

@@ -2,9 +2,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use uuid::Uuid;
 use zpod_storage::catalog::Condition;
-use zpod_volume::{Bytes, VolumeId};
+use zpod_volume::{Bytes, TokenDigest, VolumeId};
 
 use super::block::is_meant;
 use super::observer::Observed;
@@ -45,7 +44,7 @@ impl NodeVolumes {
             None => {
                 let volume = context.find(id).await?;
                 match context.publication(&volume) {
-                    Some(publication) => (Arc::new(Observed::new(&volume, publication)), publication.token),
+                    Some(publication) => (Arc::new(Observed::new(&volume, publication)), publication.token_digest),
                     None => return Err(self.not_published(id, path)),
                 }
             }
@@ -69,7 +68,7 @@ impl NodeVolumes {
     }
 
     /// What the guest says now, said last, or what is known without it.
-    async fn said_or_known(&self, volume: &Observed, token: Uuid) -> Stats {
+    async fn said_or_known(&self, volume: &Observed, token: TokenDigest) -> Stats {
         let (context, id) = (&self.context, volume.id);
         let Some(heard) = context.published.heard(id) else {
             if let Some(silence) = context.published.silence(id) {

@@ -16,10 +16,9 @@ use std::str::FromStr;
 use async_trait::async_trait;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 use zpod_volume::{
-    Bytes, DiskLayout, Encryption, GroupId, Half, Headroom, Mark, Origin, SnapshotId, VolumeAttributes, VolumeId,
-    VolumeMode, VolumeParameters,
+    Bytes, DiskLayout, Encryption, GroupId, Half, Headroom, Mark, Origin, SnapshotId, TokenDigest, VolumeAttributes,
+    VolumeId, VolumeMode, VolumeParameters,
 };
 
 /// Something that is recorded.
@@ -213,8 +212,10 @@ pub enum Phase {
 pub struct Publication {
     /// The CSI target path.
     pub target_path: PathBuf,
-    /// Told to the pod's guest in its VolumeSpec and expected back from it on the control channel.
-    pub token: Uuid,
+    /// Of what the pod's guest is told in its VolumeSpec, and shows on the control channel. Records of earlier versions have
+    /// that itself, as `token`.
+    #[serde(alias = "token")]
+    pub token_digest: TokenDigest,
     /// Read-only.
     pub read_only: bool,
     /// The group that owns the volume, if any.

@@ -272,8 +272,12 @@ pub enum Phase {
 pub struct PublicationStatus {
     /// The CSI target path.
     pub target_path: PathBuf,
-    /// Told to the pod's guest, and expected back from it.
-    pub token: Uuid,
+    /// SHA-256 of what the pod's guest is told, and shows on the control channel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_digest: Option<String>,
+    /// Earlier versions wrote what the digest is of. Read, and never written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<Uuid>,
     /// Read-only.
     #[serde(default)]
     pub read_only: bool,

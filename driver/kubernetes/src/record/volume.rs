@@ -163,7 +163,7 @@ fn volume_of(object: &ZfsVolume) -> Result<Volume, CatalogError> {
         initialized: status.initialized,
         written: status.written,
         table_capacity: status.table_capacity.unwrap_or_default().0,
-        publication: status.publication.as_ref().map(publication_of),
+        publication: status.publication.as_ref().map(publication_of).transpose().map_err(unreadable)?,
         condition: healthy
             .map(|condition| Condition { abnormal: condition.status == "False", message: condition.message.clone() }),
         labels: labels_of(spec.claim.as_ref()),
@@ -178,22 +178,26 @@ fn volume_of(object: &ZfsVolume) -> Result<Volume, CatalogError> {
     })
 }
 
-fn publication_of(status: &PublicationStatus) -> Publication {
-    Publication {
+fn publication_of(status: &PublicationStatus) -> Result<Publication, &'static str> {
+    let plain = status.token.map(|token| token.to_string());
+    let token = status.token_digest.clone().or(plain).and_then(|text| text.parse().ok());
+    let token_digest = token.ok_or("status.publication has no sound tokenDigest")?;
+    Ok(Publication {
         target_path: status.target_path.clone(),
-        token: status.token,
+        token_digest,
         read_only: status.read_only,
         fs_group: status.fs_group,
         mount_flags: status.mount_flags.clone(),
         pod: status.pod.clone().map(|pod| PodRef { namespace: pod.namespace, name: pod.name, uid: pod.uid }),
         boot_id: status.boot_id.clone(),
-    }
+    })
 }
 
 fn publication_status(publication: &Publication) -> PublicationStatus {
     PublicationStatus {
         target_path: publication.target_path.clone(),
-        token: publication.token,
+        token_digest: Some(publication.token_digest.to_string()),
+        token: None,
         read_only: publication.read_only,
         fs_group: publication.fs_group,
         mount_flags: publication.mount_flags.clone(),
@@ -248,7 +252,7 @@ mod tests {
     use super::*;
     use std::path::PathBuf;
     use uuid::Uuid;
-    use zpod_volume::{Bytes, Half, Mark, Origin, VolumeMode, VolumeParameters};
+    use zpod_volume::{Bytes, Half, Mark, Origin, TokenDigest, VolumeMode, VolumeParameters};
 
     fn volume() -> Volume {
         Volume {
@@ -264,7 +268,7 @@ mod tests {
             table_capacity: Bytes::gib(1),
             publication: Some(Publication {
                 target_path: PathBuf::from("/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/pvc-1/mount"),
-                token: Uuid::from_u128(7),
+                token_digest: TokenDigest::of(Uuid::from_u128(7)),
                 read_only: true,
                 fs_group: Some(1000),
                 mount_flags: vec!["noexec".into()],
@@ -306,6 +310,19 @@ mod tests {
         let text = serde_json::to_string(&object(&volume)).unwrap();
         let read: ZfsVolume = serde_json::from_str(&text).unwrap();
         assert_eq!(volume_of(&read).unwrap(), Volume { revision: 5, ..volume });
+    }
+
+    #[test]
+    fn an_object_of_an_earlier_version_has_the_token_itself_and_is_written_with_its_digest() {
+        let mut earlier = object(&volume());
+        let publication = earlier.status.as_mut().unwrap().publication.as_mut().unwrap();
+        (publication.token_digest, publication.token) = (None, Some(Uuid::from_u128(7)));
+        let read = volume_of(&earlier).unwrap();
+        let digest = read.publication.as_ref().unwrap().token_digest;
+        assert!(digest.is_of(Uuid::from_u128(7)) && digest.was_plain());
+        let written = serde_json::to_string(&object(&read)).unwrap();
+        assert!(!written.contains(&Uuid::from_u128(7).to_string()), "{written}");
+        assert!(!volume_of(&object(&read)).unwrap().publication.unwrap().token_digest.was_plain());
     }
 
     #[test]

@@ -18,6 +18,19 @@ pub(super) struct Change {
     pub(super) note: String,
 }
 
+/// A second virtual machine claims a volume.
+pub(super) fn claimed_again(node: &str, volume: &Observed, sandbox: &str) -> Change {
+    // The name of a directory on the node, by whoever made it.
+    let sandbox = crate::guest::clean(sandbox, 64);
+    let note = format!(
+        "a second virtual machine on node {node} (sandbox {sandbox}) shows the token of volume {}, which was given to \
+         another one: it is not believed and told nothing. If it is not a leftover of this pod, somebody has read the \
+         token on the node: look into sandbox {sandbox}, and delete the pod, so that the next one gets a new token",
+        volume.id
+    );
+    Change { reason: "VolumeClaimedAgain", warning: true, note }
+}
+
 /// What was told of a volume.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Seen {

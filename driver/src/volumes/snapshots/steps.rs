@@ -58,7 +58,7 @@ pub(super) async fn mark(context: &Context, snapshot: Snapshot, phase: SnapshotP
     let volume = context.ready(snapshot.volume).await?;
     let marked = mark_volume(context, &volume, &mark, snapshot.allow_copy).await?;
     crash::point("snapshot: marked");
-    let token = context.publication(&volume).map(|publication| publication.token);
+    let token = context.publication(&volume).map(|publication| publication.token_digest);
     let contents = contents(context, &volume, marked.is_some().then_some(mark))?;
     context.marks().insert(id, token);
     let marked = context.snapshots.update(Snapshot { phase, contents: Some(contents), ..snapshot }).await?;
@@ -127,7 +127,7 @@ fn contents(context: &Context, volume: &Volume, mark: Option<Mark>) -> Result<Co
 /// Goes from a mark to the copy: only if the guest that marked is the one that runs.
 async fn begin_copy(context: &Context, snapshot: Snapshot) -> Result<Snapshot, VolumeError> {
     let volume = context.ready(snapshot.volume).await?;
-    let token = context.publication(&volume).map(|publication| publication.token);
+    let token = context.publication(&volume).map(|publication| publication.token_digest);
     if context.marks().get(&snapshot.id) != Some(&token) {
         return Err(lost(context, &snapshot));
     }
