@@ -365,3 +365,31 @@ async fn hostile_guests_neither_stop_nor_fill_zpod() {
     // And no guest has made it say much: the log is not theirs to fill.
     assert!(world.node.log().len() < 64 << 10, "{} bytes of log", world.node.log().len());
 }
+
+/// The most memory that zpod had resident so far, in KiB.
+fn peak(daemon: &Daemon) -> u64 {
+    let status = std::fs::read_to_string(daemon.proc("status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reports_of_half_a_million_volumes_take_no_memory_and_hold_up_no_other() {
+    let mut world = World::new();
+    let (id, target, spec) = world.published("a").await;
+    let before = peak(&world.daemon);
+    // Two bytes each on the wire, below the bound of a message; some 300 each in memory.
+    let many = vec![VolumeStatus::default(); 500_000];
+    let _first = world.guest("hostile-1", Behaviour::Honest, many.clone());
+    let _second = world.guest("hostile-2", Behaviour::Honest, many);
+    let refused = |sandbox: &str| {
+        let log = world.node.log();
+        log.lines().any(|line| line.contains(sandbox) && line.contains("more entries than any sound one"))
+    };
+    eventually("both are refused", || refused("hostile-1") && refused("hostile-2")).await;
+    let _guest = world.guest("sandbox-1", Behaviour::Honest, vec![status(&spec)]);
+    world.heard(&id, &target, 12345).await;
+    world.calls.unpublish(&id, &target).await.unwrap();
+    let grown = peak(&world.daemon) - before;
+    assert!(grown < 32 << 10, "grown by {grown} KiB");
+}

@@ -9,6 +9,8 @@
 
 #![allow(missing_docs, unreachable_pub, rust_2018_idioms, clippy::all)]
 
+pub mod bounded;
+
 /// Container Storage Interface 1.12.0.
 pub mod csi {
     tonic::include_proto!("csi.v1");

@@ -107,8 +107,9 @@ async fn listen(sandbox: Sandbox, listener: Arc<dyn Listener>) {
             {
                 listener.gone(&sandbox.id);
             }
-            // The first silence is worth a line, the hundredth is not.
-            match heard || tries == 0 {
+            // The first silence is worth a line, the hundredth is not, nor is a machine that is about to start.
+            let starts = matches!(silence, Silence::Sandbox(SandboxError::NotYet(_)));
+            match (heard || tries == 0) && !starts {
                 true => tracing::info!(sandbox = sandbox.id, "{silence}"),
                 false => tracing::trace!(sandbox = sandbox.id, "{silence}"),
             }

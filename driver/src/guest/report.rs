@@ -241,13 +241,21 @@ fn bound(number: u64) -> u64 {
     number.min(MAX_NUMBER)
 }
 
-/// At most `limit` characters, control characters and those that turn text around replaced by spaces: fit for a log, an
-/// error and a terminal.
+/// At most `limit` characters, control characters and those that turn text around or can't be seen replaced by spaces:
+/// fit for a log, an error and a terminal.
 pub fn clean(text: &str, limit: usize) -> String {
-    let turns = |c: char| matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
-    let printable = |c: char| if c.is_control() || turns(c) { ' ' } else { c };
+    let printable = |c: char| if c.is_control() || is_unseen(c) { ' ' } else { c };
     let cleaned: String = text.chars().take(limit).map(printable).collect();
     cleaned.trim().to_owned()
+}
+
+/// Format characters, variation selectors and private use: they turn text around, can't be seen, or mean nothing.
+fn is_unseen(c: char) -> bool {
+    matches!(c,
+        '\u{AD}' | '\u{34F}' | '\u{600}'..='\u{605}' | '\u{61C}' | '\u{6DD}' | '\u{70F}' | '\u{180B}'..='\u{180F}'
+        | '\u{200B}'..='\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2060}'..='\u{206F}' | '\u{E000}'..='\u{F8FF}'
+        | '\u{FE00}'..='\u{FE0F}' | '\u{FEFF}' | '\u{FFF9}'..='\u{FFFB}' | '\u{E0000}'..='\u{E0FFF}'
+        | '\u{F0000}'..='\u{10FFFF}')
 }
 
 #[cfg(test)]
@@ -315,6 +323,14 @@ mod tests {
         let report = VolumeReport::new(VolumeStatus { message: text, ..status() }).unwrap();
         assert!(report.message.chars().count() <= MAX_TEXT);
         assert!(!report.message.chars().any(|c| c.is_control() || c == '\u{202e}'), "{}", report.message);
+    }
+
+    #[test]
+    fn characters_that_turn_text_around_or_cannot_be_seen_become_spaces() {
+        for c in "\u{AD}\u{61C}\u{180E}\u{200B}\u{200E}\u{200F}\u{2028}\u{202E}\u{2060}\u{2066}\u{206F}\u{FE0F}\u{FEFF}\u{FFF9}\u{FFFB}\u{E0001}\u{E007F}\u{E0100}\u{E000}\u{F0000}\u{10FFFD}".chars() {
+            assert_eq!(clean(&format!("a{c}b"), 9), "a b", "{c:?}");
+        }
+        assert_eq!(clean("Grüße, 世界 ✓ 😀", 99), "Grüße, 世界 ✓ 😀");
     }
 
     #[test]

@@ -50,6 +50,9 @@ pub enum SandboxError {
     /// The answer did not come in time.
     #[error("shim of sandbox {0} did not answer GET /agent-url within {DEADLINE:?}")]
     Timeout(String),
+    /// runtime-rs answers before its virtual machine has an address.
+    #[error("the virtual machine of sandbox {0} has no address yet")]
+    NotYet(String),
     /// The answer is none.
     #[error("shim of sandbox {id}: GET /agent-url: {reason}")]
     Answer {
@@ -89,6 +92,9 @@ impl Sandbox {
     pub async fn agent_url(&self) -> Result<AgentUrl, SandboxError> {
         let answer = tokio::time::timeout(DEADLINE, self.get_agent_url()).await;
         let text = answer.map_err(|_| SandboxError::Timeout(self.id.clone()))??;
+        if text.starts_with(':') {
+            return Err(SandboxError::NotYet(self.id.clone()));
+        }
         let reason = || SandboxError::Answer { id: self.id.clone(), reason: format!("{text:?} is not an address") };
         AgentUrl::parse(&text).ok_or_else(reason)
     }
@@ -173,6 +179,13 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].id, "sandbox-1");
         assert_eq!(found[0].agent_url().await.unwrap(), AgentUrl::Vsock { cid: 77 });
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_has_no_address_yet_is_no_error_of_its_shim() {
+        let dir = tempfile::tempdir().unwrap();
+        let found = shim(dir.path(), "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n:1024");
+        assert!(matches!(found[0].agent_url().await, Err(SandboxError::NotYet(id)) if id == "sandbox-1"));
     }
 
     #[tokio::test]
