@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
@@ -56,7 +56,7 @@ async fn of(pieces: u64, snapshots: usize) -> Result<Times> {
     times
 }
 
-async fn calls(at: &PathBuf, pieces: u64, snapshots: usize) -> Result<Times> {
+async fn calls(at: &Path, pieces: u64, snapshots: usize) -> Result<Times> {
     let server = Server::start(at).await?;
     let mut csi = server.csi();
     let shared = csi.create("shared", Bytes::gib(4), &[]).await?;
@@ -90,7 +90,7 @@ async fn round(
     server: &Server,
     csi: &mut Csi,
     volume: &zpod_proto::csi::Volume,
-    target: &std::path::Path,
+    target: &Path,
     times: &mut Times,
 ) -> Result<()> {
     let mut begun = Instant::now();
