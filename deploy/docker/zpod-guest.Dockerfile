@@ -1,12 +1,12 @@
-# syntax=docker/dockerfile:1.7
 # zpod-installer, and what it puts on the nodes: the guest's kernel and the overlay of its initrd.
 #
 #   make image
 #   docker build -f deploy/docker/zpod-guest.Dockerfile --build-context guest=target/guest-image \
-#       -t ghcr.io/zpod/zpod-guest:0.1.0 .
+#       -t REGISTRY/zpod-guest:0.1.0 .
 #
 # It contains Linux and OpenZFS, so the project hands out this recipe and no image: docs/licences.md.
-FROM rust:1.95.0-slim-bookworm AS build
+# As in zpod.Dockerfile.
+FROM rust:1.95.0-slim-bookworm@sha256:d7482085ff5b415f84dba5647ae71606650bdef00db7aeb69f4b3d170c3e4082 AS build
 WORKDIR /src
 COPY . .
 # Naming the target keeps the flags away from build scripts.

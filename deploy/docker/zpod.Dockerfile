@@ -1,8 +1,9 @@
-# syntax=docker/dockerfile:1.7
 # zpod-controller and zpod-node, static, and dmsetup with its libraries, for mirrors; nothing else.
 #
-#   docker build -f deploy/docker/zpod.Dockerfile -t ghcr.io/zpod/zpod:0.1.0 .
-FROM rust:1.95.0-slim-bookworm AS build
+#   docker build -f deploy/docker/zpod.Dockerfile -t REGISTRY/zpod:0.1.0 .
+# Tag and digest change together: `docker buildx imagetools inspect rust:VERSION-slim-bookworm`. This one was found where many
+# independent public repositories pin the same tag, and not looked up in the registry itself.
+FROM rust:1.95.0-slim-bookworm@sha256:d7482085ff5b415f84dba5647ae71606650bdef00db7aeb69f4b3d170c3e4082 AS build
 WORKDIR /src
 COPY . .
 # Naming the target keeps the flags away from build scripts.

@@ -13,7 +13,8 @@ cluster=zpod
 system=zpod-system
 space=zpod-e2e
 version=$(sed -n 's/^appVersion: *//p' "$root/charts/zpod/Chart.yaml")
-images=("ghcr.io/zpod/zpod:$version" "ghcr.io/zpod/zpod-guest:$version")
+# In no registry: they are loaded into the nodes.
+images=("localhost/zpod:$version" "localhost/zpod-guest:$version")
 kata_chart=oci://ghcr.io/kata-containers/kata-deploy-charts/kata-deploy
 kata_version=${KATA_VERSION:-4.1.0}
 
@@ -55,7 +56,9 @@ up() {
     --for 'jsonpath={.metadata.labels.katacontainers\.io/kata-runtime}=true'
 
   say 'zpod'
-  helm upgrade --install zpod "$root/charts/zpod" --namespace "$system" --create-namespace --wait --timeout 10m
+  kubectl apply --filename "$root/deploy/kubernetes/namespace.yaml"
+  helm upgrade --install zpod "$root/charts/zpod" --namespace "$system" --wait --timeout 10m \
+    --set image.repository="${images[0]%:*}" --set guest.image.repository="${images[1]%:*}"
   kubectl get zfsnodes
 }
 

@@ -203,6 +203,23 @@ impl Cluster {
         self.kubectl.run_program("kubectl", &["apply", "-f", "-"], Some(yaml)).await
     }
 
+    /// Applies manifests as large ones have to be: on the server's side.
+    ///
+    /// # Errors
+    /// When the API server refuses one.
+    pub async fn apply_on_server(&self, yaml: &str) -> Result<String> {
+        self.kubectl.run_program("kubectl", &["apply", "--server-side", "-f", "-"], Some(yaml)).await
+    }
+
+    /// Puts an object in the place of one of its name, whatever can't be changed in it.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub async fn replace(&self, object: &Value) -> Result<String> {
+        let text = object.to_string();
+        self.kubectl.run_program("kubectl", &["replace", "--force", "-f", "-"], Some(&text)).await
+    }
+
     /// Deletes what manifests name and waits until it is gone; nothing when it is.
     ///
     /// # Errors

@@ -14,15 +14,82 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 app.kubernetes.io/name: zpod-{{ . }}
 {{- end }}
 
-{{/* An image and when to pull it: (dict "root" $ "image" .Values.image). */}}
+{{/* An image and when to pull it: (dict "root" $ "image" .Values.provisioner.image). With "value", the path of the image's
+value, it is one of ours, which has no default. */}}
 {{- define "zpod.image" -}}
-image: {{ printf "%s:%s" .image.repository (.image.tag | default .root.Chart.AppVersion) }}
+{{- if not .image.repository }}
+{{- fail (printf "%s.repository is not set. The project publishes no images: build its two and push them to a registry of yours (docs/install.md), then --set image.repository=REGISTRY/zpod --set guest.image.repository=REGISTRY/zpod-guest" .value) }}
+{{- end }}
+{{- $digest := .image.digest | default "" }}
+{{- $tag := .image.tag | default (ternary "" .root.Chart.AppVersion (ne $digest "")) }}
+{{- $name := .image.repository }}
+{{- if $tag }}{{ $name = printf "%s:%s" $name $tag }}{{ end }}
+{{- $digest = $digest | default (get (.root.Files.Get "files/digests.yaml" | fromYaml) $name) }}
+{{- if $digest }}{{ $name = printf "%s@%s" $name $digest }}{{ end -}}
+image: {{ $name }}
 imagePullPolicy: {{ .image.pullPolicy }}
+{{- end }}
+
+{{/* Secrets with registry credentials: names, or objects with a name as a pod has them. */}}
+{{- define "zpod.imagePullSecrets" -}}
+{{- with .Values.imagePullSecrets -}}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ kindIs "map" . | ternary (get (kindIs "map" . | ternary . dict) "name") . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Labels of a class: ours, and those of its value. */}}
+{{- define "zpod.classLabels" -}}
+{{- include "zpod.labels" .root }}
+{{- with .class.labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Annotations of a class: that it is the default, and those of its value: (dict "class" . "default" "KEY"). */}}
+{{- define "zpod.classAnnotations" -}}
+{{- $annotations := dict }}
+{{- if .class.default }}{{ $_ := set $annotations .default "true" }}{{ end }}
+{{- with merge $annotations (.class.annotations | default dict) -}}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Kubernetes lets nobody change some fields of an object that is there. A value that asks for it is refused before
+anything is changed, with what to do: an upgrade that the API server refuses halfway is worse.
+(dict "apiVersion" "storage.k8s.io/v1" "kind" "StorageClass" "name" .name "fields" (dict "reclaimPolicy" "Delete")
+"remedy" "..."). With "onceSet", a field that has no value yet, or gets none, is free. */}}
+{{- define "zpod.unchanged" -}}
+{{- $object := lookup .apiVersion .kind "" .name }}
+{{- if $object }}
+{{- $wanted := . }}
+{{- range $field, $value := .fields }}
+{{- $there := get $object $field | default (kindIs "map" $value | ternary dict "") }}
+{{- $free := and $wanted.onceSet (or (empty $there) (empty $value)) }}
+{{- if and (not $free) (ne (toJson $there) (toJson $value)) }}
+{{- fail (printf "%s %s has %s: %s, and the values ask for %s. Kubernetes lets nobody change that. Nothing was changed. %s" $wanted.kind $wanted.name $field (toJson $there) (toJson $value) $wanted.remedy) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/* Whether groups of snapshots can be had. csi-snapshotter waits for ever for a kind that the cluster doesn't know. */}}
 {{- define "zpod.groupSnapshots" -}}
 {{- and .Values.snapshotter.enabled .Values.snapshotter.groupSnapshots (.Capabilities.APIVersions.Has "groupsnapshot.storage.k8s.io/v1") -}}
+{{- end }}
+
+{{/* Whether the node plugin has something to do with the guest's directory on the node: putting it there, or taking it away. */}}
+{{- define "zpod.guestOnNode" -}}
+{{- or .Values.guest.installer.enabled (.Values.guest.uninstall | default false) -}}
+{{- end }}
+
+{{/* A number in a values file is a float to Helm, and would be written as 1.7e+10. */}}
+{{- define "zpod.ephemeralMaxSize" -}}
+{{- $size := .Values.node.ephemeralMaxSize -}}
+{{- kindIs "string" $size | ternary $size (int64 (kindIs "string" $size | ternary 0 $size) | toString) -}}
 {{- end }}
 
 {{/* The least that a container can run with. Those on the nodes are root, since kubelet's sockets and directories are

@@ -6,7 +6,8 @@
 //! open(2) and fstat(2), nothing is read. Until it has looked, new pods get the agent of before.
 //!
 //! What another release of zpod has installed is left alone: during a rolling update both run, and each would undo the
-//! other's work. What was removed as a whole (`uninstall`) stays removed.
+//! other's work. What is missing is made, whoever removed it: a node whose watch runs is to have a guest. An uninstallation
+//! comes in the place of the watch (the chart's `guest.uninstall`), not beside it.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
@@ -27,8 +28,6 @@ pub enum Look {
     Renewed(Outcome),
     /// Another release has installed its own.
     Superseded,
-    /// It was there, and was uninstalled.
-    Removed,
     /// Another installer is at work.
     Busy,
 }
@@ -38,7 +37,7 @@ pub enum Look {
 pub struct Watch<'a> {
     places: &'a Places,
     guest: Guest,
-    seen: bool,
+    superseded: bool,
 }
 
 impl<'a> Watch<'a> {
@@ -47,7 +46,7 @@ impl<'a> Watch<'a> {
     /// # Errors
     /// The guest is not as it should be.
     pub fn new(places: &'a Places) -> Result<Self> {
-        Ok(Self { places, guest: Guest::open(&places.guest_dir)?, seen: false })
+        Ok(Self { places, guest: Guest::open(&places.guest_dir)?, superseded: false })
     }
 
     /// Looks once.
@@ -63,7 +62,7 @@ impl<'a> Watch<'a> {
             // The lock ends with this arm: an installation takes it again.
             Ok(Some(dir)) => match install::assess(&dir, Some(&self.guest), None, Depth::Size)? {
                 Ok(_) => {
-                    self.seen = true;
+                    self.superseded = false;
                     let kata = self.places.search().find(&root)?;
                     install::assess(&dir, Some(&self.guest), Some(&kata), Depth::Size)?
                 }
@@ -76,11 +75,15 @@ impl<'a> Watch<'a> {
         };
         match found {
             Ok(_) => Ok(Look::Same),
-            Err(Reason::GuestChanged) => Ok(Look::Superseded),
-            Err(Reason::Absent) if self.seen => Ok(Look::Removed),
+            Err(Reason::GuestChanged) => {
+                self.superseded = true;
+                Ok(Look::Superseded)
+            }
+            // That release has a watch of its own.
+            Err(Reason::Absent) if self.superseded => Ok(Look::Superseded),
             Err(_) => {
                 let outcome = install::install_guest(self.places, &root, &self.guest)?;
-                self.seen = true;
+                self.superseded = false;
                 Ok(Look::Renewed(outcome))
             }
         }
@@ -96,7 +99,6 @@ impl<'a> Watch<'a> {
                 Ok(Look::Superseded) => {
                     "another release of zpod has installed its guest: leaving that alone".to_owned()
                 }
-                Ok(Look::Removed) => "the guest was uninstalled: leaving it so".to_owned(),
                 Err(error) => format!("{error}; what is installed stays; remedy: {}", error.remedy()),
             };
             if line != said && !line.is_empty() {

@@ -86,7 +86,9 @@ impl NodeVolumes {
         let node = &self.context.node;
         let claim = "use a PersistentVolumeClaim, or a generic ephemeral volume (spec.volumes[].ephemeral)";
         let reason = match self.ephemeral_max {
-            Bytes(0) => format!("inline volumes are switched off on node {node}: {claim}"),
+            Bytes(0) => {
+                format!("inline volumes are switched off on node {node} (chart value node.ephemeralMaxSize): {claim}")
+            }
             most => format!(
                 "size: {size} was asked for, and inline volumes on node {node} have {most} at most (chart value \
                  node.ephemeralMaxSize): {claim}, which quotas of the namespace count"

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE;
 use zpod_e2e::cluster::Cluster;
-use zpod_e2e::cluster::chart::{NAMESPACE, chart};
+use zpod_e2e::cluster::chart::{IMAGES, NAMESPACE, chart};
 
 use crate::NODE;
 use crate::floor::Floor;
@@ -81,7 +81,7 @@ async fn upgrade(cluster: &Cluster, limits: Limits) -> Result<()> {
     let chart = chart().display().to_string();
     let settings = format!(
         // Thousands of sparse volumes: what they could take is not what is measured.
-        "node.overprovision=1000,provisioner.workerThreads={},provisioner.kubeApiQps={},provisioner.kubeApiBurst={}",
+        "{IMAGES},node.overprovision=1000,provisioner.workerThreads={},provisioner.kubeApiQps={},provisioner.kubeApiBurst={}",
         limits.workers, limits.qps, limits.burst
     );
     let arguments = ["upgrade", "zpod", &chart, "-n", NAMESPACE, "--set", &settings, "--wait", "--timeout", "4m"];

@@ -8,10 +8,18 @@ use super::Cluster;
 
 /// Where the chart is installed.
 pub const NAMESPACE: &str = "zpod-system";
+/// Values that have no default. The nodes go by the images' names.
+pub const IMAGES: &str = "image.repository=registry.invalid/zpod,guest.image.repository=registry.invalid/zpod-guest";
 
 /// The chart's directory.
 pub fn chart() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/zpod")
+}
+
+/// The path of one of the plain manifests.
+pub fn manifest(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kubernetes").join(name).with_extension("yaml");
+    path.display().to_string()
 }
 
 impl Cluster {
@@ -25,14 +33,9 @@ impl Cluster {
         }
         // What the chart makes of snapshots depends on what the cluster knows of them.
         self.add_snapshots().await?;
-        // The node plugin is privileged: it mounts for kubelet.
-        self.apply(&format!(
-            "{{apiVersion: v1, kind: Namespace, metadata: {{name: {NAMESPACE}, labels: \
-             {{pod-security.kubernetes.io/enforce: privileged}}}}}}"
-        ))
-        .await?;
+        self.kubectl(&["apply", "-f", &manifest("namespace")]).await?;
         let chart = chart().display().to_string();
-        let install = ["install", "zpod", &chart, "-n", NAMESPACE, "--wait", "--timeout", "5m"];
+        let install = ["install", "zpod", &chart, "-n", NAMESPACE, "--set", IMAGES, "--wait", "--timeout", "5m"];
         match self.helm(&install).await {
             Ok(_) => Ok(()),
             Err(error) => {

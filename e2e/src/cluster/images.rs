@@ -32,10 +32,6 @@ pub fn write(dir: &Path) -> Result<()> {
         image.file(name, &inputs::kubernetes(name)?)?;
         image.finish(&[name], &[&format!("/{name}")], false)?;
     }
-    // The chart waits with it for what its uninstall has to do on the nodes.
-    let image = Image::new(dir, "kubectl")?;
-    image.file("bin/kubectl", &inputs::kubernetes("kubectl")?)?;
-    image.finish(&["kubectl"], &["/bin/kubectl"], false)?;
     let stand_in = inputs::sidecar()?;
     for (command, name) in STAND_INS {
         let image = Image::new(dir, name)?;
@@ -53,10 +49,7 @@ fn busybox(dir: &Path) -> Result<()> {
     for applet in String::from_utf8_lossy(&list.stdout).lines().filter(|applet| *applet != "busybox") {
         symlink("busybox", image.root.join("bin").join(applet)).with_context(|| format!("link {applet}"))?;
     }
-    image.finish(&["busybox"], &[], false)?;
-    let image = Image::new(dir, "pause")?;
-    image.file("bin/busybox", &busybox)?;
-    image.finish(&["pause"], &["/bin/busybox", "sleep", "1000000"], false)
+    image.finish(&["busybox"], &[], false)
 }
 
 /// zpod's own two images, as their Dockerfiles lay them out.

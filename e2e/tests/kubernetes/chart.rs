@@ -2,10 +2,20 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use zpod_e2e::cluster::Cluster;
-use zpod_e2e::cluster::chart::{NAMESPACE, chart};
+use zpod_e2e::cluster::chart::{IMAGES, NAMESPACE, chart};
 
 const NODE: &str = "node-a";
 const VOLUME: &str = "11111111-1111-4111-8111-111111111111";
+
+/// A record of nobody's node, so that no node plugin touches it.
+pub(crate) fn record() -> (&'static str, String) {
+    let manifest = format!(
+        "apiVersion: zpod.storage/v1alpha1\nkind: ZfsVolume\nmetadata: {{name: {VOLUME}}}\nspec:\n  volumeName: policy\n  \
+         nodeName: node-of-nobody\n  capacity: 1Gi\n  parameters: {{backing: file, provisioning: thin, headroom: 8x, quota: \
+         refquota}}\n"
+    );
+    (VOLUME, manifest)
+}
 
 /// Every container of the chart runs with the privileges that the chart gives it, and what the chart brings to a node
 /// goes with it. The volumes' records stay.
@@ -25,16 +35,20 @@ pub(crate) async fn the_chart_is_installed_upgraded_and_uninstalled(cluster: &Cl
     no_right_is_missing(cluster).await?;
 
     let (chart, replicas) = (chart().display().to_string(), "controller.replicas=1");
-    let upgrade = ["upgrade", "zpod", &chart, "-n", NAMESPACE, "--wait", "--timeout", "3m", "--set", replicas];
-    cluster.helm3(&upgrade).await?;
+    let upgrade = ["upgrade", "zpod", &chart, "-n", NAMESPACE, "--wait", "--timeout", "3m"];
+    cluster.helm3(&[&upgrade[..], &["--set", IMAGES, "--set", replicas]].concat()).await?;
     ensure!(initrd.exists(), "an upgrade took the initrd from the node");
+
+    cluster.helm(&[&upgrade[..], &["--reuse-values", "--set", "guest.uninstall=true"]].concat()).await?;
+    cluster.kubectl(&["rollout", "status", "daemonset/zpod-node", "-n", NAMESPACE, "--timeout=3m"]).await?;
+    ensure!(!guest.is_symlink(), "uninstalled, and {} is there", guest.display());
 
     let uninstall = ["uninstall", "zpod", "-n", NAMESPACE, "--wait", "--timeout", "3m"];
     if let Err(error) = cluster.helm(&uninstall).await {
         let pods = cluster.kubectl(&["describe", "pods", "-n", NAMESPACE]).await;
         return Err(error).with_context(|| pods.unwrap_or_else(|error| format!("{error:#}")));
     }
-    ensure!(!guest.is_symlink(), "uninstalled, and {} is there", guest.display());
+    ensure!(!guest.is_symlink(), "{} came back", guest.display());
     let kinds = "deployments,daemonsets,jobs,roles,rolebindings,networkpolicies";
     let left = cluster.kubectl(&["get", kinds, "-n", NAMESPACE, "-o", "name"]).await?;
     ensure!(left.trim().is_empty(), "left behind: {left}");
@@ -45,13 +59,7 @@ pub(crate) async fn the_chart_is_installed_upgraded_and_uninstalled(cluster: &Cl
 
 /// RBAC can't say "of its own node"; the chart's admission policy does.
 async fn a_node_plugin_changes_its_own_objects_only(cluster: &Cluster) -> Result<()> {
-    // Nobody's node, so that no node plugin touches it.
-    let volume = format!(
-        "apiVersion: zpod.storage/v1alpha1\nkind: ZfsVolume\nmetadata: {{name: {VOLUME}}}\nspec:\n  volumeName: policy\n  \
-         nodeName: node-of-nobody\n  capacity: 1Gi\n  parameters: {{backing: file, provisioning: thin, headroom: 8x, quota: \
-         refquota}}\n"
-    );
-    cluster.apply(&volume).await?;
+    cluster.apply(&record().1).await?;
     let account = format!("--as=system:serviceaccount:{NAMESPACE}:zpod-node");
     let of = |node: &str| format!("--as-user-extra=authentication.kubernetes.io/node-name={node}");
     let (own, other) = (of("node-of-nobody"), of(NODE));

@@ -12,6 +12,7 @@ mod encryption;
 mod ephemeral;
 mod growth;
 mod kubectl;
+mod manifests;
 mod outage;
 mod refusals;
 mod restarts;
@@ -19,6 +20,7 @@ mod running;
 mod smoke;
 mod snapshots;
 mod stage;
+mod upgrades;
 mod volume;
 
 use std::process::ExitCode;
@@ -93,6 +95,18 @@ fn main() -> Result<ExitCode> {
         stage.trial(
             "the_chart_is_installed_upgraded_and_uninstalled",
             chart::the_chart_is_installed_upgraded_and_uninstalled,
+        ),
+        stage.trial(
+            "the_chart_is_upgraded_between_all_values_that_its_tests_accept",
+            upgrades::the_chart_is_upgraded_between_all_values_that_its_tests_accept,
+        ),
+        stage.trial(
+            "a_field_that_can_not_change_is_refused_before_anything_is_changed",
+            upgrades::a_field_that_can_not_change_is_refused_before_anything_is_changed,
+        ),
+        stage.trial(
+            "deleting_the_plain_manifests_takes_no_record",
+            manifests::deleting_the_plain_manifests_takes_no_record,
         ),
         // An API server that has just started refuses what it will grant a second later: after the look at refusals.
         stage.trial("a_pod_runs_on_whatever_happens_around_it", running::a_pod_runs_on_whatever_happens_around_it),
