@@ -57,6 +57,13 @@ impl Sharing {
         self.round.is_none()
     }
 
+    /// As if the last round had taken no time, so that the next may begin.
+    pub(super) fn rest(&mut self) {
+        if let Some(last) = &mut self.last {
+            last.took = Duration::ZERO;
+        }
+    }
+
     /// As if there had been none.
     pub(super) fn forget(&mut self) {
         self.last = None;
