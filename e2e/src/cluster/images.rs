@@ -49,7 +49,11 @@ fn busybox(dir: &Path) -> Result<()> {
     for applet in String::from_utf8_lossy(&list.stdout).lines().filter(|applet| *applet != "busybox") {
         symlink("busybox", image.root.join("bin").join(applet)).with_context(|| format!("link {applet}"))?;
     }
-    image.finish(&["busybox"], &[], false)
+    image.finish(&["busybox"], &[], false)?;
+    // What `kubectl zpod` runs a transfer's pod with.
+    let image = Image::new(dir, "pause")?;
+    image.file("bin/busybox", &busybox)?;
+    image.finish(&["pause"], &["/bin/busybox", "sleep", "1000000"], false)
 }
 
 /// zpod's own two images, as their Dockerfiles lay them out.

@@ -203,10 +203,24 @@ impl World {
         std::fs::create_dir(dir.join("backing")).unwrap();
     }
 
+    /// A child that another test has just forked has all that is open here, until it becomes its program.
+    fn backing(dir: &Path) -> FileBacking {
+        let begun = std::time::Instant::now();
+        loop {
+            match FileBacking::open(dir.join("backing"), 1.0) {
+                Err(BackingError::Io { source, .. }) if source.kind() == std::io::ErrorKind::ResourceBusy => {
+                    assert!(begun.elapsed().as_secs() < 60, "{source}");
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+                backing => return backing.unwrap(),
+            }
+        }
+    }
+
     pub(crate) fn open(dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
-            backing: FileBacking::open(dir.join("backing"), 1.0).unwrap(),
+            backing: Self::backing(dir),
             catalog: zpod_storage::catalog::dir::open(dir.join("state")).unwrap().0,
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
         }
