@@ -2,8 +2,10 @@
 //!
 //! # Design
 //! A kind of object has its [`Work`]. What all have in common is here: only the node's own objects are touched, and an
-//! object's end means the end of the data only where it says so (`spec.destroy`).
+//! object's end means the end of the data only where it says so (`spec.destroy`). How long something takes is a tenant's
+//! affair as well, so nothing is waited for at a place that others need: see [`queues::Queues`].
 
+mod queues;
 mod snapshots;
 mod volumes;
 
@@ -21,10 +23,12 @@ use kube::{Api, Client, ResourceExt as _};
 use zpod_kubernetes::{DESTROYED, Kept, KubeCatalog, Remark};
 use zpod_storage::catalog::Record;
 
+use queues::{Queues, Version};
+
 use super::reasons::{is_in_use, reason};
 use crate::volumes::VolumeError;
 
-/// Objects of a kind worked on at the same time: each waits for the disk most of the time.
+/// Objects of a kind looked at at the same time. What takes longer than a moment goes on without a place.
 const CONCURRENCY: u16 = 16;
 /// What can't be done now is tried again after this long ...
 const RETRY: Duration = Duration::from_secs(2);
@@ -38,6 +42,9 @@ type Id<K> = <<K as Kept>::Record as Record>::Id;
 /// What is done for the objects of a kind.
 #[async_trait]
 trait Work<K: Kept>: Send + Sync + 'static {
+    /// The volume that an object is of.
+    fn volume(&self, object: &K) -> String;
+
     /// The objects.
     fn catalog(&self) -> &KubeCatalog<K>;
 
@@ -55,7 +62,7 @@ trait Work<K: Kept>: Send + Sync + 'static {
 /// Works for ever.
 async fn run<K: Kept, W: Work<K>>(client: Client, node: String, work: W) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
-    let context = Arc::new((node, work));
+    let context = Arc::new(Looking { node, work: Arc::new(work), queues: Arc::default() });
     Controller::new(Api::<K>::all(client), config)
         .with_config(Config::default().concurrency(CONCURRENCY))
         .run(
@@ -74,9 +81,15 @@ async fn run<K: Kept, W: Work<K>>(client: Client, node: String, work: W) {
         .await;
 }
 
-async fn look<K: Kept, W: Work<K>>(object: Arc<K>, context: Arc<(String, W)>) -> Result<Action, VolumeError> {
-    let (node, work) = (&context.0, &context.1);
-    if object.node() != node {
+/// What is needed to look at an object.
+struct Looking<W> {
+    node: String,
+    work: Arc<W>,
+    queues: Arc<Queues>,
+}
+
+async fn look<K: Kept, W: Work<K>>(object: Arc<K>, context: Arc<Looking<W>>) -> Result<Action, VolumeError> {
+    if object.node() != context.node {
         return Ok(Action::await_change());
     }
     let name = object.name_any();
@@ -84,6 +97,12 @@ async fn look<K: Kept, W: Work<K>>(object: Arc<K>, context: Arc<(String, W)>) ->
         tracing::warn!("{} {name} is none of ours: its name is not an id", K::kind(&()));
         return Ok(Action::await_change());
     };
+    let (work, volume) = (context.work.clone(), context.work.volume(&object));
+    let version = Version { name, generation: object.meta().generation };
+    context.queues.work(volume, version, async move { carry_out(work.as_ref(), &object, id).await }).await
+}
+
+async fn carry_out<K: Kept, W: Work<K>>(work: &W, object: &K, id: Id<K>) -> Result<Action, VolumeError> {
     let leaving = object.meta().deletion_timestamp.is_some();
     if leaving && object.is_to_be_destroyed() {
         return destroy(work, id).await;
@@ -91,7 +110,7 @@ async fn look<K: Kept, W: Work<K>>(object: Arc<K>, context: Arc<(String, W)>) ->
     if leaving {
         say(work.catalog(), id, None, DESTROYED, "NotAskedFor", work.keeps(id)).await?;
     }
-    let action = work.carry_out(&object, id, leaving).await?;
+    let action = work.carry_out(object, id, leaving).await?;
     Ok(if leaving && action == Action::await_change() { Action::requeue(RETRY_BLOCKED) } else { action })
 }
 

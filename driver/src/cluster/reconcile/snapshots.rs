@@ -36,6 +36,10 @@ struct Taking {
 
 #[async_trait]
 impl Work<ZfsSnapshot> for Taking {
+    fn volume(&self, object: &ZfsSnapshot) -> String {
+        object.spec.volume.clone()
+    }
+
     fn catalog(&self) -> &KubeCatalog<ZfsSnapshot> {
         &self.catalog
     }

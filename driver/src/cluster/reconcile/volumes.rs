@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::Client;
 use kube::runtime::controller::Action;
+use kube::{Client, ResourceExt as _};
 use tokio::sync::Notify;
 use zpod_kubernetes::crd::{Phase, ZfsVolume};
 use zpod_kubernetes::{EXPANDED, KubeCatalog, MODIFIED, READY, Remark};
@@ -51,6 +51,10 @@ struct Volumes {
 
 #[async_trait]
 impl Work<ZfsVolume> for Volumes {
+    fn volume(&self, object: &ZfsVolume) -> String {
+        object.name_any()
+    }
+
     fn catalog(&self) -> &KubeCatalog<ZfsVolume> {
         &self.catalog
     }

@@ -4,10 +4,8 @@ use std::time::Duration;
 use zpod_proto::guest::{MarkRequest, QuotaMode as WireMode, SetPropertiesRequest, UnmarkRequest};
 use zpod_volume::{Bytes, Mark, QuotaMode, VolumeId};
 
-use super::{CALL_DEADLINE, GuestClient, GuestError};
+use super::{GuestClient, GuestError};
 
-/// Everything the pool holds in memory is written out: as much as its disk takes in three transaction groups.
-const MARK_DEADLINE: Duration = Duration::from_secs(30);
 /// A transaction group for each property.
 const SET_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -15,21 +13,21 @@ impl GuestClient {
     /// Marks this instant, and has everything written out. A mark that is there stays as it is.
     ///
     /// # Errors
-    /// When the guest does not answer in time, or refuses.
-    pub async fn mark(&self, id: VolumeId, mark: &Mark) -> Result<(), GuestError> {
+    /// When the guest does not answer within this time, or refuses.
+    pub async fn mark(&self, id: VolumeId, mark: &Mark, within: Duration) -> Result<(), GuestError> {
         let mut stub = self.stub.clone();
         let request = MarkRequest { volume_id: id.to_string(), mark: mark.to_string() };
-        self.call("Mark", MARK_DEADLINE, stub.mark(request)).await.map(drop)
+        self.call("Mark", within, stub.mark(request)).await.map(drop)
     }
 
     /// Removes a mark. One that is not there is no error.
     ///
     /// # Errors
-    /// When the guest does not answer in time, or refuses.
-    pub async fn unmark(&self, id: VolumeId, mark: &Mark) -> Result<(), GuestError> {
+    /// When the guest does not answer within this time, or refuses.
+    pub async fn unmark(&self, id: VolumeId, mark: &Mark, within: Duration) -> Result<(), GuestError> {
         let mut stub = self.stub.clone();
         let request = UnmarkRequest { volume_id: id.to_string(), mark: mark.to_string() };
-        self.call("Unmark", CALL_DEADLINE, stub.unmark(request)).await.map(drop)
+        self.call("Unmark", within, stub.unmark(request)).await.map(drop)
     }
 
     /// Changes a running volume.
