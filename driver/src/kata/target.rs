@@ -1,6 +1,6 @@
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt as _};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt as _, PermissionsExt as _};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, StatVfsMountFlags, StatxAttributes, StatxFlags};
@@ -14,14 +14,39 @@ use super::KataError;
 /// has at most 255 bytes.
 pub const MAX_TARGET_BYTES: usize = 189;
 
+/// The only file in a placeholder.
+const NOTE: &str = "README-zpod";
+
+/// What it says: shorter than a page.
+const NOTE_TEXT: &str = "\
+This is not the volume: its data is not here.
+
+The volume is a ZFS pool inside its pod's own guest kernel (zpod, csi.zpod.storage). The node has this read-only placeholder in
+its place.
+
+If you see this in a backup, the backup has nothing of the volume. Use CSI snapshots, `kubectl zpod send`, or a backup that
+runs in the pod, and leave the volume out of file-system backups (Velero: annotate the pod with
+backup.velero.io/backup-volumes-excludes). See docs/limitations.md, \"Backups by file copy\".
+
+If you see this in a container, its runtime did not plug the volume in: use a runtimeClassName that `kubectl get
+runtimeclass` shows for zpod, and no subPath.
+";
+
+/// Nothing in it is run or means a device.
+const FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+/// What the file system is made with. Root and note are its inodes and the note's text its page: even remounted for
+/// writing, nothing could be put here.
+const OPTIONS: &std::ffi::CStr = c"size=4k,nr_inodes=2,mode=0755";
+
 /// `statfs(2)`: the magic number of tmpfs.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// A CSI target path as the container runtime will name it: absolute, with the symbolic links of its parent resolved,
 /// since containerd resolves them before Kata looks the path up.
 ///
-/// What is mounted there is a read-only, empty tmpfs: where Kata does not take the path for a direct volume (another
-/// runtime, a subPath, a damaged entry), the container gets EROFS and not the host's disk.
+/// What is mounted there is a read-only tmpfs with nothing but a note, `README-zpod`: where Kata does not take the path for a direct
+/// volume (another runtime, a subPath, a damaged entry), the container gets EROFS and not the host's disk. Who reads the
+/// host's path, such as a backup of files, finds the note in the place of the volume's data.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TargetPath(PathBuf);
 
@@ -81,16 +106,41 @@ impl TargetPath {
         }
         match self.found()? {
             Found::Placeholder => return Ok(Outcome::Unchanged),
+            Found::Unfinished => {
+                self.finish_placeholder()?;
+                return Ok(Outcome::Changed);
+            }
             Found::Directory => {}
             Found::Absent => return Err(self.occupied("it was removed while it was being made")),
             Found::OtherMount => return Err(self.occupied("something else is mounted on it")),
             Found::NoDirectory => return Err(self.occupied("it is not a directory")),
         }
-        let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        // A single inode, the root: even remounted for writing, nothing could be put here.
-        rustix::mount::mount("zpod", path, "tmpfs", flags, c"size=4k,nr_inodes=1,mode=0555")
-            .map_err(KataError::os("mount a read-only tmpfs on", path))?;
+        rustix::mount::mount("zpod", path, "tmpfs", FLAGS, OPTIONS).map_err(KataError::os("mount a tmpfs on", path))?;
+        zpod_storage::crash::point("target mounted for its note");
+        self.finish_placeholder()?;
         Ok(Outcome::Changed)
+    }
+
+    /// Writes the note into a placeholder that was just mounted, and makes it read-only. Kubelet has not been answered, and
+    /// there is no entry of Kata: nobody looks at it yet.
+    fn finish_placeholder(&self) -> Result<(), KataError> {
+        let note = self.0.join(NOTE);
+        // zpod-node has no capability to write where the mode forbids it, and one that was cut short may have set it.
+        let mode = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))
+                .map_err(KataError::io("change the mode of", path))
+        };
+        mode(&self.0, 0o755)?;
+        match fs::remove_file(&note) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(KataError::io("remove", &note)(error)),
+            _ => {}
+        }
+        fs::write(&note, NOTE_TEXT).map_err(KataError::io("write", &note))?;
+        mode(&note, 0o444)?;
+        mode(&self.0, 0o555)?;
+        zpod_storage::crash::point("target's note written");
+        rustix::mount::mount_remount(&self.0, FLAGS | MountFlags::RDONLY, OPTIONS)
+            .map_err(KataError::os("make read-only the tmpfs on", &self.0))
     }
 
     /// Whether the placeholder is mounted.
@@ -112,7 +162,7 @@ impl TargetPath {
             Found::OtherMount => return Err(self.occupied("something else is mounted on it")),
             Found::NoDirectory => return Err(self.occupied("it is not a directory")),
             Found::Directory => {}
-            Found::Placeholder => {
+            Found::Placeholder | Found::Unfinished => {
                 // The container's own mount namespace may still hold a copy: that one is the container's affair.
                 rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
                     .map_err(KataError::os("unmount", path))?;
@@ -147,9 +197,16 @@ impl TargetPath {
             return Ok(Found::Directory);
         }
         let kind = rustix::fs::statfs(path).map_err(KataError::os("statfs", path))?.f_type as u64;
-        let flags = rustix::fs::statvfs(path).map_err(KataError::os("statvfs", path))?.f_flag;
-        let ours = kind == TMPFS_MAGIC && flags.contains(StatVfsMountFlags::RDONLY);
-        Ok(if ours { Found::Placeholder } else { Found::OtherMount })
+        let room = rustix::fs::statvfs(path).map_err(KataError::os("statvfs", path))?;
+        if kind != TMPFS_MAGIC {
+            return Ok(Found::OtherMount);
+        }
+        if room.f_flag.contains(StatVfsMountFlags::RDONLY) {
+            return Ok(Found::Placeholder);
+        }
+        // One page and two inodes: nobody else makes one of that size.
+        let ours = room.f_files == 2 && room.f_blocks == 1;
+        Ok(if ours { Found::Unfinished } else { Found::OtherMount })
     }
 }
 
@@ -189,6 +246,8 @@ enum Found {
     NoDirectory,
     Directory,
     Placeholder,
+    /// The placeholder, whose making was cut short before it was read-only.
+    Unfinished,
     OtherMount,
 }
 
@@ -252,9 +311,40 @@ mod tests {
         assert_eq!(target.mount_placeholder().unwrap(), Outcome::Unchanged);
         let error = fs::write(target.as_path().join("file"), "x").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ReadOnlyFilesystem);
-        assert_eq!(fs::read_dir(target.as_path()).unwrap().count(), 0);
+        let names: Vec<_> = fs::read_dir(target.as_path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, [NOTE]);
+        let note = fs::read_to_string(target.as_path().join(NOTE)).unwrap();
+        assert!(note.contains("the backup has nothing of the volume"), "{note}");
+        rustix::mount::mount_remount(target.as_path(), FLAGS, OPTIONS).unwrap();
+        let error = fs::write(target.as_path().join("file"), "x").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::StorageFull, "remounted for writing");
+        rustix::mount::mount_remount(target.as_path(), FLAGS | MountFlags::RDONLY, OPTIONS).unwrap();
         assert_eq!(target.remove_placeholder().unwrap(), Outcome::Changed);
         assert_eq!(target.remove_placeholder().unwrap(), Outcome::Unchanged);
+    }
+
+    #[test]
+    fn a_placeholder_that_was_cut_short_is_finished_or_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = TargetPath::resolve(&dir.path().join("mount")).unwrap();
+        // Before the note was written, in the middle of it, and after.
+        for written in [None, Some(&NOTE_TEXT[..9]), Some(NOTE_TEXT)] {
+            for finish in [true, false] {
+                fs::create_dir(target.as_path()).unwrap();
+                rustix::mount::mount("zpod", target.as_path(), "tmpfs", FLAGS, OPTIONS).unwrap();
+                if let Some(text) = written {
+                    fs::write(target.as_path().join(NOTE), text).unwrap();
+                }
+                assert!(!target.has_placeholder().unwrap());
+                if finish {
+                    assert_eq!(target.mount_placeholder().unwrap(), Outcome::Changed);
+                    assert!(target.has_placeholder().unwrap());
+                    assert_eq!(fs::read_to_string(target.as_path().join(NOTE)).unwrap(), NOTE_TEXT);
+                }
+                assert_eq!(target.remove_placeholder().unwrap(), Outcome::Changed);
+                assert!(!target.as_path().exists());
+            }
+        }
     }
 
     #[test]
