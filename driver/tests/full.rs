@@ -20,12 +20,16 @@ use std::time::Duration;
 
 use calls::{Calls, capability};
 use daemon::{Daemon, Node};
+use rustix::mount::MountFlags;
 use tonic::{Code, Status};
 use zpod_proto::csi::controller_client::ControllerClient;
 use zpod_proto::csi::identity_client::IdentityClient;
 use zpod_proto::csi::{
     CapacityRange, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest, GetCapacityRequest, ProbeRequest,
 };
+use zpod_storage::backing::file::FileBacking;
+use zpod_storage::backing::{Backing as _, Outcome};
+use zpod_volume::{SnapshotId, VolumeId};
 
 const MIB: i64 = 1 << 20;
 
@@ -74,6 +78,25 @@ async fn full() {
     fs::remove_file(node.path("volumes/filler")).unwrap();
     until(async || calls.create("c", 256 * MIB).await.is_ok()).await;
     daemon.kill();
+}
+
+#[test]
+fn on_a_read_only_file_system_what_is_not_there_is_removed_already() {
+    own_mounts::in_own_mounts("read_only");
+}
+
+#[test]
+#[ignore = "what another test runs in a mount namespace of its own"]
+fn read_only() {
+    let node = Node::new();
+    let at = node.path("volumes");
+    xfs::mount(&at, 300 << 20);
+    fs::write(at.join(format!("{}.snap", SnapshotId::from_name("there"))), "").unwrap();
+    rustix::mount::mount_remount(&at, MountFlags::RDONLY, "").unwrap();
+    let backing = FileBacking::open(&at, 1.0).unwrap();
+    assert_eq!(backing.destroy(VolumeId::from_name("not there")).unwrap(), Outcome::Unchanged);
+    assert_eq!(backing.destroy_snapshot(SnapshotId::from_name("not there")).unwrap(), Outcome::Unchanged);
+    backing.destroy_snapshot(SnapshotId::from_name("there")).unwrap_err();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

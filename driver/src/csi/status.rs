@@ -95,7 +95,8 @@ fn backing(error: &BackingError) -> Code {
         BackingError::Missing { .. } | BackingError::SnapshotMissing { .. } | BackingError::Gone { .. } => {
             Code::Unavailable
         }
-        BackingError::Mismatch { .. } | BackingError::Io { .. } => Code::Internal,
+        BackingError::Mismatch { .. } => Code::Internal,
+        BackingError::Io { source, .. } => operating_system(source),
     }
 }
 
@@ -108,22 +109,25 @@ fn catalog(error: &CatalogError) -> Code {
         // CSI 1.12, ListVolumes: an invalid starting_token is ABORTED.
         CatalogError::Expired { .. } => Code::Aborted,
         CatalogError::Forbidden { .. } => Code::Internal,
-        CatalogError::Io { source, .. } if is_full(source) => Code::ResourceExhausted,
-        CatalogError::Io { .. } => Code::Internal,
+        CatalogError::Io { source, .. } => operating_system(source),
     }
 }
 
-/// Nothing was written, and it can be asked for again when there is room or the file system can be written to.
-fn is_full(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    matches!(error.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem)
+/// What the node lacks it may have later: room, a file system that can be written to, memory, places for open files. Asked
+/// for again it can then be had, or by csi-provisioner on another node.
+fn operating_system(error: &std::io::Error) -> Code {
+    use std::io::ErrorKind::{OutOfMemory, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    let no_place = matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE));
+    let lacks = matches!(error.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem | OutOfMemory);
+    if lacks || no_place { Code::ResourceExhausted } else { Code::Internal }
 }
 
 fn kata(error: &KataError) -> Code {
     match error {
         KataError::Target { .. } => Code::InvalidArgument,
         KataError::Mapper(MapperError::InUse(_)) => Code::FailedPrecondition,
-        KataError::Occupied { .. } | KataError::Io { .. } | KataError::Mapper(_) => Code::Internal,
+        KataError::Mapper(MapperError::Io { source, .. }) | KataError::Io { source, .. } => operating_system(source),
+        KataError::Occupied { .. } | KataError::Mapper(_) => Code::Internal,
     }
 }
 
@@ -138,6 +142,7 @@ mod tests {
     fn every_error() -> Vec<(VolumeError, Code)> {
         let id = VolumeId::from_name("pvc-1");
         let io = || io::Error::other("disk on fire");
+        let lacks = io::Error::from_raw_os_error;
         let s = str::to_owned;
         let backing = |source| VolumeError::Backing { node: s("n1"), source };
         let guest = |source| VolumeError::Guest { id, source };
@@ -247,6 +252,23 @@ mod tests {
             (KataError::Io { what: "mount", path: "/x".into(), source: io() }.into(), Code::Internal),
             (KataError::Mapper(MapperError::InUse("/x".into())).into(), Code::FailedPrecondition),
             (KataError::Mapper(MapperError::NoTool).into(), Code::Internal),
+            (
+                KataError::Io { what: "mount", path: "/x".into(), source: lacks(libc::ENOSPC) }.into(),
+                Code::ResourceExhausted,
+            ),
+            (
+                KataError::Mapper(MapperError::Io { what: "open", path: "/x".into(), source: lacks(libc::EMFILE) })
+                    .into(),
+                Code::ResourceExhausted,
+            ),
+            (
+                backing(BackingError::Io { what: "open", path: "/d".into(), source: lacks(libc::EROFS) }),
+                Code::ResourceExhausted,
+            ),
+            (
+                CatalogError::Io { what: "open", path: "/r".into(), source: lacks(libc::EDQUOT) }.into(),
+                Code::ResourceExhausted,
+            ),
             (VolumeError::NoMirrors { node: s("n"), reason: s("x") }, Code::FailedPrecondition),
             (VolumeError::HalfLost { id, half: zpod_volume::Half::First, node: s("n") }, Code::FailedPrecondition),
             (VolumeError::CutShort(s("x")), Code::Unavailable),

@@ -75,13 +75,13 @@ impl NodeVolumes {
         let volume = self.context.catalog.get(id).await?;
         let recorded = volume.as_ref().and_then(|volume| volume.publication.as_ref());
         let here = self.is_at(recorded.map(|publication| publication.target_path.clone()), target).await?;
+        if !here && self.other_at(id, target).await?.is_some() {
+            // Another volume's path: this one is not published there, which is what was asked for.
+            return Ok((Outcome::Unchanged, false));
+        }
         let ends = volume
             .as_ref()
             .is_some_and(|volume| volume.ephemeral && (here || self.context.publication(volume).is_none()));
-        if !here && self.other_at(id, target).await?.is_some() {
-            // Another volume's path: this one is not published there, which is what was asked for.
-            return Ok((Outcome::Unchanged, ends));
-        }
         crash::point("unpublish: begin");
         Ok((self.withdraw(volume, id, target, here).await?, ends))
     }

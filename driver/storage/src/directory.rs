@@ -102,6 +102,8 @@ impl Directory {
         match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
+            // Said before it is looked whether there is anything of that name.
+            Err(Errno::ROFS) if matches!(self.stat(name), Ok(None)) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

@@ -19,7 +19,6 @@ mod end;
 #[path = "../support/fake_guest.rs"]
 #[allow(dead_code)]
 mod fake_guest;
-mod known;
 mod machine;
 mod model;
 #[path = "../support/own_mounts.rs"]

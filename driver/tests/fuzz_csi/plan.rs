@@ -12,7 +12,6 @@ use zpod_proto::csi::*;
 
 use crate::call::Call;
 use crate::disk::{Kind, State};
-use crate::known::{self, Weakness};
 use crate::model::Model;
 use requests::map;
 
@@ -203,13 +202,12 @@ impl Plan<'_> {
             return Step::Befall(State::Free);
         }
         let writable = self.model.volumes.values().any(|volume| volume.used);
-        let (state, weakness) = match self.random.u8(0..5) {
-            0 if self.kind == Kind::Ext4 => (State::NoInodes, Weakness::FullDisk),
-            1 if !writable => (State::ReadOnly, Weakness::ReadOnlyDisk),
-            2 => (State::NoRun, Weakness::FullRun),
-            _ => (State::Full, Weakness::FullDisk),
-        };
-        if known::allows(weakness) { Step::Befall(state) } else { Step::Call(self.call()) }
+        Step::Befall(match self.random.u8(0..5) {
+            0 if self.kind == Kind::Ext4 => State::NoInodes,
+            1 if !writable => State::ReadOnly,
+            2 => State::NoRun,
+            _ => State::Full,
+        })
     }
 
     /// Something that is wrong whatever there is.

@@ -10,7 +10,6 @@ use zpod_proto::csi::*;
 
 use super::Plan;
 use crate::call::Call;
-use crate::known::{self, Weakness};
 use crate::model::Model;
 
 const MIB: i64 = 1 << 20;
@@ -93,7 +92,7 @@ impl Plan<'_> {
     /// Kubelet's directory may be reached by two names.
     fn by_some_name(&mut self, target: PathBuf) -> String {
         let other = self.pods.with_file_name("pods-by-another-name").join(target.file_name().unwrap_or_default());
-        let target = if known::allows(Weakness::TwoNamesOfAPath) && self.chance(4) { other } else { target };
+        let target = if self.chance(4) { other } else { target };
         target.to_str().unwrap().to_owned()
     }
 
