@@ -20,7 +20,7 @@ use crate::admin::Places;
 use crate::kata::MappedHalves;
 use crate::metrics::{Registry, Server};
 use crate::serve::endpoint_path;
-use crate::volumes::{Mirrors, NO_MIRRORS};
+use crate::volumes::{InlineLimits, Mirrors, NO_MIRRORS, Share};
 
 /// Two threads keep two cores busy; the work itself waits for the kernel and the network.
 const WORKERS: usize = 2;
@@ -54,10 +54,44 @@ pub struct NodeOptions {
     /// Where udev of the node has its files, if it has any. A rule there keeps it away from what guests write.
     #[arg(long, default_value = "/run/udev", value_parser = absolute())]
     pub udev_dir: PathBuf,
+    /// What pods may have inline.
+    #[command(flatten)]
+    pub inline: InlineOptions,
+}
+
+/// What pods may have inline.
+#[derive(Debug, Clone, Args)]
+pub struct InlineOptions {
     /// The largest volume that a pod may have inline (CSI ephemeral volumes), which no quota of its namespace counts: a
     /// number of bytes, or one with Ki, Mi, Gi or Ti behind it. 0: there are none.
     #[arg(long, default_value = "16Gi")]
     pub ephemeral_max_size: Bytes,
+    /// How many inline volumes one pod may have.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    pub ephemeral_pod_count: u32,
+    /// What the inline volumes of one pod may hold together: a size, or a share of what volumes may take on this node, such
+    /// as 10%.
+    #[arg(long, default_value = "32Gi")]
+    pub ephemeral_pod_size: Share,
+    /// How many inline volumes the pods of one namespace may have on this node.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub ephemeral_namespace_count: u32,
+    /// What the inline volumes of one namespace may hold together on this node: a size or a share.
+    #[arg(long, default_value = "25%")]
+    pub ephemeral_namespace_size: Share,
+}
+
+impl InlineOptions {
+    /// The bounds.
+    pub fn limits(&self) -> InlineLimits {
+        InlineLimits {
+            largest: self.ephemeral_max_size,
+            pod_count: self.ephemeral_pod_count,
+            pod_size: self.ephemeral_pod_size,
+            namespace_count: self.ephemeral_namespace_count,
+            namespace_size: self.ephemeral_namespace_size,
+        }
+    }
 }
 
 impl NodeOptions {

@@ -120,6 +120,56 @@ async fn an_inline_volume_ends_though_its_path_is_another_volumes_by_then() {
     nothing_is_left(&node, "deleted");
 }
 
+/// One after the other: kubelet names each of a pod's volumes.
+fn numbered(node: &Node, number: u32, namespace: &str, pod: &str) -> NodePublishVolumeRequest {
+    let target = node.path("pods").join(format!("{pod}-{number}"));
+    let mut request = request(&target, &[("size", "256Mi")]);
+    request.volume_id = format!("csi-{number:064x}");
+    for (key, value) in [("namespace", namespace), ("name", pod), ("uid", pod)] {
+        request.volume_context.insert(format!("csi.storage.k8s.io/pod.{key}"), value.to_owned());
+    }
+    request
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_and_a_namespace_have_their_part_of_a_node_and_leave_others_theirs() {
+    let mut node = Node::new();
+    node.arguments = vec!["--ephemeral-pod-count=2", "--ephemeral-namespace-count=3", "--ephemeral-pod-size=600Mi"];
+    let mut daemon = node.start(None);
+    for again in [false, true] {
+        let mut calls = Calls::new(daemon.channel());
+        for (number, pod) in [(1, "evil-1"), (2, "evil-1"), (3, "evil-2")] {
+            calls.publish_as(numbered(&node, number, "evil", pod)).await.unwrap();
+        }
+        for (number, pod, want) in [(4, "evil-1", "pod evil/evil-1 has 2"), (5, "evil-3", "namespace \"evil\" has 3")] {
+            let error = calls.publish_as(numbered(&node, number, "evil", pod)).await.unwrap_err();
+            assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+            assert!(error.message().contains(want) && error.message().contains("PersistentVolumeClaim"), "{error}");
+        }
+        let mut large = numbered(&node, 6, "prod", "db");
+        large.volume_context.insert("size".into(), "601Mi".into());
+        let error = calls.publish_as(large).await.unwrap_err();
+        assert!(error.message().contains("of 600 MiB together"), "{error}");
+        let victim = numbered(&node, 7, "prod", "db");
+        calls.publish_as(victim.clone()).await.unwrap();
+        calls.unpublish(&victim.volume_id, Path::new(&victim.target_path)).await.unwrap();
+        // What is known of them outlives zpod.
+        if !again {
+            daemon.kill();
+            daemon = node.start(None);
+        }
+    }
+    let mut calls = Calls::new(daemon.channel());
+    let ended = numbered(&node, 1, "evil", "evil-1");
+    calls.unpublish(&ended.volume_id, Path::new(&ended.target_path)).await.unwrap();
+    calls.publish_as(numbered(&node, 4, "evil", "evil-1")).await.unwrap();
+    for (number, pod) in [(2, "evil-1"), (3, "evil-2"), (4, "evil-1")] {
+        let there = numbered(&node, number, "evil", pod);
+        calls.unpublish(&there.volume_id, Path::new(&there.target_path)).await.unwrap();
+    }
+    nothing_is_left(&node, "ended");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_can_not_be_had_inline_is_refused_and_leaves_nothing() {
     let node = Node::new();

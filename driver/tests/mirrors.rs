@@ -311,7 +311,7 @@ async fn what_can_not_be_a_mirror_is_refused_with_the_reason_and_leaves_nothing(
     let provisioner = Provisioner::new(world.context.clone());
     let block = CreateRequest { mode: VolumeMode::Block, ..wanted() };
     let copy = CreateRequest { source: Some(Source::Volume(VolumeId::from_name("b"))), ..wanted() };
-    let inline = CreateRequest { ephemeral: true, ..wanted() };
+    let inline = CreateRequest { inline: Some(VolumeId::from_name("csi-1")), ..wanted() };
     for (request, want) in [(block, "for file systems"), (copy, "for new volumes"), (inline, "inline")] {
         let error = provisioner.create(request).await.unwrap_err().to_string();
         assert!(error.contains(want), "{error}");

@@ -16,13 +16,13 @@ use fake_guest::{Behaviour, FakeGuest};
 use zpod_driver::guest::{Health, Monitor, VolumeReport};
 use zpod_driver::kata::{DirectVolumes, TargetPath};
 use zpod_driver::volumes::{
-    CLAIM_NAME, CapacityRange, Context, CreateRequest, EphemeralVolume, NodeVolumes, Observed, Observer, PodCheck,
-    Provision, Provisioner, PublishRequest, VolumeError,
+    CLAIM_NAME, CapacityRange, Context, CreateRequest, EphemeralVolume, InlineLimits, NodeVolumes, Observed, Observer,
+    PodCheck, Provision, Provisioner, PublishRequest, VolumeError,
 };
 use zpod_proto::guest::{Health as WireHealth, VolumeStatus};
 use zpod_storage::backing::sim::SimBacking;
 use zpod_storage::catalog::dir::DirCatalog;
-use zpod_storage::catalog::{Catalog, CatalogError, Created, Page, PodRef, Volume};
+use zpod_storage::catalog::{Catalog, CatalogError, ClaimRef, Created, Page, PodRef, Volume};
 use zpod_volume::{Bytes, VolumeId};
 
 /// A catalog that counts how often it is read.
@@ -81,9 +81,9 @@ struct Only(&'static str, Arc<AtomicBool>);
 
 #[async_trait]
 impl PodCheck for Only {
-    async fn check(&self, pod: Option<&PodRef>, volume: &Volume) -> Result<(), VolumeError> {
+    async fn check(&self, pod: Option<&PodRef>, volume: &Volume, _: &Path) -> Result<Option<ClaimRef>, VolumeError> {
         match pod {
-            Some(pod) if pod.name == self.0 => Ok(()),
+            Some(pod) if pod.name == self.0 => Ok(None),
             pod => {
                 let (pod, reason) = (format!("{pod:?}"), "not on the list".into());
                 Err(VolumeError::PodRefused { id: volume.id, pod, reason })
@@ -125,7 +125,7 @@ impl World {
         let node = node
             .observed_by(notes.clone())
             .checking_pods(Arc::new(Only("good", runs.clone())))
-            .with_ephemeral(Bytes::gib(1));
+            .with_ephemeral(InlineLimits::up_to(Bytes::gib(1)));
         Self { dir, catalog, context, backing, node, notes, runs }
     }
 
@@ -233,7 +233,11 @@ async fn an_inline_volume_ends_without_being_unpublished_only_when_its_pod_is_go
     };
     let (lives, gone) = (publish("lives", "u-1").await, publish("gone", "gone").await);
     // One that a kill has left between being made and being published; and a claim's volume, which is nobody's to end.
-    let made = |name: &str, ephemeral| CreateRequest { name: name.into(), ephemeral, ..CreateRequest::default() };
+    let made = |name: &str, inline: bool| CreateRequest {
+        name: name.into(),
+        inline: inline.then(|| VolumeId::from_name(name)),
+        ..CreateRequest::default()
+    };
     let provisioner = Provisioner::new(world.context.clone());
     let begun = provisioner.create(made("begun", true)).await.unwrap().id;
     let claim = provisioner.create(made("claim", false)).await.unwrap().id;

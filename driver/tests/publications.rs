@@ -16,7 +16,7 @@ use zpod_driver::volumes::{
     Snapshotter, VolumeError,
 };
 use zpod_storage::backing::sim::SimBacking;
-use zpod_storage::catalog::{Catalog, PodRef, Publication, Source, Volume};
+use zpod_storage::catalog::{Catalog, ClaimRef, PodRef, Publication, Source, Volume};
 use zpod_volume::{Bytes, VolumeId};
 
 /// A node on directories of its own.
@@ -36,8 +36,8 @@ struct Pods {
 
 #[async_trait::async_trait]
 impl PodCheck for Pods {
-    async fn check(&self, _: Option<&PodRef>, _: &Volume) -> Result<(), VolumeError> {
-        Ok(())
+    async fn check(&self, _: Option<&PodRef>, _: &Volume, _: &Path) -> Result<Option<ClaimRef>, VolumeError> {
+        Ok(None)
     }
 
     async fn is_gone(&self, _: VolumeId, _: &PodRef) -> Result<bool, VolumeError> {

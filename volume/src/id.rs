@@ -5,6 +5,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
+/// So many bytes of its node's UID an inline volume's id begins with. The chart's admission policy compares the same: 13
+/// characters, hyphen included.
+const INLINE_PREFIX: usize = 6;
+
 /// A typed id that follows from the name that CSI gives, so that two requests with one name can never make two things,
 /// whoever handles them.
 macro_rules! id_of_a_name {
@@ -66,6 +70,19 @@ macro_rules! id_of_a_name {
 id_of_a_name! {
     /// The id of a volume: the CSI `volume_id`, the GPT disk GUID, and the name of its backing.
     VolumeId, "volume id", b"csi.zpod.storage/volume\0"
+}
+
+impl VolumeId {
+    /// The id of a volume that a node makes for one pod: it follows from kubelet's handle and the UID of the node, and
+    /// begins as that UID does, so that an API server can tell whether a node may take it.
+    pub fn inline(handle: &str, node: Uuid) -> Self {
+        let digest =
+            Sha256::new().chain_update(b"csi.zpod.storage/inline-volume\0").chain_update(node).chain_update(handle);
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&digest.finalize()[..16]);
+        bytes[..INLINE_PREFIX].copy_from_slice(&node.as_bytes()[..INLINE_PREFIX]);
+        Self(uuid::Builder::from_custom_bytes(bytes).into_uuid())
+    }
 }
 
 id_of_a_name! {
@@ -206,6 +223,18 @@ impl From<PoolName> for String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_inline_volumes_id_is_its_nodes_and_no_other_nodes() {
+        let (handle, a, b) = ("csi-5e", Uuid::from_u128(1 << 100), Uuid::from_u128(2 << 100));
+        let id = VolumeId::inline(handle, a);
+        assert_eq!(id, VolumeId::inline(handle, a));
+        assert_eq!(id.to_string()[..13], a.to_string()[..13]);
+        assert_eq!(id.uuid().get_version_num(), 8);
+        for other in [VolumeId::inline(handle, b), VolumeId::inline("csi-5f", a), VolumeId::from_name(handle)] {
+            assert_ne!(id, other);
+        }
+    }
 
     #[test]
     fn one_name_has_one_id_and_it_never_changes() {

@@ -87,9 +87,8 @@ anything is changed, with what to do: an upgrade that the API server refuses hal
 {{- end }}
 
 {{/* A number in a values file is a float to Helm, and would be written as 1.7e+10. */}}
-{{- define "zpod.ephemeralMaxSize" -}}
-{{- $size := .Values.node.ephemeralMaxSize -}}
-{{- kindIs "string" $size | ternary $size (int64 (kindIs "string" $size | ternary 0 $size) | toString) -}}
+{{- define "zpod.size" -}}
+{{- kindIs "string" . | ternary . (int64 (kindIs "string" . | ternary 0 .) | toString) -}}
 {{- end }}
 
 {{/* The least that a container can run with. Those on the nodes are root, since kubelet's sockets and directories are

@@ -12,6 +12,8 @@ use zpod_kubernetes::KubeCatalog;
 use zpod_kubernetes::crd::ZfsVolume;
 use zpod_volume::VolumeId;
 
+use crate::csi::DRIVER;
+
 /// How often orphans are looked for.
 const LOOK_EVERY: Duration = Duration::from_secs(600);
 /// A volume is made before its PersistentVolume: this long it may be without.
@@ -77,14 +79,17 @@ impl Orphans {
     }
 }
 
-/// The ids of the volumes that PersistentVolumes are named after (external-provisioner gives both one name): 16 bytes
-/// for each, whatever is in them.
+/// The ids of the volumes that PersistentVolumes are of, by their handle: one that an administrator has made for a volume
+/// that was kept has another name. 16 bytes for each, whatever is in them.
 async fn persistent_volumes(client: &Client) -> Result<HashSet<VolumeId>, kube::Error> {
     let volumes: Api<PersistentVolume> = Api::all(client.clone());
     let (mut known, mut params) = (HashSet::new(), ListParams::default().limit(PAGE));
     loop {
-        let page = volumes.list_metadata(&params).await?;
-        known.extend(page.items.iter().map(|volume| VolumeId::from_name(&volume.name_any())));
+        let page = volumes.list(&params).await?;
+        let ours = page.items.iter().filter_map(|volume| volume.spec.as_ref()?.csi.as_ref());
+        known.extend(
+            ours.filter(|csi| csi.driver == DRIVER).filter_map(|csi| csi.volume_handle.parse::<VolumeId>().ok()),
+        );
         match page.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => params = params.continue_token(&token),
             None => return Ok(known),
@@ -97,7 +102,7 @@ fn is_orphan(object: &ZfsVolume, known: &HashSet<VolumeId>, now: Timestamp) -> b
     object.metadata.deletion_timestamp.is_none()
         && !object.spec.ephemeral
         && object.creation_timestamp().is_some_and(|created| old(created.0))
-        && !known.contains(&VolumeId::from_name(&object.spec.volume_name))
+        && object.name_any().parse().is_ok_and(|id: VolumeId| !known.contains(&id))
 }
 
 #[cfg(test)]
@@ -112,7 +117,7 @@ mod tests {
             "parameters": {"backing": "file", "provisioning": "thin", "headroom": "8x", "quota": "refquota"},
         }))
         .unwrap();
-        let mut object = ZfsVolume::new("x", spec);
+        let mut object = ZfsVolume::new(&VolumeId::from_name("pvc-1").to_string(), spec);
         let created = Timestamp::now().as_second() - age;
         object.metadata.creation_timestamp = Some(Time(Timestamp::from_second(created).unwrap()));
         object
@@ -124,6 +129,12 @@ mod tests {
         assert!(is_orphan(&object(3600), &none, now));
         assert!(!is_orphan(&object(60), &none, now), "its PersistentVolume may be on its way");
         assert!(!is_orphan(&object(3600), &HashSet::from([VolumeId::from_name("pvc-1")]), now));
+        let mut renamed = object(3600);
+        renamed.spec.volume_name = "pvc-2".into();
+        assert!(
+            !is_orphan(&renamed, &HashSet::from([VolumeId::from_name("pvc-1")]), now),
+            "the handle counts, no name"
+        );
         let mut leaving = object(3600);
         leaving.metadata.deletion_timestamp = leaving.metadata.creation_timestamp.clone();
         assert!(!is_orphan(&leaving, &none, now));

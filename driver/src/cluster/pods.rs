@@ -1,18 +1,19 @@
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, VolumeMount};
+use k8s_openapi::api::core::v1::{Container, PersistentVolume, Pod, PodSpec, VolumeMount};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::{Api, Client};
-use zpod_storage::catalog::{PodRef, Volume};
+use zpod_storage::catalog::{ClaimRef, PodRef, Volume};
 use zpod_volume::VolumeId;
 
 use crate::csi::DRIVER;
 use crate::guest::clean;
 use crate::kata::{KataRuntime, RuntimeHandler};
-use crate::volumes::{CLAIM_NAME, Observed, PodCheck, VolumeError};
+use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, PodCheck, VolumeError};
 
 /// For each of the two questions to the API server. Kubelet waits 2 minutes for the call, and repeats it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -50,7 +51,7 @@ impl ClusterPods {
         Self { client, handlers }
     }
 
-    async fn look(&self, wanted: &PodRef, volume: &Volume) -> Result<(), Refusal> {
+    async fn look(&self, wanted: &PodRef, volume: &Volume, target: &Path) -> Result<Option<ClaimRef>, Refusal> {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &wanted.namespace);
         let pod = ask("the pod", pods.get_opt(&wanted.name)).await?;
         let same = |pod: &Pod| pod.metadata.uid.as_deref() == Some(wanted.uid.as_str());
@@ -66,13 +67,59 @@ impl ClusterPods {
         };
         let handler = class.as_ref().map(|(name, class)| (*name, class.as_ref().map(|class| class.handler.as_str())));
         let runtime = check_runtime(handler, &self.handlers)?;
-        let volumes = names(&wanted.name, &spec, volume.labels.get(CLAIM_NAME).map(String::as_str), volume.ephemeral);
+        let claim = self.claim(wanted, volume, target).await?;
+        let volumes = names(&wanted.name, &spec, claim_name(wanted, volume, claim.as_ref()), volume.ephemeral);
         check_mounts(&spec, &volumes)?;
-        match runtime {
-            Some(KataRuntime::Rust) => check_order(&spec, &volumes, &self.handlers),
-            Some(KataRuntime::Go) | None => Ok(()),
+        if runtime == Some(KataRuntime::Rust) {
+            check_order(&spec, &volumes, &self.handlers)?;
         }
+        Ok(claim)
     }
+
+    /// The claim that the volume's PersistentVolume is bound to. A claim that says so of itself counts for nothing, and
+    /// neither does that for which the volume was made: it may be gone, and the volume another tenant's.
+    async fn claim(&self, pod: &PodRef, volume: &Volume, target: &Path) -> Result<Option<ClaimRef>, Refusal> {
+        if volume.ephemeral {
+            return Ok(None);
+        }
+        let Some(name) = persistent_volume(target) else { return Ok(None) };
+        let volumes: Api<PersistentVolume> = Api::all(self.client.clone());
+        let found = ask("its PersistentVolume", volumes.get_opt(name)).await?;
+        let found = found.ok_or_else(|| Refusal::Unknown(format!("there is no PersistentVolume {name} any more")))?;
+        let spec = found.spec.unwrap_or_default();
+        let handle = spec.csi.filter(|csi| csi.driver == DRIVER).map(|csi| csi.volume_handle).unwrap_or_default();
+        if handle != volume.id.to_string() {
+            let handle = clean(&handle, 128);
+            return Err(Refusal::Pod(format!("kubelet wants it for PersistentVolume {name}, which is of {handle:?}")));
+        }
+        let bound = found.status.and_then(|status| status.phase).is_some_and(|phase| phase == "Bound");
+        let part = |value: Option<String>| value.unwrap_or_default();
+        let claim = spec.claim_ref.map(|claim| ClaimRef {
+            namespace: part(claim.namespace),
+            name: part(claim.name),
+            uid: part(claim.uid),
+        });
+        let Some(claim) = claim.filter(|claim| bound && !claim.uid.is_empty()) else {
+            return Err(Refusal::Unknown(format!("its PersistentVolume {name} is bound to no claim")));
+        };
+        if claim.namespace != pod.namespace {
+            return Err(Refusal::Pod(format!(
+                "its PersistentVolume {name} is bound to a claim of namespace {}, and a pod can use those of its own only",
+                claim.namespace
+            )));
+        }
+        Ok(Some(claim))
+    }
+}
+
+/// The PersistentVolume that a target path is for: kubelet puts its name there, for file systems as
+/// `pods/UID/volumes/kubernetes.io~csi/NAME/mount`, for block devices as `volumeDevices/publish/NAME/UID`.
+fn persistent_volume(target: &Path) -> Option<&str> {
+    let mut parts = target.components().rev().map(|part| part.as_os_str().to_str());
+    let (last, name, parent, above) = (parts.next()??, parts.next()??, parts.next()??, parts.next()??);
+    let files = last == "mount" && parent == "kubernetes.io~csi" && above == "volumes";
+    let device = parent == "publish" && above == "volumeDevices";
+    (files || device).then_some(name)
 }
 
 fn named_class(spec: &PodSpec) -> Option<&str> {
@@ -89,14 +136,19 @@ async fn ask<T>(what: &str, answer: impl Future<Output = kube::Result<T>>) -> Re
 
 #[async_trait]
 impl PodCheck for ClusterPods {
-    async fn check(&self, pod: Option<&PodRef>, volume: &Volume) -> Result<(), VolumeError> {
+    async fn check(
+        &self,
+        pod: Option<&PodRef>,
+        volume: &Volume,
+        target: &Path,
+    ) -> Result<Option<ClaimRef>, VolumeError> {
         let id = volume.id;
         let Some(pod) = pod.filter(|pod| !pod.uid.is_empty() && !pod.namespace.is_empty()) else {
             let reason = "kubelet did not say which pod this is for, so its runtime can't be checked: the CSIDriver object \
                           csi.zpod.storage must have spec.podInfoOnMount: true, as zpod's chart installs it";
             return Err(VolumeError::PodRefused { id, pod: "without a name".into(), reason: reason.into() });
         };
-        self.look(pod, volume).await.map_err(|refusal| match refusal {
+        self.look(pod, volume, target).await.map_err(|refusal| match refusal {
             Refusal::Pod(reason) => VolumeError::PodRefused { id, pod: pod.to_string(), reason },
             Refusal::Unknown(reason) => {
                 VolumeError::PodUnknown { id, pod: pod.to_string(), reason: clean(&reason, 512) }
@@ -169,11 +221,20 @@ fn check_runtime(class: Class<'_>, handlers: &[RuntimeHandler]) -> Result<Option
     }
 }
 
+/// The name of the volume's claim, as its pod has it. Where kubelet's path names no PersistentVolume, that is the claim the
+/// volume was made for, if that can be the pod's.
+fn claim_name<'a>(pod: &PodRef, volume: &'a Volume, claim: Option<&'a ClaimRef>) -> Option<&'a str> {
+    let label = |key: &str| volume.labels.get(key).map(String::as_str);
+    let made_for = || label(CLAIM_NAMESPACE).filter(|namespace| *namespace == pod.namespace).and(label(CLAIM_NAME));
+    claim.map(|claim| claim.name.as_str()).or_else(made_for)
+}
+
 /// What the pod calls a volume. Which of its inline volumes it is its handle does not tell: all of them are.
 fn names<'a>(pod: &str, spec: &'a PodSpec, claim: Option<&str>, inline: bool) -> BTreeSet<&'a str> {
     let claim = claim.unwrap_or_default();
     let volumes = spec.volumes.iter().flatten().filter_map(|volume| {
-        let named = volume.persistent_volume_claim.as_ref().is_some_and(|source| source.claim_name == claim);
+        let named = volume.persistent_volume_claim.as_ref();
+        let named = named.is_some_and(|source| !claim.is_empty() && source.claim_name == claim);
         // The claim of a generic ephemeral volume is named after pod and volume.
         let made = volume.ephemeral.is_some() && claim == format!("{pod}-{}", volume.name);
         let inline = inline && volume.csi.as_ref().is_some_and(|source| source.driver == DRIVER);
@@ -283,7 +344,7 @@ mod tests {
 
     async fn check(answers: Answers, pod: Option<&PodRef>) -> Result<(), VolumeError> {
         let pods = ClusterPods::new(answers.client(), handlers(&["kata-zpod=go", "kata-zpod-clh=rust"]));
-        pods.check(pod, &volume("data-db-0")).await
+        pods.check(pod, &volume("data-db-0"), Path::new("/t")).await.map(drop)
     }
 
     fn world(spec: Value) -> Answers {
@@ -383,7 +444,7 @@ mod tests {
                 }
             }
             let go = ClusterPods::new(world(order("ours", containers)).client(), handlers(&["kata-zpod-clh=go"]));
-            go.check(Some(&pod()), &volume("data-db-0")).await.unwrap();
+            go.check(Some(&pod()), &volume("data-db-0"), Path::new("/t")).await.unwrap();
         }
     }
 
@@ -415,8 +476,73 @@ mod tests {
     async fn the_claim_of_a_generic_ephemeral_volume_is_known_by_its_name() {
         let sub = json!({"name": "tmp", "mountPath": "/tmp", "subPath": "a"});
         let pods = ClusterPods::new(world(spec(Some("ours"), sub)).client(), handlers(&["kata-zpod-clh"]));
-        let error = pods.check(Some(&pod()), &volume("db-0-tmp")).await.unwrap_err();
+        let error = pods.check(Some(&pod()), &volume("db-0-tmp"), Path::new("/t")).await.unwrap_err();
         assert!(matches!(error, VolumeError::PodRefused { .. }), "{error}");
+    }
+
+    const TARGET: &str = "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/pv-1/mount";
+
+    /// The volume of claim `data-db-0`, which was kept and bound to another claim since, in a pod that mounts this.
+    async fn bound(claim: Value, phase: &str, mounted: &str) -> Result<Option<ClaimRef>, String> {
+        let volume = volume("data-db-0");
+        let spec = json!({
+            "runtimeClassName": "ours",
+            "volumes": [
+                {"name": "old", "persistentVolumeClaim": {"claimName": "data-db-0"}},
+                {"name": "kept", "persistentVolumeClaim": {"claimName": "kept"}},
+            ],
+            "containers": [{"name": "db", "volumeMounts": [{"name": mounted, "mountPath": "/data", "subPath": "a"}]}],
+        });
+        let pv = json!({
+            "metadata": {"name": "pv-1"}, "status": {"phase": phase},
+            "spec": {"csi": {"driver": DRIVER, "volumeHandle": volume.id.to_string()}, "claimRef": claim},
+        });
+        let pods = ClusterPods::new(
+            world(spec).with("/api/v1/persistentvolumes/pv-1", pv).client(),
+            handlers(&["kata-zpod-clh"]),
+        );
+        pods.check(Some(&pod()), &volume, Path::new(TARGET)).await.map_err(|error| error.to_string())
+    }
+
+    #[tokio::test]
+    async fn only_the_claim_that_the_persistent_volume_is_bound_to_counts() {
+        let claim = |namespace: &str| json!({"namespace": namespace, "name": "kept", "uid": "c-2"});
+        let want = ClaimRef { namespace: "prod".into(), name: "kept".into(), uid: "c-2".into() };
+        // The claim that it was made for is another volume's now.
+        assert_eq!(bound(claim("prod"), "Bound", "old").await, Ok(Some(want)));
+        let error = bound(claim("prod"), "Bound", "kept").await.unwrap_err();
+        assert!(error.contains("container db mounts it at /data with subPath: a"), "{error}");
+        let error = bound(claim("other"), "Bound", "old").await.unwrap_err();
+        assert!(error.contains("bound to a claim of namespace other"), "{error}");
+        for (claim, phase) in [(claim("prod"), "Released"), (Value::Null, "Available")] {
+            let error = bound(claim, phase, "old").await.unwrap_err();
+            assert!(error.contains("is bound to no claim"), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_persistent_volume_of_another_volume_is_refused() {
+        let pv = json!({
+            "metadata": {"name": "pv-1"}, "status": {"phase": "Bound"},
+            "spec": {"csi": {"driver": DRIVER, "volumeHandle": "another"},
+                     "claimRef": {"namespace": "prod", "name": "data-db-0", "uid": "c"}},
+        });
+        let world = world(spec(Some("ours"), whole())).with("/api/v1/persistentvolumes/pv-1", pv);
+        let pods = ClusterPods::new(world.client(), handlers(&["kata-zpod-clh"]));
+        let error = pods.check(Some(&pod()), &volume("data-db-0"), Path::new(TARGET)).await.unwrap_err();
+        assert!(matches!(error, VolumeError::PodRefused { .. }), "{error}");
+    }
+
+    #[test]
+    fn the_persistent_volume_is_in_kubelets_paths() {
+        for (path, name) in [
+            (TARGET, Some("pv-1")),
+            ("/var/lib/kubelet/plugins/kubernetes.io/csi/volumeDevices/publish/pv-1/u-1", Some("pv-1")),
+            ("/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~nfs/pv-1/mount", None),
+            ("/mnt", None),
+        ] {
+            assert_eq!(persistent_volume(Path::new(path)), name, "{path}");
+        }
     }
 
     #[tokio::test]
@@ -427,7 +553,7 @@ mod tests {
             let mut spec = spec(Some("ours"), sub.clone());
             spec["volumes"] = json!([{"name": "scratch", "csi": {"driver": driver}}]);
             let pods = ClusterPods::new(world(spec).client(), handlers(&["kata-zpod-clh"]));
-            let answer = pods.check(Some(&pod()), &inline).await;
+            let answer = pods.check(Some(&pod()), &inline, Path::new("/t")).await;
             assert_eq!(matches!(answer, Err(VolumeError::PodRefused { .. })), refused, "{answer:?}");
         }
     }

@@ -117,12 +117,14 @@ impl ClusterProvisioner {
         Ok((capacity, Some(vec![bounds.node])))
     }
 
-    /// The UID of the claim, for the events on it. A claim that is gone, or can't be looked up, gets none.
+    /// The UID of the claim, where it is the one that the volume is made for: external-provisioner names the volume after
+    /// it. A claim that is gone, has another in its place, or can't be looked up, gets none.
     async fn claim_uid(&self, request: &CreateRequest) -> Option<String> {
         let (namespace, name) = (request.labels.get(CLAIM_NAMESPACE)?, request.labels.get(CLAIM_NAME)?);
         let claims: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), namespace);
         let asked = tokio::time::timeout(Duration::from_secs(5), claims.get_metadata_opt(name)).await.ok()?;
-        asked.inspect_err(|error| tracing::info!("claim {namespace}/{name}: {error}")).ok()??.metadata.uid
+        let found = asked.inspect_err(|error| tracing::info!("claim {namespace}/{name}: {error}")).ok()??;
+        found.metadata.uid.filter(|uid| !uid.is_empty() && request.name.ends_with(uid.as_str()))
     }
 
     async fn record(&self, request: &CreateRequest) -> Result<Volume, VolumeError> {
@@ -373,7 +375,7 @@ mod tests {
             attributes: Default::default(),
             mode: Default::default(),
             source: None,
-            ephemeral: false,
+            inline: None,
         };
         let status = to_status(&provisioner.create(request).await.unwrap_err());
         (status.code(), status.message().to_owned())

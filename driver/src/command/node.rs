@@ -6,7 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use k8s_openapi::api::core::v1::Node;
+use kube::{Api, Client};
 use tokio::sync::Notify;
+use uuid::Uuid;
 use zpod_kubernetes::KubeCatalog;
 use zpod_kubernetes::crd::ZfsSnapshot;
 use zpod_kubernetes::crd::ZfsVolume;
@@ -79,6 +82,9 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let (mirrors, boot) = (node.mirrors(&backing), boot_id.clone());
     let (catalog, snapshots) = (Arc::new(catalog), Arc::new(snapshots));
     let context = Context::with_mirrors(node.node_name, boot, catalog, snapshots, backing.clone(), mirrors);
+    if let Some(uid) = node_uid(&client, context.node()).await? {
+        context.is_node(uid);
+    }
     let mut registry = metrics::registry();
     NodeMetrics::register(&mut registry, context.node(), backing);
     let states = PoolStates::new(context.node(), &boot_id);
@@ -87,7 +93,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         vec![VolumeMetrics::register(&mut registry, context.node()), states.clone(), events];
     let _metrics = options.metrics.serve(registry).await?;
     let pods = ClusterPods::new(client.clone(), options.runtime_handler.clone());
-    let volumes = load(&context, direct).await?.with_ephemeral(node.ephemeral_max_size);
+    let volumes = load(&context, direct).await?.with_ephemeral(node.inline.limits());
     let volumes = volumes.observed_by(Arc::new(observers)).checking_pods(Arc::new(pods));
     tokio::spawn(volumes.clone().keep_scrubbing());
     tokio::spawn(volumes.clone().keep_finding_unheard());
@@ -142,6 +148,24 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
         () = write_events(client, waiting) => {}
     }
     Ok(())
+}
+
+/// The UID of this node, after which its inline volumes are named; nothing where the node is not known yet.
+async fn node_uid(client: &Client, name: &str) -> Result<Option<Uuid>, Failure> {
+    let nodes: Api<Node> = Api::all(client.clone());
+    loop {
+        match nodes.get_metadata_opt(name).await {
+            Ok(found) => {
+                let uid = found.and_then(|node| node.metadata.uid);
+                return Ok(uid.and_then(|uid| uid.parse().ok()));
+            }
+            Err(kube::Error::Api(status)) if status.code < 429 => {
+                return Err(format!("node {name} can't be looked up: {status}").into());
+            }
+            Err(error) => tracing::warn!("node {name} can't be looked up: {error}; trying again"),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
 }
 
 /// Takes up where an earlier process left off. The API server may be away just now: that is no reason to end.

@@ -64,7 +64,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let told = VolumeMetrics::register(&mut registry, context.node());
     let _metrics = options.metrics.serve(registry).await?;
     let volumes = NodeVolumes::load(context.clone(), direct).await?.observed_by(told);
-    let volumes = volumes.with_ephemeral(node.ephemeral_max_size);
+    let volumes = volumes.with_ephemeral(node.inline.limits());
     tokio::spawn(volumes.clone().keep_scrubbing());
     tokio::spawn(volumes.clone().keep_ending_abandoned());
     let _monitor = Monitor::start(node.kata_run_dir, Arc::new(volumes.clone()));

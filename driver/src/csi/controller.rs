@@ -68,7 +68,7 @@ impl ControllerService {
             mode,
             source: request::source(request.volume_content_source.as_ref(), not_found)?,
             name: request.name,
-            ephemeral: false,
+            inline: None,
         };
         check_vdevs(&wanted)?;
         let volume = self.provisioner.create(wanted).await?;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use zpod_volume::{Bytes, Headroom, VolumeId, VolumeParameters};
 
 use super::request;
-use crate::volumes::{Context, EphemeralVolume, VolumeError};
+use crate::volumes::{EphemeralVolume, NodeVolumes, VolumeError};
 
 /// Kubelet says so of an inline volume (CSIDriver `podInfoOnMount`).
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
@@ -37,8 +37,8 @@ pub(super) fn wanted(handle: &str, context: &HashMap<String, String>) -> Result<
 }
 
 /// The id of a volume as kubelet names it: ours, or that of its inline volume. Only the first call for one says which.
-pub(super) fn volume_id(context: &Context, id: &str) -> Result<VolumeId, VolumeError> {
-    if is_handle(id) { Ok(VolumeId::from_name(id)) } else { request::volume_id(context, id) }
+pub(super) fn volume_id(volumes: &NodeVolumes, id: &str) -> Result<VolumeId, VolumeError> {
+    if is_handle(id) { Ok(volumes.inline_id(id)) } else { request::volume_id(volumes.context(), id) }
 }
 
 fn is_handle(id: &str) -> bool {

@@ -56,7 +56,7 @@ impl NodeService {
         let target = request::path("target_path", &request.target_path)?;
         let access = capability::parse(request.volume_capability.as_ref())?;
         let ephemeral = ephemeral::wanted(&request.volume_id, &request.volume_context)?;
-        let id = ephemeral::volume_id(self.volumes.context(), &request.volume_id)?;
+        let id = ephemeral::volume_id(&self.volumes, &request.volume_id)?;
         let request = PublishRequest {
             id,
             target,
@@ -81,7 +81,7 @@ impl NodeService {
         request::required("volume_id", &request.volume_id)?;
         let target = request::path("target_path", &request.target_path)?;
         // An id that is none of ours was never published.
-        if let Ok(id) = ephemeral::volume_id(self.volumes.context(), &request.volume_id) {
+        if let Ok(id) = ephemeral::volume_id(&self.volumes, &request.volume_id) {
             self.volumes.unpublish(id, target).await?;
         }
         Ok(csi::NodeUnpublishVolumeResponse {})
@@ -93,7 +93,7 @@ impl NodeService {
     ) -> Result<csi::NodeGetVolumeStatsResponse, VolumeError> {
         request::required("volume_id", &request.volume_id)?;
         let path = request::path("volume_path", &request.volume_path)?;
-        let id = ephemeral::volume_id(self.volumes.context(), &request.volume_id)?;
+        let id = ephemeral::volume_id(&self.volumes, &request.volume_id)?;
         Ok(describe(self.volumes.stats(id, &path).await?))
     }
 

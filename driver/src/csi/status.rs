@@ -42,7 +42,8 @@ fn code(error: &VolumeError) -> Code {
         }
         // Of these, external-provisioner knows that the work goes on, and asks again for the same.
         VolumeError::NodeSilent { .. } => Code::DeadlineExceeded,
-        VolumeError::NodeRefused { no_room: true, .. } => Code::ResourceExhausted,
+        // Kubelet and the sidecars try again later: others may have ended by then.
+        VolumeError::BoundReached { .. } | VolumeError::NodeRefused { no_room: true, .. } => Code::ResourceExhausted,
         VolumeError::NodeRefused { no_room: false, .. } => Code::FailedPrecondition,
         // CSI 1.12: "operation pending for volume".
         VolumeError::NotReady { .. }
@@ -155,6 +156,7 @@ mod tests {
             (VolumeError::invalid("name", "empty"), Code::InvalidArgument),
             (VolumeError::Parameter(parameter), Code::InvalidArgument),
             (VolumeError::OutOfRange { reason: s("small") }, Code::OutOfRange),
+            (VolumeError::BoundReached { reason: s("8 of 8") }, Code::ResourceExhausted),
             (VolumeError::Token(s("x")), Code::Aborted),
             (VolumeError::NotFound { id: s("x"), node: s("n1") }, Code::NotFound),
             (VolumeError::NotPublished { id, path: "/x".into(), node: s("n1") }, Code::NotFound),
@@ -304,7 +306,7 @@ mod tests {
     }
 
     variants!(VOLUME, volume_error, VolumeError: Invalid Parameter OutOfRange Token NotFound NotPublished Exists Topology
-        OtherNode NotReady Published PublishedOtherwise StillPublished TargetTaken BeyondHeadroom GuestSilent NoNode NodeSilent
+        OtherNode NotReady Published PublishedOtherwise StillPublished TargetTaken BeyondHeadroom BoundReached GuestSilent NoNode NodeSilent
         NodeRefused NodeAtWork PodRefused PodUnknown SnapshotNotFound SnapshotExists SnapshotNotReady InGroup GroupNotFound
         GroupExists GroupMember SourceElsewhere NoCopyWhileRunning JustRestored MarkLost Copying BeingCopied NoMirrors
         HalfLost Guest Backing Catalog Kata CutShort);

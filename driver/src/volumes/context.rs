@@ -1,10 +1,11 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
+use uuid::Uuid;
 use zpod_storage::backing::{Backing, BackingError, CopySource, DeviceSpec};
 use zpod_storage::catalog::{Catalog, Phase, Publication, Snapshot, Volume};
 use zpod_volume::{SnapshotId, TokenDigest, VolumeId};
@@ -34,6 +35,8 @@ pub struct Context {
     locks: VolumeLocks,
     /// Whether the process was told to end.
     ending: watch::Sender<bool>,
+    /// The UID of this node in the cluster.
+    node_uid: OnceLock<Uuid>,
 }
 
 impl Context {
@@ -59,7 +62,21 @@ impl Context {
     ) -> Arc<Self> {
         let (published, locks) = (Published::default(), VolumeLocks::default());
         let (copies, marks, ending) = (Copies::default(), Marks::default(), watch::Sender::default());
-        Arc::new(Self { node, boot_id, catalog, snapshots, backing, published, copies, mirrors, marks, locks, ending })
+        let node_uid = OnceLock::new();
+        Arc::new(Self {
+            node,
+            boot_id,
+            catalog,
+            snapshots,
+            backing,
+            published,
+            copies,
+            mirrors,
+            marks,
+            locks,
+            ending,
+            node_uid,
+        })
     }
 
     /// The id of this boot of the host.
@@ -68,6 +85,16 @@ impl Context {
     /// When `/proc` can't be read.
     pub fn boot_id() -> std::io::Result<String> {
         std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned())
+    }
+
+    /// Says which UID this node has in the cluster: inline volumes are named after it.
+    pub fn is_node(&self, uid: Uuid) {
+        let _ = self.node_uid.set(uid);
+    }
+
+    /// The id of a new inline volume, which no other node gives to one of its own.
+    pub(super) fn new_inline_id(&self, handle: &str) -> VolumeId {
+        self.node_uid.get().map_or_else(|| VolumeId::from_name(handle), |uid| VolumeId::inline(handle, *uid))
     }
 
     /// The node's name.

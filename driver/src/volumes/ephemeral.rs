@@ -44,32 +44,27 @@ impl NodeVolumes {
         if self.context.published.observed(request.id).is_some() {
             return self.publish(request).await;
         }
-        let size = wanted.size.unwrap_or(DEFAULT_CAPACITY);
-        if self.context.catalog.get(request.id).await?.is_none() {
+        let (id, size) = (request.id, wanted.size.unwrap_or(DEFAULT_CAPACITY));
+        self.end_begun(id).await?;
+        if self.context.catalog.get(id).await?.is_none() {
             self.check_size(size)?;
         }
         let range = CapacityRange { required: Some(size), limit: None };
         let capacity = range.choose(VolumeMode::Filesystem)?;
         let volume = Volume {
+            id,
             ephemeral: true,
             ..Volume::wanted(&wanted.handle, capacity, wanted.parameters.clone(), &self.context.node)
         };
         let node = self.clone();
         to_the_end(async move {
             // Nothing is made for a pod that can't have it: kubelet unpublishes only what it has seen published.
-            node.pods.check(request.pod.as_ref(), &volume).await?;
-            let create = CreateRequest {
-                name: volume.name,
-                range,
-                parameters: volume.parameters,
-                ephemeral: true,
-                ..CreateRequest::default()
-            };
-            Provisioner::new(node.context.clone()).create(create).await?;
-            crash::point("publish: ephemeral volume made");
-            let id = request.id;
-            let published = node.publish(request).await;
-            if published.is_err()
+            node.pods.check(request.pod.as_ref(), &volume, &request.target).await?;
+            let total = node.context.with_backing(|backing| backing.capacity()).await?.total;
+            let asked = (capacity, request.pod.as_ref());
+            node.inline.take(&node.context.node, &volume.name, id, asked, total)?;
+            let published = node.make_and_publish(volume, range, request).await;
+            if published.as_ref().is_err_and(|error| !matches!(error, VolumeError::Exists { .. }))
                 && let Err(error) = node.end_unused(id).await
             {
                 tracing::warn!(volume = %id, "what was made for a pod that did not get it is still there: {error}");
@@ -79,13 +74,37 @@ impl NodeVolumes {
         .await
     }
 
+    async fn make_and_publish(
+        &self,
+        volume: Volume,
+        range: CapacityRange,
+        request: PublishRequest,
+    ) -> Result<Outcome, VolumeError> {
+        let create = CreateRequest {
+            inline: Some(volume.id),
+            name: volume.name,
+            range,
+            parameters: volume.parameters,
+            ..CreateRequest::default()
+        };
+        Provisioner::new(self.context.clone()).create(create).await?;
+        crash::point("publish: ephemeral volume made");
+        self.publish(request).await
+    }
+
+    /// The id of the inline volume that kubelet calls so: that which it has here, or the one it is to have.
+    pub fn inline_id(&self, handle: &str) -> VolumeId {
+        self.inline.id(handle).unwrap_or_else(|| self.context.new_inline_id(handle))
+    }
+
     fn check_size(&self, size: Bytes) -> Result<(), VolumeError> {
-        if size <= self.ephemeral_max {
+        let largest = self.inline.limits.largest;
+        if size <= largest {
             return Ok(());
         }
         let node = &self.context.node;
         let claim = "use a PersistentVolumeClaim, or a generic ephemeral volume (spec.volumes[].ephemeral)";
-        let reason = match self.ephemeral_max {
+        let reason = match largest {
             Bytes(0) => {
                 format!("inline volumes are switched off on node {node} (chart value node.ephemeralMaxSize): {claim}")
             }
@@ -104,7 +123,18 @@ impl NodeVolumes {
             let _ = self.prove_exclusive(&volume).await;
         }
         crash::point("unpublish: ephemeral volume ends");
-        Provisioner::new(self.context.clone()).delete(id).await
+        let ended = Provisioner::new(self.context.clone()).delete(id).await?;
+        self.inline.give_back(id);
+        Ok(ended)
+    }
+
+    /// Ends a volume whose end was cut short, as after a publication that failed: nobody else comes for it.
+    async fn end_begun(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let volume = self.context.catalog.get(id).await?;
+        if volume.is_some_and(|volume| volume.ephemeral && volume.phase == Phase::Deleting) {
+            self.end_ephemeral(id).await?;
+        }
+        Ok(())
     }
 
     /// Destroys a volume that no guest has ever had.
@@ -113,8 +143,10 @@ impl NodeVolumes {
         let unused = |volume: &Volume| {
             volume.ephemeral && volume.phase != Phase::Deleting && !volume.initialized && volume.publication.is_none()
         };
-        if volume.as_ref().is_some_and(unused) {
-            self.end_ephemeral(id).await?;
+        match volume {
+            None => self.inline.give_back(id),
+            Some(volume) if unused(&volume) => drop(self.end_ephemeral(id).await?),
+            Some(_) => {}
         }
         Ok(())
     }

@@ -227,6 +227,12 @@ pub enum VolumeError {
         /// Why, and what to do.
         reason: String,
     },
+    /// A tenant has had its part of the node.
+    #[error("{reason}")]
+    BoundReached {
+        /// Who has what, where, what is allowed, and what to do.
+        reason: String,
+    },
     /// No such snapshot.
     #[error("snapshot {id:?} does not exist on node {node}")]
     SnapshotNotFound {
@@ -429,7 +435,7 @@ impl VolumeError {
     pub fn is_no_room(&self) -> bool {
         match self {
             Self::Backing { source, .. } => source.is_no_room(),
-            error => matches!(error, Self::NodeRefused { no_room: true, .. }),
+            error => matches!(error, Self::NodeRefused { no_room: true, .. } | Self::BoundReached { .. }),
         }
     }
 

@@ -49,7 +49,7 @@ pub(crate) fn check_vdevs(request: &CreateRequest) -> Result<(), VolumeError> {
         let reason = "vdevs: mirror-2 is for file systems; a block device has one device under it: use vdevs: single";
         return Err(VolumeError::invalid("parameters", reason));
     }
-    if request.ephemeral {
+    if request.inline.is_some() {
         let reason = "vdevs: mirror-2 is for volumes that outlive their pods; leave it out of an inline volume";
         return Err(VolumeError::invalid("volume_context", reason));
     }

@@ -17,7 +17,7 @@ pub struct Observed {
     pub target: PathBuf,
     /// The pod it is published to, where the orchestrator told.
     pub pod: Option<PodRef>,
-    /// What the orchestrator calls the volume: [`CLAIM_NAME`] and the like.
+    /// What the orchestrator calls the volume: [`CLAIM_NAME`] and the like. Of its claims, only the one that it is bound to.
     pub labels: BTreeMap<String, String>,
     /// What the volume holds.
     pub capacity: Bytes,
@@ -25,6 +25,8 @@ pub struct Observed {
 
 /// Label with the name of the PersistentVolumeClaim.
 pub const CLAIM_NAME: &str = "csi.storage.k8s.io/pvc/name";
+/// Label with its UID.
+pub const CLAIM_UID: &str = "zpod.storage/pvc-uid";
 /// Label with its namespace.
 pub const CLAIM_NAMESPACE: &str = "csi.storage.k8s.io/pvc/namespace";
 /// Label with the name of the PersistentVolume.
@@ -36,7 +38,7 @@ impl Observed {
             id: volume.id,
             target: publication.target_path.clone(),
             pod: publication.pod.clone(),
-            labels: volume.labels.clone(),
+            labels: labels(volume, publication),
             capacity: volume.capacity,
         }
     }
@@ -45,6 +47,19 @@ impl Observed {
     pub fn label(&self, key: &str) -> &str {
         self.labels.get(key).map_or("", String::as_str)
     }
+}
+
+/// The names of the claim that the volume is bound to, as was found when it was published. That for which it was made may
+/// be gone, and the volume somebody else's: it counts only where nobody could be asked, and never for a pod of another
+/// namespace.
+fn labels(volume: &Volume, publication: &Publication) -> BTreeMap<String, String> {
+    if let Some(claim) = &publication.claim {
+        let named = [(CLAIM_NAMESPACE, &claim.namespace), (CLAIM_NAME, &claim.name), (CLAIM_UID, &claim.uid)];
+        return named.map(|(key, value)| (key.to_owned(), value.clone())).into();
+    }
+    let pod = publication.pod.as_ref().map_or("", |pod| pod.namespace.as_str());
+    let elsewhere = |namespace: &String| !pod.is_empty() && namespace != pod;
+    if volume.labels.get(CLAIM_NAMESPACE).is_some_and(elsewhere) { BTreeMap::new() } else { volume.labels.clone() }
 }
 
 /// Who is told what guests say of the volumes that are published on this node. Told a few times a second for each
@@ -91,5 +106,42 @@ impl Observer for Vec<Arc<dyn Observer>> {
 
     fn keeps_condition(&self) -> bool {
         self.iter().any(|observer| observer.keeps_condition())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+    use zpod_storage::catalog::ClaimRef;
+    use zpod_volume::{TokenDigest, VolumeParameters};
+
+    #[test]
+    fn a_volume_has_the_name_of_the_claim_it_is_bound_to_and_not_of_that_it_was_made_for() {
+        let made_for = [(CLAIM_NAMESPACE, "prod"), (CLAIM_NAME, "data"), (CLAIM_UID, "c-1")];
+        let volume = Volume {
+            labels: made_for.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
+            ..Volume::wanted("pvc-1", Bytes::gib(1), VolumeParameters::default(), "n1")
+        };
+        let observed = |namespace: &str, claim: Option<ClaimRef>| {
+            let pod = PodRef { namespace: namespace.into(), name: "db-0".into(), uid: "u".into() };
+            let publication = Publication {
+                target_path: "/t".into(),
+                token_digest: TokenDigest::of(Uuid::nil()),
+                read_only: false,
+                fs_group: None,
+                mount_flags: vec![],
+                pod: Some(pod),
+                claim,
+                boot_id: String::new(),
+            };
+            let observed = Observed::new(&volume, &publication);
+            [CLAIM_NAMESPACE, CLAIM_NAME, CLAIM_UID].map(|key| observed.label(key).to_owned())
+        };
+        let bound = ClaimRef { namespace: "other".into(), name: "kept".into(), uid: "c-2".into() };
+        assert_eq!(observed("other", Some(bound)), ["other", "kept", "c-2"]);
+        // Recorded before this was asked.
+        assert_eq!(observed("prod", None), ["prod", "data", "c-1"]);
+        assert_eq!(observed("other", None), ["", "", ""], "the claim of another tenant");
     }
 }

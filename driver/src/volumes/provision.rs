@@ -112,8 +112,15 @@ pub struct CreateRequest {
     pub mode: VolumeMode,
     /// What it is made from; nothing for an empty one.
     pub source: Option<Source>,
-    /// For the life of one pod.
-    pub ephemeral: bool,
+    /// For the life of one pod: the id it has. That of any other follows from its name.
+    pub inline: Option<VolumeId>,
+}
+
+impl CreateRequest {
+    /// The id of what is made.
+    pub fn id(&self) -> VolumeId {
+        self.inline.unwrap_or_else(|| VolumeId::from_name(&self.name))
+    }
 }
 
 /// Room for new volumes.
@@ -241,7 +248,7 @@ impl Provision for Provisioner {
 }
 
 async fn create(context: &Arc<Context>, request: CreateRequest) -> Result<Volume, VolumeError> {
-    let id = VolumeId::from_name(&request.name);
+    let id = request.id();
     check(request.mode, &request.attributes)?;
     check_vdevs(&request)?;
     let target = Target::Volume(id);
@@ -257,7 +264,7 @@ async fn create(context: &Arc<Context>, request: CreateRequest) -> Result<Volume
 }
 
 async fn create_now(context: &Arc<Context>, request: &CreateRequest) -> Result<Volume, VolumeError> {
-    let id = VolumeId::from_name(&request.name);
+    let id = request.id();
     if request.nodes.as_ref().is_some_and(|nodes| !nodes.contains(&context.node)) {
         return Err(VolumeError::Topology { key: TOPOLOGY_KEY, node: context.node.clone() });
     }
@@ -332,7 +339,7 @@ async fn collect(context: &Arc<Context>, provisioner: &Provisioner) -> Result<()
 
 /// The record of a volume that is wanted, as it was found or as it is now made.
 async fn record(context: &Context, request: &CreateRequest) -> Result<Volume, VolumeError> {
-    if let Some(volume) = context.catalog.get(VolumeId::from_name(&request.name)).await? {
+    if let Some(volume) = context.catalog.get(request.id()).await? {
         let (id, source, phase) = (volume.id, volume.source, volume.phase);
         match check_same(context, volume, request) {
             Err(VolumeError::Exists { .. })
@@ -353,11 +360,12 @@ async fn record(context: &Context, request: &CreateRequest) -> Result<Volume, Vo
     };
     crash::point("create: begin");
     let wanted = Volume {
+        id: request.id(),
         labels: request.labels.clone(),
         attributes: request.attributes.clone(),
         mode: request.mode,
         source: request.source,
-        ephemeral: request.ephemeral,
+        ephemeral: request.inline.is_some(),
         ..Volume::wanted(&request.name, capacity, request.parameters.clone(), &context.node)
     };
     match context.catalog.create(wanted).await? {
@@ -416,7 +424,7 @@ pub(crate) fn same(volume: Volume, request: &CreateRequest) -> Result<Volume, Vo
         "it was made with other parameters".to_owned()
     } else if volume.mode != request.mode {
         "it was made for another volumeMode".to_owned()
-    } else if volume.ephemeral != request.ephemeral {
+    } else if volume.ephemeral != request.inline.is_some() {
         "one of them is for the life of one pod only".to_owned()
     } else if volume.source != request.source {
         volume.source.map_or_else(|| "it was made empty".to_owned(), |source| format!("it was made from {source}"))

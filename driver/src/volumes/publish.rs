@@ -5,12 +5,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 use zpod_storage::backing::{BackingError, Exclusive, Outcome};
-use zpod_storage::catalog::{PodRef, Publication, Volume};
+use zpod_storage::catalog::{ClaimRef, PodRef, Publication, Volume};
 use zpod_storage::crash;
-use zpod_volume::{Bytes, MountFlag, TokenDigest, VolumeId, VolumeMode, VolumeSpec};
+use zpod_volume::{MountFlag, TokenDigest, VolumeId, VolumeMode, VolumeSpec};
 
 use super::block::check_mode;
 use super::context::{blocking, device_spec, to_the_end};
+use super::inline::{InlineLimits, InlineVolumes};
 use super::keys::{self, KeyPair, Keys};
 use super::observer::Observer;
 use super::pods::{AnyPod, PodCheck};
@@ -33,8 +34,8 @@ pub struct NodeVolumes {
     pub(super) observer: Arc<dyn Observer>,
     pub(super) pods: Arc<dyn PodCheck>,
     pub(super) keys: Arc<Keys>,
-    /// The largest ephemeral volume that a pod may have.
-    pub(super) ephemeral_max: Bytes,
+    /// The volumes that pods have inline, and their bounds.
+    pub(super) inline: Arc<InlineVolumes>,
 }
 
 /// A publication that is wanted.
@@ -81,14 +82,17 @@ impl NodeVolumes {
     /// When the catalog can't be read.
     pub async fn load(context: Arc<Context>, direct: DirectVolumes) -> Result<Self, VolumeError> {
         let (observer, pods) = (Arc::new(Vec::new()), Arc::new(AnyPod));
-        let (direct, keys, ephemeral_max) = (Arc::new(direct), Arc::default(), Bytes(0));
-        let node = Self { context, direct, observer, pods, keys, ephemeral_max };
+        let (direct, keys, inline) = (Arc::new(direct), Arc::default(), Arc::default());
+        let node = Self { context, direct, observer, pods, keys, inline };
         let mut from = None;
         loop {
             let page = node.context.catalog.list(from, LOAD_PAGE).await?;
             for volume in &page.records {
                 if let Err(error) = node.forget_token_in_record(volume).await {
                     tracing::warn!(volume = %volume.id, "its record still has the token of its publication: {error}");
+                }
+                if volume.ephemeral {
+                    node.inline.found(volume);
                 }
                 if let Some(publication) = node.context.publication(volume) {
                     node.context.published.insert(volume, publication);
@@ -117,10 +121,14 @@ impl NodeVolumes {
         Self { pods, ..self }
     }
 
-    /// With ephemeral volumes of up to this size. Without, there are none.
+    /// With ephemeral volumes, up to these bounds. Without, there are none. Before it is used by anybody.
     #[must_use]
-    pub fn with_ephemeral(self, largest: Bytes) -> Self {
-        Self { ephemeral_max: largest, ..self }
+    pub fn with_ephemeral(mut self, limits: InlineLimits) -> Self {
+        match Arc::get_mut(&mut self.inline) {
+            Some(inline) => inline.limits = limits,
+            None => tracing::error!("bounds of inline volumes came too late"),
+        }
+        self
     }
 
     /// The node's name.
@@ -239,12 +247,12 @@ impl NodeVolumes {
     ) -> Result<Outcome, VolumeError> {
         let id = volume.id;
         // Once: what it depends on does not change in the life of a pod, and kubelet repeats its calls when it restarts.
-        self.pods.check(request.pod.as_ref(), &volume).await?;
+        let claim = self.pods.check(request.pod.as_ref(), &volume, &request.target).await?;
         // What was left of an earlier publication belongs to it.
         self.keys.forget(id);
         self.take_keys(&request)?;
         self.reserve(id, target, &request).await.inspect_err(|_| self.keys.forget(id))?;
-        let (volume, publication, token) = match self.record_publication(volume, target, request).await {
+        let (volume, publication, token) = match self.record_publication(volume, target, request, claim).await {
             Ok(published) => published,
             Err(error) => return Err(self.not_recorded(id, target, error).await),
         };
@@ -273,6 +281,7 @@ impl NodeVolumes {
         volume: Volume,
         target: &TargetPath,
         request: PublishRequest,
+        claim: Option<ClaimRef>,
     ) -> Result<(Volume, Publication, Uuid), VolumeError> {
         crash::point("publish: begin");
         let volume = self.prepare_halves(volume).await?;
@@ -297,6 +306,7 @@ impl NodeVolumes {
             fs_group: request.fs_group,
             mount_flags: mount_options::names(&request.flags),
             pod: request.pod,
+            claim,
             boot_id: self.context.boot_id.clone(),
         };
         let table_capacity = volume.capacity;

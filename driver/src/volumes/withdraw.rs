@@ -73,15 +73,18 @@ impl NodeVolumes {
     pub(super) async fn unpublish_now(&self, id: VolumeId, target: &Path) -> Result<(Outcome, bool), VolumeError> {
         let _lock = self.context.lock(id).await;
         let volume = self.context.catalog.get(id).await?;
+        if volume.is_none() {
+            self.inline.give_back(id);
+        }
         let recorded = volume.as_ref().and_then(|volume| volume.publication.as_ref());
         let here = self.is_at(recorded.map(|publication| publication.target_path.clone()), target).await?;
-        if !here && self.other_at(id, target).await?.is_some() {
-            // Another volume's path: this one is not published there, which is what was asked for.
-            return Ok((Outcome::Unchanged, false));
-        }
         let ends = volume
             .as_ref()
             .is_some_and(|volume| volume.ephemeral && (here || self.context.publication(volume).is_none()));
+        if !here && self.other_at(id, target).await?.is_some() {
+            // Another volume's path: this one is not published there, which is what was asked for.
+            return Ok((Outcome::Unchanged, ends));
+        }
         crash::point("unpublish: begin");
         Ok((self.withdraw(volume, id, target, here).await?, ends))
     }

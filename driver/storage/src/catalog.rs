@@ -227,9 +227,24 @@ pub struct Publication {
     /// The pod, where the orchestrator told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<PodRef>,
+    /// The claim that the volume was bound to when it was published, where the orchestrator could be asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<ClaimRef>,
     /// The boot of the host in which it was published (`/proc/sys/kernel/random/boot_id`). One of an earlier boot is
     /// over: no virtual machine outlives its host.
     pub boot_id: String,
+}
+
+/// A claim that is bound to a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClaimRef {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
 }
 
 /// A pod.

@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 
 use fastrand::Rng;
+use tonic::Code;
 use tonic::transport::Channel;
+use zpod_proto::csi::NodeUnpublishVolumeRequest;
 
 use crate::call::{Answer, Call, Reply};
 use crate::check::Baseline;
@@ -60,6 +62,7 @@ impl World {
     pub(crate) async fn new(seed: u64, kind: Kind, records_on_disk: bool, overprovision: f64) -> Self {
         let mut node = Node::new();
         node.overprovision = overprovision;
+        node.arguments = vec!["--ephemeral-pod-size=100%", "--ephemeral-namespace-size=100%"];
         let disk = Disk::mount(kind, &node.path("disk"));
         disk.directory_at(&node.path("volumes"), false);
         if records_on_disk {
@@ -162,7 +165,26 @@ impl World {
         self.note(&call);
         let answer = call.clone().complete(self.channel()).await;
         let (call, answer) = if self.crashed(&answer) { self.after_kill(call, answer).await } else { (call, answer) };
-        self.judge(&call, &answer)
+        self.judge(&call, &answer)?;
+        self.take_back(&call, &answer).await
+    }
+
+    /// A publication that may stand though the call failed is taken back, as kubelet does: whatever was in its way must not
+    /// be in the way of that.
+    pub(crate) async fn take_back(&mut self, call: &Call, answer: &Answer) -> Judged {
+        let (Call::Publish(request), Err(status)) = (call, answer) else { return Ok(()) };
+        if status.code() != Code::Unavailable {
+            return Ok(());
+        }
+        let (volume_id, target_path) = (request.volume_id.clone(), request.target_path.clone());
+        let unpublish = Call::Unpublish(NodeUnpublishVolumeRequest { volume_id, target_path });
+        self.note(format_args!("  then {unpublish}"));
+        loop {
+            let answer = unpublish.clone().complete(self.channel()).await;
+            if !self.crashed(&answer) {
+                return self.judge(&unpublish, &answer);
+            }
+        }
     }
 
     /// What was done when the call was cut short is not known: it is repeated, or given up.

@@ -19,6 +19,8 @@ pub(crate) struct Node {
     dir: TempDir,
     /// How many times the space may be promised.
     pub(crate) overprovision: f64,
+    /// What else it is started with.
+    pub(crate) arguments: Vec<&'static str>,
 }
 
 /// A running zpod.
@@ -31,7 +33,7 @@ impl Node {
     pub(crate) fn new() -> Self {
         // In memory, where nobody else's files make room come and go. Real file systems are zpod-storage's tests.
         let dir = tempfile::Builder::new().prefix("zpod").tempdir_in("/dev/shm").unwrap();
-        let node = Self { dir, overprovision: 20.0 };
+        let node = Self { dir, overprovision: 20.0, arguments: Vec::new() };
         for name in ["volumes", "pods", "kata"] {
             fs::create_dir(node.path(name)).unwrap();
         }
@@ -54,6 +56,7 @@ impl Node {
         let mut command = Command::new(env!("CARGO_BIN_EXE_zpod"));
         command.args(["--standalone", "--node-name", "node-1"]);
         command.arg("--overprovision").arg(self.overprovision.to_string());
+        command.args(&self.arguments);
         command.arg("--endpoint").arg(&socket).arg("--admin-endpoint").arg(self.path("admin.sock"));
         for (option, name) in [
             ("--state-dir", "state"),

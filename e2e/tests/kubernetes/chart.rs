@@ -90,6 +90,29 @@ async fn a_node_plugin_changes_its_own_objects_only(cluster: &Cluster) -> Result
         let text = format!("{refused:#}");
         ensure!(text.contains(want), "{what}: {text}");
     }
+    inline_volumes_begin_as_their_node_does(cluster, &account, &own).await
+}
+
+/// No node makes an object under a name that another node needs.
+async fn inline_volumes_begin_as_their_node_does(cluster: &Cluster, account: &str, own: &str) -> Result<()> {
+    let uid = "--as-user-extra=authentication.kubernetes.io/node-uid=0f8b3c52-7d1e-4f0a-9c3e-2b1a5d6e7f80";
+    for (name, allowed) in
+        [("0f8b3c52-7d1e-8000-8000-000000000001", true), ("1f8b3c52-7d1e-8000-8000-000000000001", false)]
+    {
+        let object = record().1.replace(VOLUME, name).replace("capacity: 1Gi", "capacity: 1Gi\n  ephemeral: true");
+        let file = cluster.dir().join(format!("{name}.yaml"));
+        std::fs::write(&file, object)?;
+        let made = cluster.kubectl(&["create", "-f", &file.display().to_string(), account, own, uid]).await;
+        match made {
+            Ok(_) if allowed => drop(cluster.kubectl(&["delete", "zfsvolume", name]).await?),
+            Err(refused) if !allowed => {
+                let text = format!("{refused:#}");
+                ensure!(text.contains("must begin as the UID of its node does"), "{text}");
+            }
+            Ok(_) => bail!("a node plugin made {name}"),
+            Err(refused) => return Err(refused.context(format!("make {name}"))),
+        }
+    }
     Ok(())
 }
 

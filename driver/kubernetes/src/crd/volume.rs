@@ -291,6 +291,10 @@ pub struct PublicationStatus {
     /// The pod that uses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<Pod>,
+    /// The claim that its PersistentVolume was bound to then. Where it is not that of the spec, a volume that was kept has
+    /// got another claim.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<ClaimRef>,
     /// The boot of the host in which it was published.
     pub boot_id: String,
 }

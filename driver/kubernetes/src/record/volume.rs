@@ -1,7 +1,9 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition as KubeCondition;
-use zpod_storage::catalog::{CatalogError, Condition, Phase as RecordPhase, PodRef, Publication, Source, Volume};
+use zpod_storage::catalog::{
+    CatalogError, ClaimRef as BoundClaim, Condition, Phase as RecordPhase, PodRef, Publication, Source, Volume,
+};
 use zpod_volume::{ParameterError, VolumeAttributes, VolumeId};
 
 use super::{EXPANDED, HEALTHY, READY, mode_of, mode_status, origin_of, origin_status};
@@ -189,6 +191,11 @@ fn publication_of(status: &PublicationStatus) -> Result<Publication, &'static st
         fs_group: status.fs_group,
         mount_flags: status.mount_flags.clone(),
         pod: status.pod.clone().map(|pod| PodRef { namespace: pod.namespace, name: pod.name, uid: pod.uid }),
+        claim: status.claim.clone().map(|claim| BoundClaim {
+            namespace: claim.namespace,
+            name: claim.name,
+            uid: claim.uid,
+        }),
         boot_id: status.boot_id.clone(),
     })
 }
@@ -202,6 +209,12 @@ fn publication_status(publication: &Publication) -> PublicationStatus {
         fs_group: publication.fs_group,
         mount_flags: publication.mount_flags.clone(),
         pod: publication.pod.clone().map(|pod| Pod { namespace: pod.namespace, name: pod.name, uid: pod.uid }),
+        claim: publication.claim.clone().map(|claim| ClaimRef {
+            namespace: claim.namespace,
+            name: claim.name,
+            uid: claim.uid,
+            persistent_volume: String::new(),
+        }),
         boot_id: publication.boot_id.clone(),
     }
 }
@@ -273,6 +286,7 @@ mod tests {
                 fs_group: Some(1000),
                 mount_flags: vec!["noexec".into()],
                 pod: Some(PodRef { namespace: "ns".into(), name: "db-0".into(), uid: "u".into() }),
+                claim: Some(BoundClaim { namespace: "ns".into(), name: "data-db-0".into(), uid: "c".into() }),
                 boot_id: "boot".into(),
             }),
             condition: None,

@@ -124,7 +124,9 @@ impl Model {
             *other != id && volume.published.as_ref().is_some_and(|published| published.target == target)
         });
         let here = |published: &Published| published.target == target;
-        let meant = self.volumes.get(&id).filter(|volume| !owned && volume.published.as_ref().is_none_or(here));
+        // An inline volume that has no path any more ends by any: nobody else comes for it.
+        let meant = |volume: &&Volume| volume.published.as_ref().map_or(volume.ephemeral || !owned, here);
+        let meant = self.volumes.get(&id).filter(meant);
         let Some(volume) = meant.cloned() else { return done(answer, &[]).map(drop) };
         if volume.ephemeral && volume.used {
             // Its end has to wait, but its pod has it no more.

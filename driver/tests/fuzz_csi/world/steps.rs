@@ -36,6 +36,7 @@ impl World {
                 let answer = at_work.await.unwrap();
                 let (call, answer) = self.after_kill(call, answer).await;
                 self.judge(&call, &answer)?;
+                self.take_back(&call, &answer).await?;
             }
             Step::Kill { crash_at } => {
                 self.note(format_args!("killed; to be killed at {crash_at:?}"));
@@ -91,7 +92,11 @@ impl World {
             let said = answer.as_ref().map(|_| ()).map_err(|status| (status.code(), status.message()));
             self.trace.push(format!("       {said:?}"));
         }
-        self.model.judge_at_once(&made)
+        self.model.judge_at_once(&made)?;
+        for (call, answer) in &made {
+            self.take_back(call, answer).await?;
+        }
+        Ok(())
     }
 
     fn start_machine(&mut self, id: &str, reports: bool) {
