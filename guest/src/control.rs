@@ -1,5 +1,6 @@
 //! The control service: what the node asks of this guest over vsock. Parses, calls, maps.
 
+mod report;
 mod transfer;
 
 use std::sync::Arc;
@@ -10,22 +11,21 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use zpod_proto::guest::guest_server::{Guest, GuestServer};
-use zpod_proto::guest::last_scrub::State;
 use zpod_proto::guest::scrub_request::Action;
 use zpod_proto::guest::{
-    GrowRequest, GrowResponse, Health, LastScrub, MarkRequest, MarkResponse, PropertiesRequest, PropertiesResponse,
-    ProvideKeyRequest, ProvideKeyResponse, QuotaMode, ReceiveRequest, ReceiveResponse, ScrubRequest, ScrubResponse,
-    SendPointsRequest, SendPointsResponse, SendRequest, SendResponse, SetPropertiesRequest, SetPropertiesResponse,
-    StatusRequest, StatusResponse, SyncRequest, SyncResponse, UnmarkRequest, UnmarkResponse, VolumeStatus,
-    WatchRequest,
+    GrowRequest, GrowResponse, MarkRequest, MarkResponse, PropertiesRequest, PropertiesResponse, ProvideKeyRequest,
+    ProvideKeyResponse, QuotaMode, ReceiveRequest, ReceiveResponse, ScrubRequest, ScrubResponse, SendPointsRequest,
+    SendPointsResponse, SendRequest, SendResponse, SetPropertiesRequest, SetPropertiesResponse, StatusRequest,
+    StatusResponse, SyncRequest, SyncResponse, UnmarkRequest, UnmarkResponse, WatchRequest,
 };
 use zpod_volume::{Bytes, Mark, VolumeId};
 
 use crate::key::{Key, KeyError, Keys};
-use crate::machine::{self, Machine, Scrub, Step};
+use crate::machine::{Machine, Scrub, Step};
 use crate::volumes::Volumes;
 use crate::volumes::attributes::Attributes;
-use crate::volumes::status::{DETAIL_AGE, Snapshot};
+use crate::volumes::status::DETAIL_AGE;
+use report::state;
 
 /// Longest message that is taken.
 const MESSAGE: usize = 512 << 10;
@@ -46,67 +46,6 @@ impl<M: Machine> Control<M> {
     pub fn server(volumes: Arc<Volumes<M>>) -> GuestServer<Self> {
         GuestServer::new(Self { volumes }).max_decoding_message_size(MESSAGE)
     }
-}
-
-async fn state<M: Machine>(volumes: &Volumes<M>, age: Duration) -> StatusResponse {
-    StatusResponse {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        zfs_version: volumes.machine().zfs_version(),
-        volumes: volumes.status(age).await.into_iter().map(volume_status).collect(),
-    }
-}
-
-fn volume_status(snapshot: Snapshot) -> VolumeStatus {
-    let message = snapshot.problem().unwrap_or_default();
-    let (usage, details) = (snapshot.usage, snapshot.details);
-    VolumeStatus {
-        volume_id: snapshot.id.to_string(),
-        pool: snapshot.pool.to_string(),
-        health: match snapshot.health {
-            None => Health::Unavail,
-            Some(machine::Health::Online) => Health::Online,
-            Some(machine::Health::Degraded) => Health::Degraded,
-            Some(machine::Health::Faulted) => Health::Faulted,
-            Some(machine::Health::Unavailable) => Health::Unavail,
-            Some(machine::Health::Suspended) => Health::Suspended,
-        }
-        .into(),
-        message,
-        total_bytes: usage.total_bytes,
-        used_bytes: usage.used_bytes,
-        available_bytes: usage.available_bytes,
-        total_inodes: usage.total_inodes,
-        used_inodes: usage.used_inodes,
-        available_inodes: usage.available_inodes,
-        partition_bytes: snapshot.partition.0,
-        disk_bytes: snapshot.disk.0,
-        pool_allocated_bytes: details.report.allocated,
-        compress_ratio: details.compress_ratio,
-        read_errors: details.report.read_errors,
-        write_errors: details.report.write_errors,
-        checksum_errors: details.report.checksum_errors,
-        data_errors: details.report.data_errors,
-        containers: snapshot.containers.into_iter().collect(),
-        quota_bytes: snapshot.quota,
-        token: snapshot.token.to_string(),
-        scrub: details.report.scrub.map(last_scrub),
-        refusal: snapshot.refusal.unwrap_or_default(),
-        awaits_key: snapshot.awaits_key,
-        encrypted: snapshot.encrypted,
-        block: snapshot.block,
-        snapshot_bytes: details.snapshot_bytes,
-        behind: snapshot.behind.map_or(0, |half| half.index() as u32 + 1),
-    }
-}
-
-fn last_scrub(scrub: machine::LastScrub) -> LastScrub {
-    let state = match scrub.state {
-        machine::ScrubState::Running => State::Running,
-        machine::ScrubState::Paused => State::Paused,
-        machine::ScrubState::Finished => State::Finished,
-        machine::ScrubState::Canceled => State::Canceled,
-    };
-    LastScrub { state: state.into(), ended: scrub.ended, errors: scrub.errors, bytes: scrub.bytes }
 }
 
 fn id(text: &str) -> Result<VolumeId, Status> {

@@ -1,5 +1,7 @@
 //! The codec of the control channel: a message is walked, without allocating, before prost builds anything of it. An
 //! empty entry of a list is two bytes on the wire and hundreds in memory, so a bound on bytes alone bounds no memory.
+//! How many bytes an answer may have is told to tonic with each call ([`Bounded::BYTES`]), which looks at the length in
+//! front of the message before it makes room for it.
 
 use std::marker::PhantomData;
 
@@ -12,20 +14,31 @@ use crate::guest::*;
 
 /// Volumes in a report: no pod has more.
 const VOLUMES: usize = 64;
-/// Containers of one volume: 64 volumes with as many names are 1.5 MiB of `String`s.
-const CONTAINERS: usize = 1024;
+/// Containers of one volume: 64 volumes with as many names are 384 KiB of `String`s.
+const CONTAINERS: usize = 256;
 /// Properties in a map: ZFS has about a hundred.
 const PROPERTIES: usize = 1024;
-/// Send points of a volume: 2 MiB of structures of about 100 bytes.
-const SEND_POINTS: usize = 16_384;
+/// Send points of a volume: no guest tells more.
+const SEND_POINTS: usize = 1024;
+
+/// An answer that says no more than that something is done.
+const SHORT: usize = 4 << 10;
+/// A report, which zpod-guest keeps to, and the properties of a volume.
+pub const LONG: usize = 128 << 10;
+/// As many send points as are told, with names of 74 bytes, and a token of 16 KiB to go on with.
+const POINTS: usize = 144 << 10;
+/// Bytes of a stream in one message.
+pub const CHUNK: usize = 256 << 10;
 
 /// A list or map: number of the field, the most entries, and the lists in each entry.
 pub struct List(u32, usize, &'static [List]);
 
-/// The lists of a message.
+/// What a message may be.
 pub trait Bounded {
-    /// Each of them.
+    /// Each of its lists.
     const LISTS: &'static [List] = &[];
+    /// Its bytes, where it is an answer.
+    const BYTES: usize = SHORT;
 }
 
 macro_rules! without_lists {
@@ -35,10 +48,15 @@ macro_rules! without_lists {
 without_lists! {
     StatusRequest WatchRequest GrowRequest GrowResponse SetPropertiesResponse SyncRequest SyncResponse ScrubRequest
     ScrubResponse MarkRequest MarkResponse UnmarkRequest UnmarkResponse ProvideKeyRequest ProvideKeyResponse
-    PropertiesRequest SendPointsRequest SendRequest SendResponse ReceiveRequest ReceiveResponse
+    PropertiesRequest SendPointsRequest SendRequest ReceiveRequest ReceiveResponse
+}
+
+impl Bounded for SendResponse {
+    const BYTES: usize = CHUNK + SHORT;
 }
 
 impl Bounded for StatusResponse {
+    const BYTES: usize = LONG;
     const LISTS: &'static [List] = &[List(3, VOLUMES, &[List(19, CONTAINERS, &[])])];
 }
 
@@ -47,10 +65,12 @@ impl Bounded for SetPropertiesRequest {
 }
 
 impl Bounded for PropertiesResponse {
+    const BYTES: usize = LONG;
     const LISTS: &'static [List] = &[List(1, PROPERTIES, &[]), List(2, PROPERTIES, &[])];
 }
 
 impl Bounded for SendPointsResponse {
+    const BYTES: usize = POINTS;
     const LISTS: &'static [List] = &[List(1, SEND_POINTS, &[])];
 }
 
@@ -171,6 +191,16 @@ mod tests {
             points: vec![SendPoint::default(); SEND_POINTS + 1],
             ..Default::default()
         }));
+    }
+
+    #[test]
+    fn all_that_a_guest_may_tell_of_its_send_points_fits() {
+        let (guid, created, referenced_bytes, used_bytes) = (u64::MAX, u64::MAX, u64::MAX, u64::MAX);
+        let point = SendPoint { name: "n".repeat(74), guid, created, referenced_bytes, used_bytes };
+        let all = SendPointsResponse { points: vec![point; SEND_POINTS], resume_token: "f".repeat(16 << 10) };
+        assert!(walked(&all) && all.encoded_len() <= SendPointsResponse::BYTES, "{}", all.encoded_len());
+        let chunk = SendResponse { data: vec![0; CHUNK], estimated_bytes: u64::MAX };
+        assert!(chunk.encoded_len() <= SendResponse::BYTES);
     }
 
     #[test]

@@ -6,9 +6,13 @@ use std::time::Duration;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use uuid::Uuid;
+use zpod_proto::bounded::Bounded;
 use zpod_proto::guest::guest_client::GuestClient as Stub;
 use zpod_proto::guest::scrub_request::Action;
-use zpod_proto::guest::{GrowRequest, ProvideKeyRequest, ScrubRequest, StatusRequest, StatusResponse, WatchRequest};
+use zpod_proto::guest::{
+    GrowRequest, GrowResponse, ProvideKeyRequest, ProvideKeyResponse, ScrubRequest, ScrubResponse, StatusRequest,
+    StatusResponse, WatchRequest,
+};
 use zpod_volume::{Bytes, VolumeId};
 
 use super::{Report, clean, connect};
@@ -18,8 +22,6 @@ use crate::volumes::{KeyPair, Secret};
 pub use marks::Changes;
 pub use transfer::{MAX_CHUNK, Sending};
 
-/// No answer of a guest is larger.
-const MAX_MESSAGE: usize = 1 << 20;
 const STATUS_DEADLINE: Duration = Duration::from_secs(3);
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// Partition table, kernel, `zpool online -e`, quota: seconds on a slow machine.
@@ -73,7 +75,7 @@ pub enum GuestError {
 pub struct GuestClient {
     sandbox: String,
     url: AgentUrl,
-    stub: Stub<Channel>,
+    channel: Channel,
 }
 
 impl GuestClient {
@@ -85,8 +87,12 @@ impl GuestClient {
         let channel = connect::connect(url)
             .await
             .map_err(|reason| GuestError::Unreachable { sandbox: sandbox.to_owned(), reason })?;
-        let stub = Stub::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-        Ok(Self { sandbox: sandbox.to_owned(), url: url.clone(), stub })
+        Ok(Self { sandbox: sandbox.to_owned(), url: url.clone(), channel })
+    }
+
+    /// For a call with this answer, of which no more is taken than such an answer may have.
+    fn stub<Answer: Bounded>(&self) -> Stub<Channel> {
+        Stub::new(self.channel.clone()).max_decoding_message_size(Answer::BYTES)
     }
 
     /// The sandbox it belongs to.
@@ -99,7 +105,7 @@ impl GuestClient {
     /// # Errors
     /// When it does not answer in time, or refuses.
     pub async fn status(&self) -> Result<Report, GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<StatusResponse>();
         let answer = self.call("Status", STATUS_DEADLINE, stub.status(StatusRequest {})).await?;
         Ok(Report::new(answer))
     }
@@ -109,7 +115,7 @@ impl GuestClient {
     /// # Errors
     /// When the stream does not begin in time, or the guest refuses.
     pub async fn watch(&self) -> Result<Watch, GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<StatusResponse>();
         let stream = self.call("Watch", CALL_DEADLINE, stub.watch(WatchRequest {})).await?;
         Ok(Watch { client: self.clone(), stream })
     }
@@ -119,7 +125,7 @@ impl GuestClient {
     /// # Errors
     /// [`GuestError::DiskTooSmall`] beyond the disk that the guest sees.
     pub async fn grow(&self, id: VolumeId, capacity: Bytes, partition: Bytes) -> Result<(), GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<GrowResponse>();
         let request =
             GrowRequest { volume_id: id.to_string(), capacity_bytes: capacity.0, partition_bytes: partition.0 };
         self.call("Grow", GROW_DEADLINE, stub.grow(request)).await.map(|_| ())
@@ -130,7 +136,7 @@ impl GuestClient {
     /// # Errors
     /// When it does not fit. The error never shows it, whatever the guest said.
     pub async fn provide_key(&self, id: VolumeId, token: Uuid, keys: &KeyPair) -> Result<bool, GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<ProvideKeyResponse>();
         let request = ProvideKeyRequest {
             volume_id: id.to_string(),
             token: token.to_string(),
@@ -149,7 +155,7 @@ impl GuestClient {
     /// # Errors
     /// When the guest does not answer in time, or refuses.
     pub async fn scrub(&self, id: VolumeId) -> Result<(), GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<ScrubResponse>();
         let request = ScrubRequest { volume_id: id.to_string(), action: Action::Start.into() };
         self.call("Scrub", GROW_DEADLINE, stub.scrub(request)).await.map(|_| ())
     }
@@ -183,7 +189,7 @@ impl GuestClient {
     pub(crate) fn unconnected(sandbox: &str) -> Self {
         let channel = tonic::transport::Endpoint::from_static("http://nobody").connect_lazy();
         let url = AgentUrl::Vsock { cid: u32::MAX };
-        Self { sandbox: sandbox.to_owned(), url, stub: Stub::new(channel) }
+        Self { sandbox: sandbox.to_owned(), url, channel }
     }
 }
 

@@ -1,7 +1,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use zpod_proto::guest::{MarkRequest, QuotaMode as WireMode, SetPropertiesRequest, UnmarkRequest};
+use zpod_proto::guest::{
+    MarkRequest, MarkResponse, QuotaMode as WireMode, SetPropertiesRequest, SetPropertiesResponse, UnmarkRequest,
+    UnmarkResponse,
+};
 use zpod_volume::{Bytes, Mark, QuotaMode, VolumeId};
 
 use super::{GuestClient, GuestError};
@@ -15,7 +18,7 @@ impl GuestClient {
     /// # Errors
     /// When the guest does not answer within this time, or refuses.
     pub async fn mark(&self, id: VolumeId, mark: &Mark, within: Duration) -> Result<(), GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<MarkResponse>();
         let request = MarkRequest { volume_id: id.to_string(), mark: mark.to_string() };
         self.call("Mark", within, stub.mark(request)).await.map(drop)
     }
@@ -25,7 +28,7 @@ impl GuestClient {
     /// # Errors
     /// When the guest does not answer within this time, or refuses.
     pub async fn unmark(&self, id: VolumeId, mark: &Mark, within: Duration) -> Result<(), GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<UnmarkResponse>();
         let request = UnmarkRequest { volume_id: id.to_string(), mark: mark.to_string() };
         self.call("Unmark", within, stub.unmark(request)).await.map(drop)
     }
@@ -35,7 +38,7 @@ impl GuestClient {
     /// # Errors
     /// When the guest does not answer in time, or refuses: then nothing is changed.
     pub async fn set_properties(&self, id: VolumeId, changes: Changes) -> Result<(), GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<SetPropertiesResponse>();
         let quota = changes.quota.map(|quota| match quota {
             QuotaMode::Refquota => WireMode::Refquota,
             QuotaMode::Quota => WireMode::Quota,

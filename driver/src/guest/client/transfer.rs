@@ -4,7 +4,11 @@ use std::time::Duration;
 use futures_util::Stream;
 use tonic::Streaming;
 use zpod_admin::{Properties, Received, SendPoint, SendPoints, SendQuery};
-use zpod_proto::guest::{PropertiesRequest, ReceiveRequest, SendPointsRequest, SendRequest, SendResponse};
+use zpod_proto::bounded::CHUNK;
+use zpod_proto::guest::{
+    PropertiesRequest, PropertiesResponse, ReceiveRequest, ReceiveResponse, SendPointsRequest, SendPointsResponse,
+    SendRequest, SendResponse,
+};
 use zpod_volume::VolumeId;
 
 use super::{CALL_DEADLINE, GuestClient, GuestError, clean};
@@ -15,7 +19,7 @@ const BEGIN_DEADLINE: Duration = Duration::from_secs(120);
 const MAX_PROPERTIES: usize = 256;
 const MAX_POINTS: usize = 1024;
 /// Each message's part of a stream: what the protocol allows.
-pub const MAX_CHUNK: usize = 256 << 10;
+pub const MAX_CHUNK: usize = CHUNK;
 
 impl GuestClient {
     /// A connection of its own to the same guest. A stream that stands still, for nobody reads it, must not take the room
@@ -32,7 +36,7 @@ impl GuestClient {
     /// # Errors
     /// When it does not answer in time, or refuses.
     pub async fn properties(&self, id: VolumeId) -> Result<Properties, GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<PropertiesResponse>();
         let request = PropertiesRequest { volume_id: id.to_string() };
         let answer = self.call("Properties", CALL_DEADLINE, stub.properties(request)).await?;
         Ok(Properties { dataset: properties(answer.dataset), pool: properties(answer.pool) })
@@ -43,7 +47,7 @@ impl GuestClient {
     /// # Errors
     /// When it does not answer in time, or refuses.
     pub async fn send_points(&self, id: VolumeId) -> Result<SendPoints, GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<SendPointsResponse>();
         let request = SendPointsRequest { volume_id: id.to_string() };
         let answer = self.call("SendPoints", CALL_DEADLINE, stub.send_points(request)).await?;
         let points = answer.points.into_iter().take(MAX_POINTS).map(|point| SendPoint {
@@ -71,7 +75,7 @@ impl GuestClient {
             }
             SendQuery::Resume(token) => request.resume_token = token.to_string(),
         }
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<SendResponse>();
         let stream = self.call("Send", BEGIN_DEADLINE, stub.send(request)).await?;
         let mut sending = Sending { client: self.clone(), stream, first: None, estimated: 0 };
         if let Some(message) = sending.message(BEGIN_DEADLINE).await? {
@@ -91,7 +95,7 @@ impl GuestClient {
         id: VolumeId,
         chunks: impl Stream<Item = ReceiveRequest> + Send + 'static,
     ) -> Result<Received, GuestError> {
-        let mut stub = self.stub.clone();
+        let mut stub = self.stub::<ReceiveResponse>();
         let answer = stub.receive(chunks).await.map_err(|status| self.failed("Receive", &status))?.into_inner();
         tracing::debug!(volume = %id, bytes = answer.bytes, "received");
         Ok(Received { snapshot: clean(&answer.snapshot, 128), bytes: answer.bytes })

@@ -1,0 +1,156 @@
+//! What is told of the volumes, within the 128 KiB that the node takes of a report: 64 volumes with all their texts.
+
+use std::time::Duration;
+
+use zpod_proto::guest::last_scrub::State;
+use zpod_proto::guest::{Health, LastScrub, StatusResponse, VolumeStatus};
+
+use crate::machine::{self, Machine};
+use crate::volumes::Volumes;
+use crate::volumes::status::Snapshot;
+
+/// Volumes that are told of. No pod has more.
+const VOLUMES: usize = 64;
+/// Bytes of a text for a person. The node shows no more.
+const TEXT: usize = 512;
+/// Bytes of a version.
+const VERSION: usize = 64;
+/// Containers of a volume that are told, and bytes of the name of each: as long as containerd's are.
+const CONTAINERS: usize = 8;
+const CONTAINER: usize = 64;
+
+/// All that is told, with details no older than `age`.
+pub(super) async fn state<M: Machine>(volumes: &Volumes<M>, age: Duration) -> StatusResponse {
+    StatusResponse {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        zfs_version: cut(volumes.machine().zfs_version(), VERSION),
+        volumes: volumes.status(age).await.into_iter().take(VOLUMES).map(volume_status).collect(),
+    }
+}
+
+fn volume_status(snapshot: Snapshot) -> VolumeStatus {
+    let message = cut(snapshot.problem().unwrap_or_default(), TEXT);
+    let (usage, details) = (snapshot.usage, snapshot.details);
+    VolumeStatus {
+        volume_id: snapshot.id.to_string(),
+        pool: snapshot.pool.to_string(),
+        health: match snapshot.health {
+            None => Health::Unavail,
+            Some(machine::Health::Online) => Health::Online,
+            Some(machine::Health::Degraded) => Health::Degraded,
+            Some(machine::Health::Faulted) => Health::Faulted,
+            Some(machine::Health::Unavailable) => Health::Unavail,
+            Some(machine::Health::Suspended) => Health::Suspended,
+        }
+        .into(),
+        message,
+        total_bytes: usage.total_bytes,
+        used_bytes: usage.used_bytes,
+        available_bytes: usage.available_bytes,
+        total_inodes: usage.total_inodes,
+        used_inodes: usage.used_inodes,
+        available_inodes: usage.available_inodes,
+        partition_bytes: snapshot.partition.0,
+        disk_bytes: snapshot.disk.0,
+        pool_allocated_bytes: details.report.allocated,
+        compress_ratio: details.compress_ratio,
+        read_errors: details.report.read_errors,
+        write_errors: details.report.write_errors,
+        checksum_errors: details.report.checksum_errors,
+        data_errors: details.report.data_errors,
+        containers: snapshot.containers.into_iter().take(CONTAINERS).map(|id| cut(id, CONTAINER)).collect(),
+        quota_bytes: snapshot.quota,
+        token: snapshot.token.to_string(),
+        scrub: details.report.scrub.map(last_scrub),
+        refusal: cut(snapshot.refusal.unwrap_or_default(), TEXT),
+        awaits_key: snapshot.awaits_key,
+        encrypted: snapshot.encrypted,
+        block: snapshot.block,
+        snapshot_bytes: details.snapshot_bytes,
+        behind: snapshot.behind.map_or(0, |half| half.index() as u32 + 1),
+    }
+}
+
+fn last_scrub(scrub: machine::LastScrub) -> LastScrub {
+    let state = match scrub.state {
+        machine::ScrubState::Running => State::Running,
+        machine::ScrubState::Paused => State::Paused,
+        machine::ScrubState::Finished => State::Finished,
+        machine::ScrubState::Canceled => State::Canceled,
+    };
+    LastScrub { state: state.into(), ended: scrub.ended, errors: scrub.errors, bytes: scrub.bytes }
+}
+
+/// At most this many bytes of a text, and no half of a character.
+fn cut(mut text: String, most: usize) -> String {
+    let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    text.truncate(end.unwrap_or_default());
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message as _;
+    use uuid::Uuid;
+    use zpod_proto::bounded::LONG;
+    use zpod_volume::{Bytes, Half, VolumeId};
+
+    use crate::machine::{PoolReport, Usage};
+    use crate::volumes::status::Details;
+
+    #[test]
+    fn a_text_is_cut_between_characters_and_a_short_one_stays() {
+        assert_eq!(cut("abc".into(), 3), "abc");
+        assert_eq!(cut("aé".into(), 2), "a", "é has two bytes");
+        assert_eq!(cut("😀😀".into(), 7), "😀");
+        assert_eq!(cut("😀".into(), 3), "");
+    }
+
+    #[test]
+    fn the_longest_report_of_64_volumes_is_within_what_the_node_takes() {
+        let most = u64::MAX;
+        let scrub = machine::LastScrub { state: machine::ScrubState::Canceled, ended: most, errors: most, bytes: most };
+        let usage = Usage {
+            total_bytes: most,
+            used_bytes: most,
+            available_bytes: most,
+            total_inodes: most,
+            used_inodes: most,
+            available_inodes: most,
+        };
+        let report = PoolReport {
+            allocated: most,
+            read_errors: most,
+            write_errors: most,
+            checksum_errors: most,
+            data_errors: most,
+            scrub: Some(scrub),
+            message: "é".repeat(10_000),
+            ..PoolReport::default()
+        };
+        let snapshot = Snapshot {
+            id: VolumeId::from_name("a"),
+            token: Uuid::from_u128(most.into()),
+            pool: format!("zpod-{}", "p".repeat(59)).parse().unwrap(),
+            health: Some(machine::Health::Suspended),
+            usage,
+            partition: Bytes(most),
+            disk: Bytes(most),
+            quota: most,
+            containers: (0..1000).map(|number| format!("{number:0>64}")).collect(),
+            awaits_key: true,
+            encrypted: true,
+            block: true,
+            behind: Some(Half::Second),
+            details: Details { report, compress_ratio: 1.5, snapshot_bytes: most, device: usage },
+            refusal: Some("é".repeat(10_000)),
+        };
+        let status = volume_status(snapshot);
+        assert_eq!((status.message.len(), status.refusal.len(), status.containers.len()), (TEXT, TEXT, CONTAINERS));
+        let version = "v".repeat(VERSION);
+        let report = StatusResponse { version: version.clone(), zfs_version: version, volumes: vec![status; VOLUMES] };
+        println!("{} bytes", report.encoded_len());
+        assert!(report.encoded_len() <= LONG, "{} bytes", report.encoded_len());
+    }
+}
