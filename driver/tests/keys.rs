@@ -174,6 +174,9 @@ async fn a_second_sandbox_that_shows_the_token_gets_nothing_while_the_first_live
     // Nothing that the driver writes has the token, but Kata's entry, where it is encoded.
     grep(world.node.path("").as_path(), &world.spec().token.to_string());
 
+    // While another publication waits for its sandbox, every new one is listened to.
+    let other = world.calls.create("other", GIB).await.unwrap().volume_id;
+    world.calls.publish(&other, &world.node.path("pods/other")).await.unwrap();
     let thief = world.guest("sandbox-2", KEY);
     thief.state.volumes.lock().unwrap()[0].used_bytes = 54321;
     let deadline = Instant::now() + Duration::from_secs(60);

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
+use super::turns::{Turns, Wanted};
 use super::{GuestClient, GuestError, Report};
 use crate::kata::{Sandbox, SandboxError, discover};
 
@@ -32,9 +34,15 @@ pub trait Listener: Send + Sync + 'static {
 
     /// A sandbox is no more: its shim is gone.
     fn gone(&self, sandbox: &str);
+
+    /// A scan for sandboxes has ended. Gives its number: one more than that of the scan before.
+    fn scanned(&self) -> u64;
+
+    /// Whose guests are to be heard.
+    fn wanted(&self) -> Wanted;
 }
 
-/// Finds sandboxes as they come and go, and keeps an ear on the guest of each.
+/// Finds sandboxes as they come and go, and listens to the guests that are wanted.
 #[derive(Debug)]
 pub struct Monitor {
     task: JoinHandle<()>,
@@ -56,6 +64,14 @@ impl Drop for Monitor {
 /// The task that listens to one sandbox; ends with its owner.
 struct Ear(JoinHandle<()>);
 
+impl Ear {
+    /// Ends it, and waits until it has: what it notes of its guest is never noted after that.
+    async fn end(mut self) {
+        self.0.abort();
+        let _ = (&mut self.0).await;
+    }
+}
+
 impl Drop for Ear {
     fn drop(&mut self) {
         self.0.abort();
@@ -63,6 +79,7 @@ impl Drop for Ear {
 }
 
 async fn run(dirs: Vec<PathBuf>, listener: Arc<dyn Listener>) {
+    let mut turns = Turns::default();
     let mut ears: HashMap<Sandbox, Ear> = HashMap::new();
     let mut tick = tokio::time::interval(LOOK_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -70,19 +87,22 @@ async fn run(dirs: Vec<PathBuf>, listener: Arc<dyn Listener>) {
         tick.tick().await;
         let looked = dirs.clone();
         let Ok(found) = tokio::task::spawn_blocking(move || discover(&looked)).await else { continue };
-        ears.retain(|sandbox, _| {
-            let stays = found.contains(sandbox);
-            if !stays {
-                tracing::debug!(sandbox = sandbox.id, "sandbox is gone");
-                listener.gone(&sandbox.id);
+        for sandbox in turns.found(listener.scanned(), &found) {
+            tracing::debug!(sandbox = sandbox.id, "sandbox is gone");
+            if let Some(ear) = ears.remove(&sandbox) {
+                ear.end().await;
             }
-            stays
-        });
-        for sandbox in found {
-            ears.entry(sandbox).or_insert_with_key(|sandbox| {
-                tracing::debug!(sandbox = sandbox.id, "new sandbox");
-                Ear(tokio::spawn(listen(sandbox.clone(), listener.clone())))
-            });
+            listener.gone(&sandbox.id);
+        }
+        let chosen = turns.choose(&listener.wanted(), Instant::now());
+        let ended: Vec<_> = ears.extract_if(|sandbox, _| !chosen.contains_key(sandbox)).collect();
+        for (sandbox, ear) in ended {
+            tracing::debug!(sandbox = sandbox.id, "no publication waits for it: not listened to");
+            ear.end().await;
+        }
+        for (sandbox, again) in chosen {
+            ears.entry(sandbox)
+                .or_insert_with_key(|sandbox| Ear(tokio::spawn(listen(sandbox.clone(), again, listener.clone()))));
         }
     }
 }
@@ -96,11 +116,11 @@ enum Silence {
     Guest(#[from] GuestError),
 }
 
-async fn listen(sandbox: Sandbox, listener: Arc<dyn Listener>) {
+async fn listen(sandbox: Sandbox, mut again: bool, listener: Arc<dyn Listener>) {
     let mut tries = 0;
     loop {
         let mut heard = false;
-        if let Err(silence) = hear(&sandbox, listener.as_ref(), &mut heard).await {
+        if let Err(silence) = hear(&sandbox, again, listener.as_ref(), &mut heard).await {
             // A shim that was killed leaves its socket.
             if let Silence::Sandbox(error) = &silence
                 && error.is_gone()
@@ -109,28 +129,32 @@ async fn listen(sandbox: Sandbox, listener: Arc<dyn Listener>) {
             }
             // The first silence is worth a line, the hundredth is not, nor is a machine that is about to start.
             let starts = matches!(silence, Silence::Sandbox(SandboxError::NotYet(_)));
-            match (heard || tries == 0) && !starts {
+            match (heard || tries == 0) && !again && !starts {
                 true => tracing::info!(sandbox = sandbox.id, "{silence}"),
                 false => tracing::trace!(sandbox = sandbox.id, "{silence}"),
             }
         }
         if heard {
             listener.lost(&sandbox.id);
-            tries = 0;
+            (tries, again) = (0, false);
         }
         tries += 1;
         tokio::time::sleep(if tries < EAGER_TRIES { RETRY } else { RETRY_LATER }).await;
     }
 }
 
-async fn hear(sandbox: &Sandbox, listener: &dyn Listener, heard: &mut bool) -> Result<(), Silence> {
+async fn hear(sandbox: &Sandbox, again: bool, listener: &dyn Listener, heard: &mut bool) -> Result<(), Silence> {
     let url = sandbox.agent_url().await?;
     let guest = GuestClient::connect(&sandbox.id, &url).await?;
     let mut watch = guest.watch().await?;
     loop {
         let report = watch.next(PATIENCE).await?;
         if !*heard {
-            tracing::info!(sandbox = sandbox.id, version = report.version, "guest is heard");
+            match again {
+                // Its turn has come once more: nothing new.
+                true => tracing::debug!(sandbox = sandbox.id, "guest is heard again"),
+                false => tracing::info!(sandbox = sandbox.id, version = report.version, "guest is heard"),
+            }
             *heard = true;
         }
         listener.reported(&guest, report).await;

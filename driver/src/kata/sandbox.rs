@@ -1,3 +1,4 @@
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ pub struct Sandbox {
     pub id: String,
     /// The shim's management socket.
     pub socket: PathBuf,
+    /// The socket's inode: tells it from another one at the same place.
+    pub inode: u64,
 }
 
 /// Where a guest is reached.
@@ -79,7 +82,8 @@ pub fn discover(dirs: &[PathBuf]) -> Vec<Sandbox> {
     let sandboxes = entries.filter_map(|entry| {
         let socket = entry.path().join(SOCKET);
         let id = entry.file_name().into_string().ok()?;
-        socket.exists().then_some(Sandbox { id, socket })
+        let inode = std::fs::metadata(&socket).ok()?.ino();
+        Some(Sandbox { id, socket, inode })
     });
     sandboxes.take(MAX_SANDBOXES).collect()
 }

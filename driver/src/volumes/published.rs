@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use zpod_volume::{Bytes, DiskLayout, Half, TokenDigest, VolumeId, VolumeMode};
 use super::observer::Observed;
 use super::scrubs::{Candidate, Scrubs};
 use super::stats::condition_of;
-use crate::guest::{GuestClient, Health, VolumeReport};
+use crate::guest::{GuestClient, Health, VolumeReport, Wanted};
 
 /// A guest that changes its mind all the time is written down no more often than this.
 const RECORD_EVERY: Duration = Duration::from_secs(5);
@@ -22,7 +23,11 @@ const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 /// The volumes published on this node in this boot, and what their guests said last. A few for each pod; the others
 /// take no memory.
 #[derive(Debug, Default)]
-pub(super) struct Published(Mutex<HashMap<VolumeId, Entry>>);
+pub(super) struct Published {
+    entries: Mutex<HashMap<VolumeId, Entry>>,
+    /// Scans for sandboxes that have ended.
+    scans: AtomicU64,
+}
 
 #[derive(Debug)]
 struct Entry {
@@ -32,6 +37,9 @@ struct Entry {
     token: Option<Uuid>,
     /// The sandbox that showed the token first. Until it is gone no other one speaks for the volume, or hears of it.
     owner: Option<String>,
+    /// The last scan for sandboxes that had ended when it was published. A publication that this process found has none,
+    /// 0: nobody knows which sandboxes are older.
+    scans: u64,
     /// When another one was last complained of.
     complained: Option<Instant>,
     /// There once it is published, not only reserved.
@@ -108,7 +116,7 @@ pub(super) enum Note {
 
 impl Published {
     fn entries(&self) -> MutexGuard<'_, HashMap<VolumeId, Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a target path for a volume. Gives the volume that has it, if that is another.
@@ -122,6 +130,7 @@ impl Published {
             digest: None,
             token: None,
             owner: None,
+            scans: 0,
             complained: None,
             observed: None,
             block: false,
@@ -150,6 +159,7 @@ impl Published {
             digest: Some(publication.token_digest),
             token: None,
             owner: None,
+            scans: self.scans.load(Ordering::SeqCst),
             complained: None,
             observed: Some(Arc::new(Observed::new(volume, publication))),
             block: volume.mode == VolumeMode::Block,
@@ -325,6 +335,19 @@ impl Published {
     /// Whether a container runs with a volume of which no guest tells.
     pub(super) fn is_unheard(&self, id: VolumeId) -> bool {
         self.entries().get(&id).is_some_and(|entry| entry.unheard)
+    }
+
+    /// Notes that a scan for sandboxes has ended, and gives its number.
+    pub(super) fn scanned(&self) -> u64 {
+        self.scans.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// Whose guests are to be heard.
+    pub(super) fn wanted(&self) -> Wanted {
+        let entries = self.entries();
+        let owners = entries.values().filter_map(|entry| entry.owner.clone()).collect();
+        let waiting = entries.values().filter(|entry| entry.digest.is_some() && entry.owner.is_none());
+        Wanted { owners, waiting_since: waiting.map(|entry| entry.scans).min() }
     }
 
     /// Notes that a sandbox is no more: whoever shows the token next may speak for its volumes.

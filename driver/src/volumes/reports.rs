@@ -4,11 +4,12 @@ use zpod_storage::crash;
 use zpod_volume::{VolumeAttributes, VolumeId};
 
 use super::VolumeError;
+use super::context::to_the_end;
 use super::modify::modify;
 use super::publish::NodeVolumes;
 use super::published::{Note, halves_of};
 use super::stats::condition_of;
-use crate::guest::{GuestClient, Listener, Report, VolumeReport};
+use crate::guest::{GuestClient, Listener, Report, VolumeReport, Wanted};
 
 #[async_trait]
 impl Listener for NodeVolumes {
@@ -58,12 +59,21 @@ impl Listener for NodeVolumes {
     fn gone(&self, sandbox: &str) {
         self.context.published.gone(sandbox);
     }
+
+    fn scanned(&self) -> u64 {
+        self.context.published.scanned()
+    }
+
+    fn wanted(&self) -> Wanted {
+        self.context.published.wanted()
+    }
 }
 
 impl NodeVolumes {
     async fn record(&self, report: &VolumeReport) -> Result<(), VolumeError> {
-        let condition = condition_of(report);
-        self.record_report(report, condition).await
+        let (node, report) = (self.clone(), report.clone());
+        // To its end, also when the sandbox is no more by then: what forbids its pod's next guest to make the pool comes last.
+        to_the_end(async move { node.record_report(&report, condition_of(&report)).await }).await
     }
 
     /// Records what a believed guest said: that the pool is there, and how it is.

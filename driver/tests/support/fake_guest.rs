@@ -6,6 +6,7 @@ mod streams;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -50,6 +51,9 @@ pub(crate) struct State {
     pub(crate) marks: Mutex<BTreeSet<(String, String)>>,
     /// What was sent and received.
     pub(crate) passed: streams::Passed,
+    /// How often it was dialled, and by how many its reports are listened to now.
+    pub(crate) dialled: AtomicUsize,
+    pub(crate) watches: AtomicUsize,
 }
 
 /// A sandbox; gone when dropped.
@@ -80,7 +84,7 @@ impl Drop for FakeGuest {
     }
 }
 
-async fn serve_shim(listener: UnixListener, uds: PathBuf) {
+pub(crate) async fn serve_shim(listener: UnixListener, uds: PathBuf) {
     let url = format!("hvsock://{}:1024", uds.display());
     while let Ok((mut stream, _)) = listener.accept().await {
         let mut request = [0; 1024];
@@ -92,7 +96,7 @@ async fn serve_shim(listener: UnixListener, uds: PathBuf) {
 
 async fn serve_vmm(listener: UnixListener, behaviour: Behaviour, state: Arc<State>) {
     let (connections, incoming) = tokio::sync::mpsc::channel::<std::io::Result<UnixStream>>(8);
-    let service = GuestServer::new(Service { behaviour, state });
+    let service = GuestServer::new(Service { behaviour, state: Arc::clone(&state) });
     let server = tonic::transport::Server::builder().add_service(service);
     let _server = AbortOnDrop(tokio::spawn(async move {
         let _ = server.serve_with_incoming(ReceiverStream::new(incoming)).await;
@@ -104,6 +108,7 @@ async fn serve_vmm(listener: UnixListener, behaviour: Behaviour, state: Arc<Stat
             line.push(stream.read_u8().await.unwrap());
         }
         assert_eq!(line, b"CONNECT 10240\n");
+        state.dialled.fetch_add(1, Ordering::SeqCst);
         match behaviour {
             Behaviour::Silent => kept.push(stream),
             Behaviour::Garbage => {
@@ -163,11 +168,13 @@ impl Guest for Service {
         let (sender, receiver) = tokio::sync::mpsc::channel(1);
         let service = Self { behaviour: self.behaviour, state: Arc::clone(&self.state) };
         tokio::spawn(async move {
+            service.state.watches.fetch_add(1, Ordering::SeqCst);
             while sender.send(Ok(service.report())).await.is_ok() {
                 if service.behaviour != Behaviour::Flood {
                     tokio::time::sleep(Duration::from_millis(300)).await;
                 }
             }
+            service.state.watches.fetch_sub(1, Ordering::SeqCst);
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
