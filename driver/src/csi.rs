@@ -32,9 +32,9 @@ async fn answer<T>(
     work: impl Future<Output = Result<T, VolumeError>>,
 ) -> Result<Response<T>, Status> {
     let begun = std::time::Instant::now();
-    let result = work.await.map_err(|error| (to_status(&error), error));
+    let result = work.await.map_err(|error| to_status(&error));
     let took = begun.elapsed();
-    crate::metrics::observe(call, result.as_ref().map_or_else(|(status, _)| status.code(), |_| Code::Ok), took);
+    crate::metrics::observe(call, result.as_ref().map_or_else(|status| status.code(), |_| Code::Ok), took);
     let millis = took.as_millis() as u64;
     // The id is as the caller gave it: cleaned before it reaches the log.
     let volume = crate::guest::clean(volume, 128);
@@ -43,8 +43,8 @@ async fn answer<T>(
             tracing::debug!(call, volume, millis, "done");
             Ok(Response::new(value))
         }
-        Err((status, error)) => {
-            tracing::warn!(call, volume, millis, code = ?status.code(), "{error}");
+        Err(status) => {
+            tracing::warn!(call, volume, millis, code = ?status.code(), "{}", status.message());
             Err(status)
         }
     }

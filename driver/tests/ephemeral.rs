@@ -195,6 +195,16 @@ async fn what_can_not_be_had_inline_is_refused_and_leaves_nothing() {
         nothing_is_left(&node, message);
     }
 
+    // What a tenant writes is as long as it likes, and neither answer nor log are.
+    let long = "\u{e9}".repeat(1 << 19);
+    for attribute in [("size", long.as_str()), ("compression", &long), (&long, "x")] {
+        let error = calls.publish_as(request(&target, &[attribute])).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+        assert!(error.message().contains("(1048576 bytes)") && error.message().len() < 4096, "{error}");
+    }
+    let longest = node.log().lines().map(str::len).max();
+    assert!(longest < Some(4096), "a line of {longest:?} bytes is in the log");
+
     // A volume of that name that is none for a pod is not taken for one.
     let id = calls.create(&handle(), 256 << 20).await.unwrap().volume_id;
     let error = calls.publish_as(request(&target, &[("size", "256Mi")])).await.unwrap_err();

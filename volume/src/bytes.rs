@@ -3,6 +3,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Excerpt;
+
 /// A number of bytes. Shown with a binary unit where that is exact, parsed with or without one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -54,7 +56,7 @@ impl fmt::Display for Bytes {
 
 /// A size that does not parse.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a size: write a whole number of bytes, or one with Ki, Mi, Gi or Ti behind it")]
+#[error("{} is not a size: write a whole number of bytes, or one with Ki, Mi, Gi or Ti behind it", Excerpt(_0))]
 pub struct ParseBytesError(String);
 
 impl FromStr for Bytes {

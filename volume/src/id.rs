@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
+use crate::Excerpt;
+
 /// So many bytes of its node's UID an inline volume's id begins with. The chart's admission policy compares the same: 13
 /// characters, hyphen included.
 const INLINE_PREFIX: usize = 6;
@@ -97,7 +99,7 @@ id_of_a_name! {
 
 /// A name that does not parse.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{value:?} is not a {what}: {allowed}")]
+#[error("{} is not a {what}: {allowed}", Excerpt(value))]
 pub struct ParseNameError {
     what: &'static str,
     value: String,

@@ -10,6 +10,7 @@
 
 mod attributes;
 mod bytes;
+mod excerpt;
 mod id;
 mod layout;
 mod mirror;
@@ -23,6 +24,7 @@ pub mod note;
 
 pub use attributes::VolumeAttributes;
 pub use bytes::{Bytes, ParseBytesError};
+pub use excerpt::Excerpt;
 pub use id::{GroupId, Mark, ParseNameError, PoolName, SnapshotId, VolumeId};
 pub use layout::{DiskLayout, Headroom, ParseHeadroomError, SECTOR};
 pub use mirror::{Half, Mirror};

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Headroom, Property, PropertyKind};
+use crate::{Bytes, Excerpt, Headroom, Property, PropertyKind};
 
 /// Which provider makes the volume's block device on its node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,25 +175,25 @@ pub struct VolumeParameters {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParameterError {
     /// No such parameter.
-    #[error("parameter {key:?} is not known; allowed are: {}", VolumeParameters::keys().join(", "))]
+    #[error("parameter {} is not known; allowed are: {}", Excerpt(key), VolumeParameters::keys().join(", "))]
     Unknown {
         /// The key as it was given.
         key: String,
     },
     /// No such mutable parameter.
-    #[error("mutable parameter {key:?} is not known; allowed are: {}", crate::VolumeAttributes::keys().join(", "))]
+    #[error("mutable parameter {} is not known; allowed are: {}", Excerpt(key), crate::VolumeAttributes::keys().join(", "))]
     UnknownMutable {
         /// The key as it was given.
         key: String,
     },
     /// Not one that a volume's life can change.
-    #[error("mutable parameter {key:?} can't be changed; what can: {}", crate::VolumeAttributes::keys().join(", "))]
+    #[error("mutable parameter {} can't be changed; what can: {}", Excerpt(key), crate::VolumeAttributes::keys().join(", "))]
     Immutable {
         /// The key as it was given.
         key: String,
     },
     /// A value that is not allowed.
-    #[error("parameter {key}: {value:?} is not allowed; allowed is: {allowed}")]
+    #[error("parameter {key}: {} is not allowed; allowed is: {allowed}", Excerpt(value))]
     Bad {
         /// The key.
         key: String,

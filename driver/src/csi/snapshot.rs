@@ -6,6 +6,7 @@ use prost_types::Timestamp;
 use zpod_proto::csi;
 use zpod_proto::csi::list_snapshots_response::Entry;
 use zpod_storage::catalog::{Snapshot, SnapshotPhase};
+use zpod_volume::Excerpt;
 
 use super::controller::MAX_PAGE;
 use super::request::{self, int};
@@ -25,11 +26,11 @@ pub(super) fn allow_copy(parameters: &HashMap<String, String>) -> Result<bool, V
             (ALLOW_COPY, "true") => true,
             (ALLOW_COPY, "false") => false,
             (ALLOW_COPY, _) => {
-                let reason = format!("{ALLOW_COPY}: {value:?} is not allowed; allowed is: true, false");
+                let reason = format!("{ALLOW_COPY}: {} is not allowed; allowed is: true, false", Excerpt(value));
                 return Err(VolumeError::invalid("parameters", reason));
             }
             _ => {
-                let reason = format!("{key:?} is not known; allowed is: {ALLOW_COPY}");
+                let reason = format!("{} is not known; allowed is: {ALLOW_COPY}", Excerpt(key));
                 return Err(VolumeError::invalid("parameters", reason));
             }
         };

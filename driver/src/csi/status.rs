@@ -16,8 +16,17 @@ use crate::volumes::VolumeError;
 /// then looks for another node. So an error whose call may have left something has one of those. docs/errors.md has them
 /// all, and a test sees to it.
 pub fn to_status(error: &VolumeError) -> Status {
-    Status::new(code(error), error.to_string())
+    let mut message = error.to_string();
+    if let Some((end, _)) = message.char_indices().nth(LONGEST_MESSAGE) {
+        message.truncate(end);
+        message.push_str("...");
+    }
+    Status::new(code(error), message)
 }
+
+/// In characters. What errors quote is cut already: this is for what nobody has thought of. A message goes in a header of
+/// HTTP/2, and each caller has a bound for those.
+const LONGEST_MESSAGE: usize = 4096;
 
 fn code(error: &VolumeError) -> Code {
     match error {

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::CatalogError;
-use zpod_volume::{Bytes, GroupId, Half, ParameterError, SnapshotId, VolumeId};
+use zpod_volume::{Bytes, Excerpt, GroupId, Half, ParameterError, SnapshotId, VolumeId};
 
 use super::copies::Progress;
 use crate::guest::GuestError;
@@ -30,10 +30,13 @@ pub enum VolumeError {
         reason: String,
     },
     /// A place in a list that can't be understood.
-    #[error("starting_token {0:?} did not come from an earlier page of this list; begin again with an empty one")]
+    #[error(
+        "starting_token {} did not come from an earlier page of this list; begin again with an empty one",
+        Excerpt(_0)
+    )]
     Token(String),
     /// No such volume.
-    #[error("volume {id:?} does not exist on node {node}")]
+    #[error("volume {} does not exist on node {node}", Excerpt(id))]
     NotFound {
         /// The id as it was given.
         id: String,
@@ -234,7 +237,7 @@ pub enum VolumeError {
         reason: String,
     },
     /// No such snapshot.
-    #[error("snapshot {id:?} does not exist on node {node}")]
+    #[error("snapshot {} does not exist on node {node}", Excerpt(id))]
     SnapshotNotFound {
         /// The id as it was given.
         id: String,
@@ -272,7 +275,7 @@ pub enum VolumeError {
         group: GroupId,
     },
     /// No such group.
-    #[error("group snapshot {id:?} does not exist")]
+    #[error("group snapshot {} does not exist", Excerpt(id))]
     GroupNotFound {
         /// The id as it was given.
         id: String,

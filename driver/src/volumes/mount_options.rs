@@ -1,4 +1,4 @@
-use zpod_volume::MountFlag;
+use zpod_volume::{Excerpt, MountFlag};
 
 use super::VolumeError;
 
@@ -32,8 +32,9 @@ impl MountOptions {
             return Err(VolumeError::invalid(
                 "volume_capability.mount.fs_type",
                 format!(
-                    "{fs_type:?} is not what a zpod volume holds; allowed is zfs: set csi.storage.k8s.io/fstype: zfs in the \
-                     StorageClass, or start the external-provisioner without --default-fstype"
+                    "{} is not what a zpod volume holds; allowed is zfs: set csi.storage.k8s.io/fstype: zfs in the \
+                     StorageClass, or start the external-provisioner without --default-fstype",
+                    Excerpt(fs_type)
                 ),
             ));
         }
@@ -45,7 +46,7 @@ impl MountOptions {
                 ("rw", _) => writable = true,
                 (_, Some((_, flag))) => options.flags.push(*flag),
                 (unknown, None) => {
-                    let reason = format!("{unknown:?} is not allowed; allowed are {ALLOWED}");
+                    let reason = format!("{} is not allowed; allowed are {ALLOWED}", Excerpt(unknown));
                     return Err(VolumeError::invalid("volume_capability.mount.mount_flags", reason));
                 }
             }
@@ -77,8 +78,10 @@ fn parse_group(group: &str) -> Result<Option<u32>, VolumeError> {
     // u32::MAX is (gid_t)-1: "no change" to chown(2).
     let gid = group.parse().ok().filter(|gid| *gid != u32::MAX && group.bytes().all(|b| b.is_ascii_digit()));
     gid.map(Some).ok_or_else(|| {
-        let reason =
-            format!("{group:?} is not a group id; a number is allowed, since the guest has no names for groups");
+        let reason = format!(
+            "{} is not a group id; a number is allowed, since the guest has no names for groups",
+            Excerpt(group)
+        );
         VolumeError::invalid("volume_capability.mount.volume_mount_group", reason)
     })
 }

@@ -162,6 +162,12 @@ fn guest_writes(path: &Path, at: u64) {
     file.sync_all().unwrap();
 }
 
+/// Bytes that are free by the file system's own word.
+fn free(at: &Path) -> u64 {
+    let stat = rustix::fs::statvfs(at).unwrap();
+    stat.f_bavail * stat.f_frsize
+}
+
 fn facts(kind: &'static str, reflink: bool) {
     let mount = Mount::new(kind, 1024);
     let open = || FileBacking::open(&mount.at, 1.0).unwrap();
@@ -172,7 +178,12 @@ fn facts(kind: &'static str, reflink: bool) {
     let (thin, thick) = (spec("thin", 64, 514, Provisioning::Thin), spec("thick", 64, 514, Provisioning::Thick));
 
     for spec in [thin, thick] {
+        let before = free(&mount.at);
         assert_eq!(backing.create(&spec).unwrap(), Outcome::Changed);
+        if spec.provisioning == Provisioning::Thick {
+            let taken = before.saturating_sub(free(&mount.at));
+            assert!(taken >= spec.layout.partition.0, "{kind}: {taken} bytes less are free at once");
+        }
         let path = backing.device(spec.id).unwrap();
         assert!(!backing.ever_written(&spec).unwrap(), "{kind}: fresh {spec:?}");
         if kind != "tmpfs" {

@@ -12,7 +12,7 @@ use zpod_proto::csi::*;
 
 use crate::call::Call;
 use crate::disk::{Kind, State};
-use crate::model::Model;
+use crate::model::{Model, Volume};
 use requests::map;
 
 /// One thing to do.
@@ -178,7 +178,7 @@ impl Plan<'_> {
     }
 
     fn machine(&mut self) -> Step {
-        let some = |wanted: &dyn Fn(&crate::model::Volume) -> bool| {
+        let some = |wanted: &dyn Fn(&Volume) -> bool| {
             let found = self.model.volumes.iter().filter(|(_, volume)| wanted(volume));
             found.map(|(id, _)| id.clone()).collect::<Vec<_>>()
         };
@@ -201,7 +201,9 @@ impl Plan<'_> {
         if self.model.disk != State::Free {
             return Step::Befall(State::Free);
         }
-        let writable = self.model.volumes.values().any(|volume| volume.used);
+        // A file that is open for writing keeps a file system from becoming read-only: a loop device has it so.
+        let open = |volume: &Volume| volume.used || (volume.block && volume.published.is_some());
+        let writable = self.model.volumes.values().any(open);
         Step::Befall(match self.random.u8(0..5) {
             0 if self.kind == Kind::Ext4 => State::NoInodes,
             1 if !writable => State::ReadOnly,

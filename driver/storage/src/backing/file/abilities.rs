@@ -140,8 +140,8 @@ impl Fencing {
 }
 
 /// Whether files there have to be taken out of copy-on-write.
-pub(crate) fn is_nocow(directory: &Directory) -> io::Result<bool> {
-    Ok(u32::try_from(rustix::fs::fstatfs(directory)?.f_type).is_ok_and(|magic| magic == BTRFS))
+pub(crate) fn is_nocow(file: impl AsFd) -> io::Result<bool> {
+    Ok(u32::try_from(rustix::fs::fstatfs(file)?.f_type).is_ok_and(|magic| magic == BTRFS))
 }
 
 /// How long a file can be made, found by making one so long. ext4 with blocks of 4 KiB ends below 16 TiB; XFS, btrfs and

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use zpod_volume::{Bytes, DiskLayout, Provisioning, VolumeId, gpt};
 
 use super::STAT_BLOCK;
+use super::abilities::is_nocow;
 use crate::backing::DeviceSpec;
 use crate::crash;
 
@@ -84,7 +85,18 @@ pub(super) fn fill(file: &File, spec: &DeviceSpec, attribute: &str) -> io::Resul
 /// XFS refuses a range that is larger than what the disk or the file's limit has left, even where most of it is there
 /// already (`xfs_alloc_file_space` reserves before it looks), as it is when a volume grows. What is missing is then
 /// taken piece by piece, if there is room for it.
+///
+/// btrfs counts what a file has taken as free until it commits, up to 30 s later: it would be promised twice. `fsync` only
+/// writes its log.
 pub(super) fn allocate(file: &File, partition: Bytes) -> io::Result<()> {
+    take_space(file, partition)?;
+    if is_nocow(file)? {
+        rustix::fs::syncfs(file)?;
+    }
+    Ok(())
+}
+
+fn take_space(file: &File, partition: Bytes) -> io::Result<()> {
     let from = DiskLayout::JOURNAL_OFFSET;
     let end = DiskLayout::PARTITION_START.saturating_add(partition.0);
     let take = |at, length| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, at, length);
