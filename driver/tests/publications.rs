@@ -3,21 +3,29 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/fake_guest.rs"]
+#[allow(dead_code)]
+mod fake_guest;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use fake_guest::{Behaviour, FakeGuest};
 use rustix::mount::{MountFlags, UnmountFlags};
-use zpod_driver::kata::DirectVolumes;
+use zpod_driver::guest::Monitor;
+use zpod_driver::kata::{DirectVolumes, TargetPath};
 use zpod_driver::volumes::{
     Context, CreateRequest, NodeVolumes, PodCheck, Provision, Provisioner, PublishRequest, SnapshotRequest, Snapshots,
     Snapshotter, VolumeError,
 };
+use zpod_proto::guest::{Health, VolumeStatus};
 use zpod_storage::backing::sim::SimBacking;
 use zpod_storage::catalog::{Catalog, ClaimRef, PodRef, Publication, Source, Volume};
-use zpod_volume::{Bytes, VolumeId};
+use zpod_volume::{Bytes, Create, VolumeId};
 
 /// A node on directories of its own.
 struct World {
@@ -266,6 +274,48 @@ async fn a_publication_of_a_pod_that_is_gone_is_taken_back_only_when_that_is_cer
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_entry_that_could_not_be_written_is_written_once_it_can_be_by_report_or_call() {
+    for reported in [true, false] {
+        let world = World::new().await;
+        let (id, target, kata) = (world.create("a").await, world.path("pod-1"), world.path("kata"));
+        fs::create_dir(&kata).unwrap();
+        world.publish(id, &target).await.unwrap();
+        let direct = DirectVolumes::open(&world.path("direct-volumes")).unwrap();
+        let spec = || direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap();
+        assert_eq!(spec().create, Create::Fresh);
+        // Its guest has made the pool. That is recorded, and the next guest can't be told.
+        world.make_entries_writable(false);
+        let (volume_id, token) = (id.to_string(), spec().token.to_string());
+        let status = VolumeStatus { volume_id, token, health: Health::Online.into(), ..VolumeStatus::default() };
+        let guest = FakeGuest::start(&kata, "guest", Behaviour::Honest, vec![status]);
+        let monitor = Monitor::start(vec![kata], Arc::new(world.node.clone()));
+        eventually(async || world.provisioner.get(id).await.unwrap().initialized).await;
+        // It waits until nothing else is done for the volume, and can't tell the next guest either.
+        let error = world.publish(id, &target).await.unwrap_err();
+        assert!(matches!(error, VolumeError::StillPublished { .. }), "{error}");
+        assert_eq!(spec().create, Create::Fresh);
+        if !reported {
+            drop((guest, monitor));
+            world.make_entries_writable(true);
+            world.publish(id, &target).await.unwrap();
+            assert_eq!(spec().create, Create::Never);
+        } else {
+            world.make_entries_writable(true);
+            eventually(async || spec().create == Create::Never).await;
+        }
+        world.node.unpublish(id, target).await.unwrap();
+    }
+}
+
+async fn eventually(holds: impl AsyncFn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !holds().await {
+        assert!(Instant::now() < deadline, "it did not happen");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_copy_that_has_its_origins_name_is_told_from_it_by_a_nonce_of_its_own() {
     let world = World::new().await;
     let (id, target) = (world.create("a").await, world.path("pod-1"));
@@ -288,7 +338,7 @@ async fn a_copy_that_has_its_origins_name_is_told_from_it_by_a_nonce_of_its_own(
         for pod in [&target, &world.path("pod-2")] {
             world.publish(id, pod).await.unwrap();
             let direct = DirectVolumes::open(&world.path("direct-volumes")).unwrap();
-            let spec = direct.spec(&zpod_driver::kata::TargetPath::resolve(pod).unwrap()).unwrap().unwrap();
+            let spec = direct.spec(&TargetPath::resolve(pod).unwrap()).unwrap().unwrap();
             assert!(nonces.contains(&spec.origin.unwrap().copy.unwrap()));
             world.node.unpublish(id, pod.clone()).await.unwrap();
         }

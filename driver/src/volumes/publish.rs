@@ -218,7 +218,7 @@ impl NodeVolumes {
     async fn stands(&self, request: &PublishRequest, target: &TargetPath) -> Result<bool, VolumeError> {
         let known = self.context.published.observed(request.id);
         let here = known.filter(|(volume, _)| volume.target == target.as_path() && request.mode.is_filesystem());
-        let Some((_, digest)) = here else {
+        let Some((_, digest)) = here.filter(|_| !self.context.published.is_stale(request.id)) else {
             return Ok(false);
         };
         let (direct, target) = (self.direct.clone(), target.clone());
@@ -368,7 +368,7 @@ impl NodeVolumes {
         let device = self.context.device_of(volume).await?;
         let entry = DirectVolume { device, spec: volume_spec(volume, publication, token), discard: discard(volume) };
         let (direct, target) = (self.direct.clone(), target.clone());
-        blocking(move || {
+        let installed = blocking(move || {
             // The placeholder first: at no moment is there a path that Kata could share from the host's disk.
             let mounted = target.mount_placeholder()?;
             crash::point("publish: placeholder mounted");
@@ -377,11 +377,21 @@ impl NodeVolumes {
             let all = [joined, mounted, written];
             Ok(if all.contains(&Outcome::Changed) { Outcome::Changed } else { Outcome::Unchanged })
         })
-        .await
+        .await?;
+        self.context.published.set_stale(volume.id, false);
+        Ok(installed)
     }
 
-    /// Writes the entry of a published volume again, if there is one, from the record as it is now.
+    /// Writes the entry of a published volume again, if there is one, from the record as it is now. Where that fails, its
+    /// guest's next report and the next NodePublishVolume try again.
     pub(super) async fn refresh_entry(&self, volume: &Volume) -> Result<(), VolumeError> {
+        self.context.published.set_stale(volume.id, true);
+        self.write_entry(volume).await?;
+        self.context.published.set_stale(volume.id, false);
+        Ok(())
+    }
+
+    async fn write_entry(&self, volume: &Volume) -> Result<(), VolumeError> {
         let Some(publication) = self.context.publication(volume).cloned() else { return Ok(()) };
         if volume.mode == VolumeMode::Block {
             // There is none, and its note is written while nobody has the device.

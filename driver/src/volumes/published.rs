@@ -58,6 +58,8 @@ struct Entry {
     /// A container mounts it and runs, and no guest tells of it.
     unheard: bool,
     recorded: Option<Instant>,
+    /// Kata's entry may tell the next guest less than is recorded: it could not be written.
+    stale: bool,
     grown: Option<Instant>,
     /// It has attributes that its note may be without.
     changed: bool,
@@ -103,7 +105,8 @@ pub(super) enum Note {
     Believed {
         /// The volume it speaks of.
         volume: Arc<Observed>,
-        /// It is the first to say that the pool is there, or that half of a mirror is lost, which must be recorded.
+        /// It is the first to say that the pool is there, or that half of a mirror is lost, which must be recorded; or Kata's
+        /// entry does not say yet what is recorded.
         first: bool,
         /// The condition has changed, and it is time to record it.
         changed: bool,
@@ -143,6 +146,7 @@ impl Published {
             since: Instant::now(),
             unheard: false,
             recorded: None,
+            stale: false,
             grown: None,
             changed: false,
             told: None,
@@ -172,6 +176,7 @@ impl Published {
             since: Instant::now(),
             unheard: false,
             recorded: None,
+            stale: false,
             grown: None,
             changed: may_have_changed(volume),
             told: None,
@@ -248,6 +253,18 @@ impl Published {
         self.entries().get(&id).is_some_and(|entry| entry.block)
     }
 
+    /// Notes whether Kata's entry may tell the next guest less than is recorded.
+    pub(super) fn set_stale(&self, id: VolumeId, stale: bool) {
+        if let Some(entry) = self.entries().get_mut(&id) {
+            entry.stale = stale;
+        }
+    }
+
+    /// Whether it may.
+    pub(super) fn is_stale(&self, id: VolumeId) -> bool {
+        self.entries().get(&id).is_some_and(|entry| entry.stale)
+    }
+
     /// What was heard of a volume.
     pub(super) fn heard(&self, id: VolumeId) -> Option<Heard> {
         self.entries().get(&id)?.heard.clone()
@@ -283,7 +300,8 @@ impl Published {
         let lost = entry.mirror.is_some_and(|behind| {
             halves_of(report, behind) != behind && (behind.is_none() || due(entry.recorded, RECORD_EVERY))
         });
-        let first = report.health.is_imported() && !entry.initialized || lost;
+        let stale = entry.stale && due(entry.recorded, RECORD_EVERY);
+        let first = report.health.is_imported() && !entry.initialized || lost || stale;
         let changed = entry.condition.as_ref() != Some(&condition_of(report)) && due(entry.recorded, RECORD_EVERY);
         let small = report.partition.0 > 0 && report.partition < entry.partition;
         let grow =

@@ -88,7 +88,8 @@ impl NodeVolumes {
         let first = imported && !volume.initialized;
         let behind = if volume.is_mirrored() { halves_of(report, volume.behind) } else { None };
         let moved = behind != volume.behind;
-        if !first && !moved && volume.condition.as_ref() == Some(&condition) {
+        let stale = self.context.published.is_stale(id);
+        if !first && !moved && !stale && volume.condition.as_ref() == Some(&condition) {
             self.context.published.refresh(&volume);
             return Ok(());
         }
@@ -110,7 +111,7 @@ impl NodeVolumes {
                 None => tracing::info!(volume = %id, "both halves of its mirror have everything"),
             }
         }
-        if first || moved {
+        if first || moved || stale {
             // The next container or virtual machine of this pod must not be allowed to make it either, nor to use that
             // half alone.
             self.refresh_entry(&volume).await?;
