@@ -6,10 +6,19 @@ use zpod_kubernetes::crd::{ZfsSnapshot, ZfsVolume};
 
 use crate::Failure;
 use crate::options::{Global, Named};
+use crate::proxy::{Environment, Proxy};
 
 /// Objects that are asked for at once.
 const PAGE: u32 = 500;
 const DRIVER: &str = "csi.zpod.storage";
+
+/// Takes the `proxy-url` of the chosen context's cluster out of a kubeconfig.
+fn take_proxy(file: &mut Kubeconfig, context: Option<&str>) -> Option<String> {
+    let context = context.or(file.current_context.as_deref())?;
+    let context = file.contexts.iter().find(|named| named.name == context)?.context.as_ref()?;
+    let cluster = file.clusters.iter_mut().find(|named| named.name == context.cluster)?;
+    cluster.cluster.as_mut()?.proxy_url.take().filter(|url| !url.is_empty())
+}
 
 /// The cluster, and the namespace that claims are looked for in.
 #[derive(Clone)]
@@ -17,6 +26,8 @@ pub(crate) struct Cluster {
     pub(crate) client: Client,
     /// There but in tests.
     pub(crate) config: Option<Config>,
+    /// What stands between here and the API server.
+    pub(crate) proxy: Option<Proxy>,
     pub(crate) namespace: String,
     /// Where zpod is.
     pub(crate) zpod_namespace: String,
@@ -30,19 +41,42 @@ impl Cluster {
         let wrong = |error: &dyn std::error::Error| {
             Failure::usage(format!("the kubeconfig can't be used: {}", crate::failure::with_causes(error)), remedy)
         };
-        let config = match &global.kubeconfig {
-            Some(path) => {
-                let file = Kubeconfig::read_from(path).map_err(|error| wrong(&error))?;
-                Config::from_custom_kubeconfig(file, &chosen).await.map_err(|error| wrong(&error))?
-            }
-            None if global.context.is_some() => {
-                Config::from_kubeconfig(&chosen).await.map_err(|error| wrong(&error))?
-            }
-            None => Config::infer().await.map_err(|error| wrong(&error))?,
+        let file = match &global.kubeconfig {
+            Some(path) => Kubeconfig::read_from(path),
+            None => Kubeconfig::read(),
         };
+        let (config, of_cluster) = match file {
+            Ok(mut file) => {
+                let of_cluster = take_proxy(&mut file, global.context.as_deref());
+                let config = Config::from_custom_kubeconfig(file, &chosen).await.map_err(|error| wrong(&error))?;
+                (config, of_cluster)
+            }
+            Err(error) if global.kubeconfig.is_some() || global.context.is_some() => return Err(wrong(&error)),
+            Err(_) => (Config::infer().await.map_err(|error| wrong(&error))?, None),
+        };
+        Self::through(config, of_cluster.as_deref(), &Environment::of_process(), global)
+    }
+
+    /// By the proxy that the kubeconfig names for the cluster, or else the environment.
+    fn through(
+        mut config: Config,
+        of_cluster: Option<&str>,
+        environment: &Environment,
+        global: &Global,
+    ) -> Result<Self, Failure> {
+        let proxy = Proxy::choose(&config.cluster_url, of_cluster, environment)?;
+        config.proxy_url = None;
         let namespace = global.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
-        let client = Client::try_from(config.clone()).map_err(|error| wrong(&error))?;
-        Ok(Self { client, config: Some(config), namespace, zpod_namespace: global.zpod_namespace.clone() })
+        let client = match &proxy {
+            None => Client::try_from(config.clone()),
+            Some(_) => crate::proxy::api_server(&config, proxy.as_ref())
+                .map(|service| Client::new(service, config.default_namespace.clone())),
+        };
+        let client = client.map_err(|error| {
+            let what = format!("the kubeconfig can't be used: {}", crate::failure::with_causes(&error));
+            Failure::usage(what, "see `kubectl config view`")
+        })?;
+        Ok(Self { client, config: Some(config), proxy, namespace, zpod_namespace: global.zpod_namespace.clone() })
     }
 
     pub(crate) fn volumes(&self) -> Api<ZfsVolume> {
@@ -173,6 +207,21 @@ mod tests {
         let (id, object) = volume("db", json!({"phase": "Ready"}));
         let answers = Answers::default().with(&path(&id), object).with(&format!("{CLAIM}db"), claim);
         (answers.with("/api/v1/persistentvolumes/pv", persistent), id)
+    }
+
+    #[test]
+    fn the_proxy_of_a_kubeconfig_is_the_one_of_the_chosen_contexts_cluster() {
+        let file =
+            "{contexts: [{name: a, context: {cluster: one, user: u}}, {name: b, context: {cluster: two, user: u}}],
+                     clusters: [{name: one, cluster: {server: 'https://one', proxy-url: 'http://proxy:3128'}},
+                                {name: two, cluster: {server: 'https://two', proxy-url: ''}}],
+                     current-context: a}";
+        for (context, proxy) in
+            [(None, Some("http://proxy:3128")), (Some("a"), Some("http://proxy:3128")), (Some("b"), None)]
+        {
+            let mut file = Kubeconfig::from_yaml(file).unwrap();
+            assert_eq!(take_proxy(&mut file, context).as_deref(), proxy, "{context:?}");
+        }
     }
 
     #[tokio::test]

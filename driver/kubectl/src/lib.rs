@@ -17,6 +17,7 @@ mod failure;
 mod options;
 mod output;
 mod progress;
+mod proxy;
 mod text;
 mod view;
 

@@ -7,21 +7,21 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{HOST, HeaderValue};
 use hyper::{Request, Response, Uri};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::TokioIo;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
+use kube::Api;
 use kube::api::{ListParams, PostParams};
-use kube::client::ConfigExt as _;
-use kube::{Api, Config};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tower::util::BoxCloneSyncService;
-use tower::{BoxError, ServiceBuilder, ServiceExt as _};
+use tower::{BoxError, ServiceExt as _};
 use zpod_admin::{PORT, Route, SERVICE_ACCOUNT, TOKEN_HEADER};
 
 use crate::Failure;
 use crate::cluster::Cluster;
 use crate::failure::with_causes;
+use crate::proxy;
 
 /// The body of a request.
 pub(crate) type Out = UnsyncBoxBody<Bytes, std::io::Error>;
@@ -54,7 +54,11 @@ impl Line {
         Ok(Self::Pod {
             path: format!("/api/v1/namespaces/{namespace}/pods/https:{pod}:{PORT}/proxy"),
             tokens: Box::new(Tokens { cluster: cluster.clone(), node: node.to_owned(), made: Mutex::default() }),
-            server: api_server(config)?,
+            // kube's own client takes whole bodies only, and these stream.
+            server: proxy::api_server(config, cluster.proxy.as_ref()).map_err(|error| {
+                let what = format!("the kubeconfig can't be used: {}", with_causes(&error));
+                Failure::failed(what, "see `kubectl config view`")
+            })?,
         })
     }
 
@@ -88,21 +92,6 @@ async fn unix(socket: &Path, mut request: Request<Out>) -> Result<Response<Incom
     let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
     tokio::spawn(connection);
     sender.send_request(request).await.map_err(|error| failed(&error))
-}
-
-/// The API server as kube-rs connects to it, but for bodies that stream: kube's own client takes whole ones only.
-fn api_server(config: &Config) -> Result<BoxCloneSyncService<Request<Out>, Response<Incoming>, BoxError>, Failure> {
-    let failed = |error: kube::Error| {
-        Failure::failed(format!("the kubeconfig can't be used: {}", with_causes(&error)), "see `kubectl config view`")
-    };
-    let https = config.rustls_https_connector().map_err(failed)?;
-    let client = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build::<_, Out>(https);
-    let service = ServiceBuilder::new()
-        .layer(config.base_uri_layer())
-        .option_layer(config.auth_layer().map_err(failed)?)
-        .map_err(BoxError::from)
-        .service(client);
-    Ok(BoxCloneSyncService::new(service))
 }
 
 async fn pod_of(cluster: &Cluster, node: &str) -> Result<String, Failure> {

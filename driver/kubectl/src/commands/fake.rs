@@ -55,7 +55,7 @@ impl Answers {
             }
         });
         let client = Client::new(service, "default");
-        Cluster { client, config: None, namespace: "prod".into(), zpod_namespace: "zpod-system".into() }
+        Cluster { client, config: None, proxy: None, namespace: "prod".into(), zpod_namespace: "zpod-system".into() }
     }
 
     fn answer(&self, head: &hyper::http::request::Parts, body: &[u8]) -> Response<Body> {
