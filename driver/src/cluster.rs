@@ -9,7 +9,6 @@
 //! ([`ClusterPods`]).
 
 mod answers;
-mod bucket;
 mod election;
 mod events;
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The command lines of the three programs: `zpod` (one machine, no cluster), `zpod-controller` and `zpod-node`.
 
 pub mod controller;
+mod log;
 pub mod node;
 pub mod standalone;
 
@@ -183,12 +184,7 @@ fn overprovision(text: &str) -> Result<f64, String> {
 
 /// Logs to stderr, runs to the end, and says why where that failed.
 fn main_of(program: &str, work: impl Future<Output = Result<(), Failure>>) -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr)
-        .init();
+    log::begin();
     match crate::memory::keep_private() {
         Ok(true) => {}
         Ok(false) => tracing::info!("memory is not locked (RLIMIT_MEMLOCK): with swap, keys may get to its disk"),

@@ -9,6 +9,7 @@
 mod client;
 mod connect;
 mod monitor;
+mod pace;
 mod report;
 mod turns;
 

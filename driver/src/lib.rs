@@ -13,6 +13,7 @@
 //!   in memory stay there, and the command line.
 
 pub mod admin;
+mod bucket;
 pub mod cluster;
 pub mod command;
 mod crowd;

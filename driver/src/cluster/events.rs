@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use zpod_kubernetes::is_refusal;
 use zpod_volume::VolumeId;
 
-use super::bucket::Bucket;
+use crate::bucket::Bucket;
 use crate::guest::VolumeReport;
 use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE, CLAIM_UID, Observed, Observer};
 use change::{Change, Seen};

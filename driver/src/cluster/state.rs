@@ -28,7 +28,7 @@ use zpod_kubernetes::crd::{Manager, ZfsVolume};
 use zpod_kubernetes::{HEALTHY, is_refusal};
 use zpod_volume::VolumeId;
 
-use super::bucket::Bucket;
+use crate::bucket::Bucket;
 use crate::guest::VolumeReport;
 use crate::volumes::{Observed, Observer};
 use said::{EXPORTED, Said};

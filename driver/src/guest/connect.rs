@@ -9,6 +9,7 @@ use tokio_vsock::{VsockAddr, VsockStream};
 use tonic::transport::{Channel, Endpoint, Uri};
 use zpod_proto::guest::PORT;
 
+use super::pace::Paced;
 use crate::kata::AgentUrl;
 
 /// For the whole way to a guest: socket, handshake of the VMM, HTTP/2.
@@ -33,7 +34,7 @@ pub(super) async fn connect(url: &AgentUrl) -> Result<Channel, String> {
     let url = url.clone();
     let connector = tower::service_fn(move |_: Uri| {
         let url = url.clone();
-        async move { open(&url).await.map(TokioIo::new) }
+        async move { open(&url).await.map(Paced::new).map(TokioIo::new) }
     });
     match tokio::time::timeout(CONNECT_DEADLINE, endpoint.connect_with_connector(connector)).await {
         Ok(Ok(channel)) => Ok(channel),

@@ -186,7 +186,9 @@ impl Plan<'_> {
         let used = some(&|volume| volume.used);
         let reports = some(&|volume| volume.reports);
         match self.random.u8(0..10) {
-            0..=2 if !idle.is_empty() => Step::Start { id: self.one(&idle).clone(), reports: !self.chance(4) },
+            0..=2 if !idle.is_empty() && self.model.disk != State::ReadOnly => {
+                Step::Start { id: self.one(&idle).clone(), reports: !self.chance(4) }
+            }
             3..=6 if !used.is_empty() && self.model.disk == State::Free => {
                 Step::Write { id: self.one(&used).clone(), place: self.random.usize(0..4) }
             }

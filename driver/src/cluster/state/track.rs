@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use zpod_volume::Bytes;
 
 use super::said::Said;
-use crate::cluster::bucket::Bucket;
+use crate::bucket::Bucket;
 
 /// No volume is written more often than this.
 const PACE: Duration = Duration::from_secs(1);

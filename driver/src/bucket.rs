@@ -5,7 +5,7 @@ use tokio::time::Instant;
 /// A bound for how often something may happen: `burst` times at once, then once each `every`. In any stretch of time it
 /// is at most `burst` times more than the stretch has `every`s.
 #[derive(Debug, Clone)]
-pub(super) struct Bucket {
+pub(crate) struct Bucket {
     burst: u32,
     every: Duration,
     /// When all of the burst is there again.
@@ -13,23 +13,28 @@ pub(super) struct Bucket {
 }
 
 impl Bucket {
-    pub(super) fn new(burst: u32, every: Duration) -> Self {
+    pub(crate) fn new(burst: u32, every: Duration) -> Self {
         Self { burst, every, full: None }
     }
 
     /// When it may happen next; `None` for now.
-    pub(super) fn ready(&self, now: Instant) -> Option<Instant> {
+    pub(crate) fn ready(&self, now: Instant) -> Option<Instant> {
         let ready = self.full?.checked_sub(self.every * self.burst.saturating_sub(1))?;
         (ready > now).then_some(ready)
     }
 
+    /// Whether all of the burst is there.
+    pub(crate) fn is_full(&self, now: Instant) -> bool {
+        self.full.is_none_or(|full| full <= now)
+    }
+
     /// Notes that it happens.
-    pub(super) fn take(&mut self, now: Instant) {
+    pub(crate) fn take(&mut self, now: Instant) {
         self.full = Some(self.full.map_or(now, |full| full.max(now)) + self.every);
     }
 
     /// Takes, where it may happen now.
-    pub(super) fn try_take(&mut self, now: Instant) -> bool {
+    pub(crate) fn try_take(&mut self, now: Instant) -> bool {
         let ready = self.ready(now).is_none();
         if ready {
             self.take(now);
