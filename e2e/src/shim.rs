@@ -7,6 +7,7 @@ mod monitor;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -35,6 +36,38 @@ pub enum Runtime {
     Rs,
     /// Go: one mount point per device; DestroySandbox at the end.
     Go,
+}
+
+impl Runtime {
+    /// Where it keeps its sandboxes.
+    pub fn run_dir(self) -> &'static Path {
+        Path::new(match self {
+            Self::Rs => "/run/kata",
+            Self::Go => "/run/vc/sbs",
+        })
+    }
+}
+
+/// A handler of RuntimeClasses, and what it stands for: `NAME=go` or `NAME=rust`, as zpod-node is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Handler {
+    /// Its name.
+    pub name: String,
+    /// Which of Kata's runtimes.
+    pub runtime: Runtime,
+}
+
+impl FromStr for Handler {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let runtime = match text.split_once('=') {
+            Some((_, "go")) => Runtime::Go,
+            Some((_, "rust")) => Runtime::Rs,
+            _ => return Err(format!("{text}: NAME=go or NAME=rust")),
+        };
+        Ok(Self { name: text.split('=').next().unwrap_or_default().to_owned(), runtime })
+    }
 }
 
 /// How the VMM takes disks, where that makes a difference.

@@ -1,10 +1,12 @@
 //! zpod in the cluster: the chart, as an administrator installs it.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
 use super::Cluster;
+use crate::inputs;
 
 /// Where the chart is installed.
 pub const NAMESPACE: &str = "zpod-system";
@@ -20,6 +22,21 @@ pub fn chart() -> PathBuf {
 pub fn manifest(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kubernetes").join(name).with_extension("yaml");
     path.display().to_string()
+}
+
+/// The runtime handlers that the chart tells zpod-node of: `NAME=go` or `NAME=rust`.
+///
+/// # Errors
+/// When Helm can't render the chart, or none is in it.
+pub(super) fn runtime_handlers() -> Result<Vec<String>> {
+    let helm = inputs::kubernetes("helm")?;
+    let output = Command::new(helm).args(["template", "zpod"]).arg(chart()).args(["--set", IMAGES]).output()?;
+    ensure!(output.status.success(), "helm template: {}", String::from_utf8_lossy(&output.stderr));
+    let rendered = String::from_utf8(output.stdout)?;
+    let handlers = rendered.lines().filter_map(|line| line.trim().strip_prefix("- --runtime-handler="));
+    let handlers: Vec<_> = handlers.map(str::to_owned).collect();
+    ensure!(!handlers.is_empty(), "the chart tells zpod-node of no runtime handler");
+    Ok(handlers)
 }
 
 impl Cluster {

@@ -37,9 +37,13 @@ impl Worker {
             ["--images".to_owned(), show(images)],
             ["--pod-subnet".to_owned(), format!("10.88.{}.0/24", self.number)],
         ];
+        // As the chart has it: a change of its default shows in all scenarios.
+        let handlers = super::chart::runtime_handlers()?;
+        let handlers = handlers.into_iter().map(|handler| format!("--runtime-handler={handler}"));
+        let arguments = arguments.concat().into_iter().chain(handlers).collect::<Vec<_>>();
         let guests = std::env::var("ZPOD_E2E_GUESTS").unwrap_or_else(|_| GUESTS.to_owned());
         let environment = [("ZPOD_E2E_GUESTS", guests.as_str())];
-        let process = Process::start(&inputs::node_program()?, arguments.concat(), &environment, &self.log)
+        let process = Process::start(&inputs::node_program()?, arguments, &environment, &self.log)
             .with_context(|| format!("start node {}", self.name))?;
         self.process = Some(process);
         Ok(())

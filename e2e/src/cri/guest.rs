@@ -21,8 +21,6 @@ use crate::direct_volume;
 use crate::qemu::{Boot, Guest};
 use crate::shim::{Container, Device, Mount, Output, Running, Runtime, Sandbox};
 
-/// Where runtime-rs keeps its sandboxes.
-const RUN_DIR: &str = "/run/kata";
 const DIRECT_VOLUMES: &str = "/run/kata-containers/shared/direct-volumes";
 
 /// A pod whose containers run in a guest.
@@ -37,14 +35,14 @@ pub(super) struct GuestPod {
 
 impl GuestPod {
     /// Boots it.
-    pub(super) async fn start(id: &str, hostname: &str) -> Result<Self> {
+    pub(super) async fn start(id: &str, hostname: &str, runtime: Runtime) -> Result<Self> {
         // As short as the sandbox's directory: its sockets must be where zpod-node sees them.
-        let dir = Path::new(RUN_DIR).join(id);
+        let dir = runtime.run_dir().join(id);
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         let guest = Guest::boot_in(Boot::Zpod, &dir).await?;
         let process = guest.process();
-        let (run_dir, volumes) = (Path::new(RUN_DIR), PathBuf::from(DIRECT_VOLUMES));
-        let sandbox = Sandbox::start_in(run_dir, volumes, id.to_owned(), hostname, Runtime::Rs, guest).await?;
+        let (run_dir, volumes) = (runtime.run_dir(), PathBuf::from(DIRECT_VOLUMES));
+        let sandbox = Sandbox::start_in(run_dir, volumes, id.to_owned(), hostname, runtime, guest).await?;
         eprintln!("pod {id}: its guest booted in {:?}", sandbox.boot_time);
         let agent = sandbox.agent().clone();
         let sandbox = Arc::new(AsyncMutex::new(Some(sandbox)));

@@ -22,6 +22,7 @@ use super::kubelet::Kubelet;
 use super::network::{Network, Subnet};
 use super::runtime::Runtime;
 use super::service::Service;
+use crate::shim::Handler;
 
 /// Directories that a node has of its own: below its directory, bound over the path of the same name.
 const OWN: [&str; 11] = [
@@ -88,9 +89,9 @@ pub struct Options {
     /// Labels of the node: `name=value,...`.
     #[arg(long, default_value = "")]
     pub labels: String,
-    /// Runtime handlers whose pods get a guest.
-    #[arg(long = "runtime-handler", default_value = "kata-zpod")]
-    pub runtime_handlers: Vec<String>,
+    /// Runtime handlers whose pods get a guest, and which of Kata's runtimes each stands for.
+    #[arg(long = "runtime-handler", default_value = "kata-zpod=go")]
+    pub runtime_handlers: Vec<Handler>,
 }
 
 impl Options {

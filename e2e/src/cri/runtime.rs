@@ -22,7 +22,7 @@ use super::pod::{Pod, namespaces};
 use super::process::program::Program;
 use super::process::{Namespaces, Processes};
 use super::{api, filesystems};
-use crate::shim::Output;
+use crate::shim::{Handler, Output};
 
 /// After SIGKILL only the kernel keeps a process.
 const KILLED: Duration = Duration::from_secs(30);
@@ -32,7 +32,7 @@ const KILLED: Duration = Duration::from_secs(30);
 pub(super) struct Runtime {
     pub(super) images: Images,
     network: Network,
-    guest_handlers: Vec<String>,
+    guest_handlers: Vec<Handler>,
     dir: PathBuf,
     pods: Mutex<BTreeMap<String, Arc<Pod>>>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
@@ -43,11 +43,11 @@ fn new_id() -> String {
 }
 
 impl Runtime {
-    pub(super) fn new(images: Images, network: Network, guest_handlers: Vec<String>, dir: PathBuf) -> Self {
+    pub(super) fn new(images: Images, network: Network, guest_handlers: Vec<Handler>, dir: PathBuf) -> Self {
         Self { images, network, guest_handlers, dir, pods: Mutex::default(), containers: Mutex::default() }
     }
 
-    pub(super) fn guest_handlers(&self) -> &[String] {
+    pub(super) fn guest_handlers(&self) -> &[Handler] {
         &self.guest_handlers
     }
 
@@ -96,11 +96,11 @@ impl Runtime {
         handler: &str,
         address: Option<Ipv4Addr>,
     ) -> Result<Arc<dyn Machine>> {
-        if self.guest_handlers.iter().any(|known| known == handler) {
-            return Ok(Arc::new(GuestPod::start(id, &config.hostname).await?));
+        if let Some(known) = self.guest_handlers.iter().find(|known| known.name == handler) {
+            return Ok(Arc::new(GuestPod::start(id, &config.hostname, known.runtime).await?));
         }
         if !handler.is_empty() {
-            bail!("unknown runtime handler {handler:?}: this node has {}", self.guest_handlers.join(", "));
+            bail!("unknown runtime handler {handler:?}: this node has {:?}", self.guest_handlers);
         }
         let options = namespaces(config);
         if options.userns_options.as_ref().is_some_and(|users| users.mode() == api::NamespaceMode::Pod) {

@@ -57,7 +57,8 @@ impl RuntimeService for Service {
             status: true,
             ..Default::default()
         });
-        let handlers = std::iter::once("").chain(self.runtime.guest_handlers().iter().map(String::as_str));
+        let handlers =
+            std::iter::once("").chain(self.runtime.guest_handlers().iter().map(|handler| handler.name.as_str()));
         answer(api::StatusResponse {
             status: Some(api::RuntimeStatus { conditions: conditions.into() }),
             runtime_handlers: handlers.map(|name| api::RuntimeHandler { name: name.into() }).collect(),
