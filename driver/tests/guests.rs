@@ -8,6 +8,8 @@ mod calls;
 #[path = "support/daemon.rs"]
 #[allow(dead_code)]
 mod daemon;
+#[path = "support/eventually.rs"]
+mod eventually;
 #[path = "support/fake_guest.rs"]
 mod fake_guest;
 
@@ -17,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use calls::Calls;
 use daemon::{Daemon, Node};
+use eventually::eventually;
 use fake_guest::{Behaviour, FakeGuest};
 use tonic::Code;
 use zpod_proto::guest::{Health, VolumeStatus};
@@ -94,14 +97,6 @@ fn status(spec: &VolumeSpec) -> VolumeStatus {
         disk_bytes: DiskLayout::disk_for(DiskLayout::partition_for(Bytes(8 * spec.capacity.0))).0,
         quota_bytes: spec.capacity.0,
         ..Default::default()
-    }
-}
-
-async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}: did not happen");
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 

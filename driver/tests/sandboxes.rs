@@ -8,6 +8,8 @@ mod calls;
 #[path = "support/daemon.rs"]
 #[allow(dead_code)]
 mod daemon;
+#[path = "support/eventually.rs"]
+mod eventually;
 #[path = "support/fake_guest.rs"]
 #[allow(dead_code)]
 mod fake_guest;
@@ -20,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use calls::Calls;
 use daemon::{Daemon, Node};
+use eventually::eventually;
 use fake_guest::{Behaviour, FakeGuest};
 use prost::Message as _;
 use raw_guest::{RawGuest, Then};
@@ -81,14 +84,6 @@ fn status(spec: &VolumeSpec, used_bytes: u64) -> VolumeStatus {
         used_bytes,
         available_bytes: spec.capacity.0 - used_bytes,
         ..Default::default()
-    }
-}
-
-async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}: did not happen");
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 

@@ -61,12 +61,12 @@ impl FromStr for Handler {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let runtime = match text.split_once('=') {
-            Some((_, "go")) => Runtime::Go,
-            Some((_, "rust")) => Runtime::Rs,
+        let (name, runtime) = match text.split_once('=') {
+            Some((name, "go")) => (name, Runtime::Go),
+            Some((name, "rust")) => (name, Runtime::Rs),
             _ => return Err(format!("{text}: NAME=go or NAME=rust")),
         };
-        Ok(Self { name: text.split('=').next().unwrap_or_default().to_owned(), runtime })
+        Ok(Self { name: name.to_owned(), runtime })
     }
 }
 

@@ -21,12 +21,12 @@ use kube::api::PostParams;
 use kube::{Api, Client};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use zpod_kubernetes::is_refusal;
+use zpod_kubernetes::{CLAIM_UID, is_refusal};
 use zpod_volume::VolumeId;
 
 use crate::bucket::Bucket;
 use crate::guest::VolumeReport;
-use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE, CLAIM_UID, Observed, Observer};
+use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer};
 use change::{Change, Seen};
 
 /// Of one volume and reason: 3 at once, then one each 20 minutes. That is 6 in an hour at most.

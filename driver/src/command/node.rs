@@ -83,7 +83,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let (catalog, snapshots) = (Arc::new(catalog), Arc::new(snapshots));
     let context = Context::with_mirrors(node.node_name, boot, catalog, snapshots, backing.clone(), mirrors);
     if let Some(uid) = node_uid(&client, context.node()).await? {
-        context.is_node(uid);
+        context.set_node_uid(uid);
     }
     let mut registry = metrics::registry();
     NodeMetrics::register(&mut registry, context.node(), backing);

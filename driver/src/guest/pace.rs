@@ -14,7 +14,7 @@ const RATE: f64 = 100.0;
 /// And one more for each so many bytes of what is carried, be it read or written: a stream of data has its frames, and
 /// those by which its receiver makes room for more.
 const BYTES_OF_ONE: f64 = 1024.0;
-/// How much is taken at a time: a multiple of what a frame carries, and no more frames than a burst and a half.
+/// How much is taken at a time: as much as HTTP/2 carries in a frame by default, or 1,820 frames that carry nothing.
 const READ: usize = 16 << 10;
 /// Length (24 bits), type, flags, stream (RFC 9113, section 4.1).
 const HEADER: usize = 9;

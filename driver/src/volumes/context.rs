@@ -88,7 +88,7 @@ impl Context {
     }
 
     /// Says which UID this node has in the cluster: inline volumes are named after it.
-    pub fn is_node(&self, uid: Uuid) {
+    pub fn set_node_uid(&self, uid: Uuid) {
         let _ = self.node_uid.set(uid);
     }
 

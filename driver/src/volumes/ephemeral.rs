@@ -45,8 +45,15 @@ impl NodeVolumes {
             return self.publish(request).await;
         }
         let (id, size) = (request.id, wanted.size.unwrap_or(DEFAULT_CAPACITY));
-        self.end_begun(id).await?;
-        if self.context.catalog.get(id).await?.is_none() {
+        let there = match self.context.catalog.get(id).await? {
+            // Its end was cut short, as after a publication that failed: nobody else comes for it.
+            Some(volume) if volume.ephemeral && volume.phase == Phase::Deleting => {
+                self.end_ephemeral(id).await?;
+                false
+            }
+            volume => volume.is_some(),
+        };
+        if !there {
             self.check_size(size)?;
         }
         let range = CapacityRange { required: Some(size), limit: None };
@@ -126,15 +133,6 @@ impl NodeVolumes {
         let ended = Provisioner::new(self.context.clone()).delete(id).await?;
         self.inline.give_back(id);
         Ok(ended)
-    }
-
-    /// Ends a volume whose end was cut short, as after a publication that failed: nobody else comes for it.
-    async fn end_begun(&self, id: VolumeId) -> Result<(), VolumeError> {
-        let volume = self.context.catalog.get(id).await?;
-        if volume.is_some_and(|volume| volume.ephemeral && volume.phase == Phase::Deleting) {
-            self.end_ephemeral(id).await?;
-        }
-        Ok(())
     }
 
     /// Destroys a volume that no guest has ever had.

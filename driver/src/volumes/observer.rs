@@ -3,6 +3,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use zpod_kubernetes::CLAIM_UID;
 use zpod_storage::catalog::{PodRef, Publication, Volume};
 use zpod_volume::{Bytes, VolumeId};
 
@@ -25,8 +26,6 @@ pub struct Observed {
 
 /// Label with the name of the PersistentVolumeClaim.
 pub const CLAIM_NAME: &str = "csi.storage.k8s.io/pvc/name";
-/// Label with its UID.
-pub const CLAIM_UID: &str = "zpod.storage/pvc-uid";
 /// Label with its namespace.
 pub const CLAIM_NAMESPACE: &str = "csi.storage.k8s.io/pvc/namespace";
 /// Label with the name of the PersistentVolume.
