@@ -58,7 +58,7 @@ pub(crate) use provision::same;
 pub use provision::{CreateRequest, Provision, Provisioner, Room, TOPOLOGY_KEY, VolumePage};
 pub use publish::{NodeVolumes, PublishRequest};
 pub use scrubs::ScrubStart;
-pub use snapshots::{GroupRequest, SnapshotPage, SnapshotRequest, Snapshots, Snapshotter};
+pub use snapshots::{GroupRequest, MarkBounds, SnapshotPage, SnapshotRequest, Snapshots, Snapshotter};
 #[allow(unused_imports, reason = "for the cluster's snapshots")]
 pub(crate) use snapshots::{member_name, wanted_member};
 pub use stats::Stats;

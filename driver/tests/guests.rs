@@ -11,6 +11,7 @@ mod daemon;
 #[path = "support/eventually.rs"]
 mod eventually;
 #[path = "support/fake_guest.rs"]
+#[allow(dead_code)]
 mod fake_guest;
 
 use std::fs;

@@ -13,7 +13,7 @@ use zpod_volume::{SnapshotId, TokenDigest, VolumeId};
 use super::copies::Copies;
 use super::lock::{VolumeLock, VolumeLocks};
 use super::published::Published;
-use super::{Mirrors, NO_MIRRORS, VolumeError};
+use super::{MarkBounds, Mirrors, NO_MIRRORS, VolumeError};
 
 /// In which publication's guest the instant of a snapshot was marked; none where nobody ran. In memory: after a restart
 /// nobody knows whether a mark is still there.
@@ -31,6 +31,7 @@ pub struct Context {
     pub(super) copies: Copies,
     /// What there is for mirrors, or why there is nothing.
     pub(super) mirrors: Result<Mirrors, String>,
+    pub(super) mark_bounds: MarkBounds,
     marks: Marks,
     locks: VolumeLocks,
     /// Whether the process was told to end.
@@ -62,7 +63,7 @@ impl Context {
     ) -> Arc<Self> {
         let (published, locks) = (Published::default(), VolumeLocks::default());
         let (copies, marks, ending) = (Copies::default(), Marks::default(), watch::Sender::default());
-        let node_uid = OnceLock::new();
+        let (node_uid, mark_bounds) = (OnceLock::new(), MarkBounds::default());
         Arc::new(Self {
             node,
             boot_id,
@@ -72,6 +73,7 @@ impl Context {
             published,
             copies,
             mirrors,
+            mark_bounds,
             marks,
             locks,
             ending,
@@ -85,6 +87,11 @@ impl Context {
     /// When `/proc` can't be read.
     pub fn boot_id() -> std::io::Result<String> {
         std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned())
+    }
+
+    /// Gives guests another time for marks than [`MarkBounds::default`]. Before it is shared with anybody.
+    pub fn bound_marks(&mut self, bounds: MarkBounds) {
+        self.mark_bounds = bounds;
     }
 
     /// Says which UID this node has in the cluster: inline volumes are named after it.

@@ -12,6 +12,7 @@ use zpod_volume::{GroupId, SnapshotId, VolumeId};
 use super::VolumeError;
 pub(crate) use groups::{member_name, wanted_member};
 pub use local::Snapshotter;
+pub use steps::MarkBounds;
 
 /// Takes, removes and lists snapshots: in this process, or through the cluster.
 #[async_trait]

@@ -1,5 +1,7 @@
 //! A sandbox that is none: the sockets of a shim and of a VMM, and a guest that answers as the test wants.
 
+#[path = "late.rs"]
+pub(crate) mod late;
 #[path = "streams.rs"]
 mod streams;
 
@@ -49,6 +51,8 @@ pub(crate) struct State {
     pub(crate) provided: Mutex<Vec<ProvideKeyRequest>>,
     /// Marks that were taken, of which volume and by which name.
     pub(crate) marks: Mutex<BTreeSet<(String, String)>>,
+    /// When Mark and Unmark are answered.
+    pub(crate) late: late::Late,
     /// What was sent and received.
     pub(crate) passed: streams::Passed,
     /// How often it was dialled, and by how many its reports are listened to now.
@@ -215,6 +219,7 @@ impl Guest for Service {
 
     async fn mark(&self, request: Request<MarkRequest>) -> Result<Response<MarkResponse>, Status> {
         self.deaf().await;
+        self.state.late.hold("Mark").await;
         let MarkRequest { volume_id, mark, .. } = request.into_inner();
         self.state.marks.lock().unwrap().insert((volume_id, mark));
         Ok(Response::new(MarkResponse {}))
@@ -222,6 +227,7 @@ impl Guest for Service {
 
     async fn unmark(&self, request: Request<UnmarkRequest>) -> Result<Response<UnmarkResponse>, Status> {
         self.deaf().await;
+        self.state.late.hold("Unmark").await;
         let UnmarkRequest { volume_id, mark, .. } = request.into_inner();
         self.state.marks.lock().unwrap().remove(&(volume_id, mark));
         Ok(Response::new(UnmarkResponse {}))

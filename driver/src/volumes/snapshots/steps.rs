@@ -18,11 +18,22 @@ use crate::volumes::{Context, VolumeError};
 /// Shares blocks, or does nothing.
 pub(in crate::volumes) const SHARING: Copying<'static> = Copying { full: false, progress: &|_, _| true };
 
-/// What a guest has for the mark of one copy, the removal of an older one included. Everything the pool holds in memory is
-/// written out: as much as its disk takes in three transaction groups.
-const MARKING: Duration = Duration::from_secs(30);
-/// And for its removal. That is all of the time that a guest can keep its volume locked for a snapshot, besides the copying.
-const UNMARKING: Duration = Duration::from_secs(5);
+/// What a guest has for the mark of one copy. That is all of the time that it can keep its volume locked for a snapshot,
+/// besides the copying.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MarkBounds {
+    /// For the mark, the removal of an older one included. Everything the pool holds in memory is written out: as much as
+    /// its disk takes in three transaction groups.
+    pub mark: Duration,
+    /// For its removal.
+    pub unmark: Duration,
+}
+
+impl Default for MarkBounds {
+    fn default() -> Self {
+        Self { mark: Duration::from_secs(30), unmark: Duration::from_secs(5) }
+    }
+}
 
 pub(super) fn deleting(id: SnapshotId) -> VolumeError {
     let remedy = "let DeleteSnapshot be repeated until it succeeds";
@@ -101,10 +112,10 @@ pub(in crate::volumes) async fn mark_volume(
     }
     let guest = |source| VolumeError::Guest { id, source };
     // A mark of an attempt that was cut short would show an instant that nobody asks for any more.
-    let begun = Instant::now();
-    heard.guest.unmark(id, mark, MARKING).await.map_err(guest)?;
+    let (begun, bound) = (Instant::now(), context.mark_bounds.mark);
+    heard.guest.unmark(id, mark, bound).await.map_err(guest)?;
     crash::point("mark: guest");
-    heard.guest.mark(id, mark, MARKING.saturating_sub(begun.elapsed())).await.map_err(guest)?;
+    heard.guest.mark(id, mark, bound.saturating_sub(begun.elapsed())).await.map_err(guest)?;
     Ok(Some(heard))
 }
 
@@ -115,7 +126,7 @@ fn holder(publication: &Publication) -> String {
 /// Takes a mark away again, if a guest can be heard. Where none can, the next one does it when it starts.
 pub(in crate::volumes) async fn unmark(context: &Context, volume: VolumeId, mark: &Mark) {
     let Some(heard) = context.published.heard(volume) else { return };
-    if let Err(error) = heard.guest.unmark(volume, mark, UNMARKING).await {
+    if let Err(error) = heard.guest.unmark(volume, mark, context.mark_bounds.unmark).await {
         tracing::info!(%volume, %mark, "mark is left to the next start of its pod: {error}");
     }
 }
