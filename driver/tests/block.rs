@@ -16,17 +16,20 @@ mod fake_guest;
 #[cfg(feature = "crash-points")]
 #[path = "support/kills.rs"]
 mod kills;
+#[path = "support/loops.rs"]
+mod loops;
 #[path = "support/mortal.rs"]
 mod mortal;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use calls::{Calls, capability};
 use daemon::Node;
 use fake_guest::{Behaviour, FakeGuest};
+use loops::{attribute, loops};
 use mortal::Mortal;
 use tonic::{Code, Status};
 use zpod_proto::csi::volume_capability::{AccessType, BlockVolume};
@@ -70,16 +73,6 @@ fn left_note(device: &Path) -> VolumeSpec {
     note::decode(&bytes).unwrap()
 }
 
-/// The loop devices that have this image.
-fn loops(image: &Path) -> Vec<PathBuf> {
-    let all = fs::read_dir("/sys/block").unwrap().flatten();
-    let ours = all.filter(|entry| {
-        let backing = fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
-        Path::new(backing.trim_end()) == image
-    });
-    ours.map(|entry| Path::new("/dev").join(entry.file_name())).collect()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_block_volume_is_a_loop_device_at_its_target_with_a_note_for_the_guest() {
     let node = Node::new();
@@ -94,6 +87,8 @@ async fn a_block_volume_is_a_loop_device_at_its_target_with_a_note_for_the_guest
     for _ in 0..3 {
         publish(&mut calls, &id, &target, true).await.unwrap();
     }
+    let error = calls.publish(&id, &target).await.unwrap_err();
+    assert!(error.code() == Code::Unavailable && error.message().contains("volumeDevices"), "it stands: {error}");
     let found = fs::metadata(&target).unwrap();
     assert!(found.file_type().is_block_device());
     let loops_now = loops(&image);
@@ -103,8 +98,7 @@ async fn a_block_volume_is_a_loop_device_at_its_target_with_a_note_for_the_guest
     let spec = left_note(&target);
     assert_eq!((spec.mode, spec.create, spec.capacity), (VolumeMode::Block, Create::Fresh, Bytes::mib(256)));
     assert!(spec.read_only, "the guest hands it out read-only; its pool is writable");
-    let sys = Path::new("/sys/block").join(loops_now[0].file_name().unwrap());
-    let flag = |name: &str| fs::read_to_string(sys.join(name)).unwrap().trim().to_owned();
+    let flag = |name: &str| attribute(&loops_now[0], name);
     assert_eq!((flag("ro"), flag("loop/partscan"), flag("loop/offset")), ("0".into(), "0".into(), "0".into()));
     assert_ne!(flag("queue/discard_max_bytes"), "0");
 
@@ -130,6 +124,27 @@ async fn a_block_volume_is_a_loop_device_at_its_target_with_a_note_for_the_guest
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_can_not_be_published_leaves_nothing_and_touches_nothing() {
+    let node = Node::new();
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let id = create(&mut calls, "thin").await.unwrap();
+    let (target, image) = (node.path("pods/device"), node.device(&id));
+    fs::write(&target, "precious").unwrap();
+    let error = publish(&mut calls, &id, &target, false).await.unwrap_err();
+    // Final for kubelet, which calls nothing then.
+    assert_eq!(error.code(), Code::Internal, "{error}");
+    assert!(loops(&image).is_empty() && fs::read(&target).unwrap() == b"precious");
+    let error = publish(&mut calls, &id, &node.path("pods/missing/device"), false).await.unwrap_err();
+    assert!(loops(&image).is_empty(), "{error}");
+    // Another pod can have it.
+    let other = node.path("pods/other");
+    publish(&mut calls, &id, &other, false).await.unwrap();
+    calls.unpublish(&id, &other).await.unwrap();
+    calls.delete(&id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thick_device_keeps_what_was_promised_to_it() {
     let node = Node::new();
     let daemon = node.start(None);
@@ -138,8 +153,7 @@ async fn a_thick_device_keeps_what_was_promised_to_it() {
     let target = node.path("pods/device");
     publish(&mut calls, &id, &target, false).await.unwrap();
     let device = loops(&node.device(&id)).pop().unwrap();
-    let limit = Path::new("/sys/block").join(device.file_name().unwrap()).join("queue/discard_max_bytes");
-    assert_eq!(fs::read_to_string(limit).unwrap().trim(), "0");
+    assert_eq!(attribute(&device, "queue/discard_max_bytes"), "0");
     calls.unpublish(&id, &target).await.unwrap();
     calls.delete(&id).await.unwrap();
 }

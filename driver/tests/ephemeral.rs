@@ -18,7 +18,7 @@ mod kills;
 mod mortal;
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
@@ -194,6 +194,14 @@ async fn what_can_not_be_had_inline_is_refused_and_leaves_nothing() {
         assert!(error.message().contains(message), "{message}: {error}");
         nothing_is_left(&node, message);
     }
+
+    // What fails when the volume is made already: something foreign is where it is to appear.
+    fs::write(&target, "precious").unwrap();
+    let error = calls.publish_as(request(&target, &[])).await.unwrap_err();
+    assert_eq!(error.code(), Code::Internal, "{error}");
+    assert_eq!(fs::read(&target).unwrap(), b"precious");
+    fs::remove_file(&target).unwrap();
+    nothing_is_left(&node, "an occupied target path");
 
     // What a tenant writes is as long as it likes, and neither answer nor log are.
     let long = "\u{e9}".repeat(1 << 19);

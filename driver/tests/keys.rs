@@ -258,8 +258,11 @@ async fn a_key_is_changed_in_the_running_guest_and_only_when_the_one_before_is_n
     provided(&guest.state, 1).await;
     world.until_condition("the pool is healthy").await;
 
-    let error = world.publish(NEXT, "").await.unwrap_err();
-    assert!(error.code() == Code::InvalidArgument && error.message().contains("previousEncryptionKey"), "{error}");
+    // It stays published, so that no error may make kubelet forget it, whatever the Secret has.
+    for (key, want) in [(NEXT, "previousEncryptionKey"), ("short", "8 to 512 bytes"), ("", "encryptionKey")] {
+        let error = world.publish(key, "").await.unwrap_err();
+        assert!(error.code() == Code::Unavailable && error.message().contains(want), "{error}");
+    }
     assert_eq!(guest.state.provided.lock().unwrap().len(), 1);
     for _ in 0..3 {
         world.publish(NEXT, KEY).await.unwrap();

@@ -25,7 +25,7 @@ use zpod_driver::volumes::{
 use zpod_proto::guest::{Health, VolumeStatus};
 use zpod_storage::backing::sim::SimBacking;
 use zpod_storage::catalog::{Catalog, ClaimRef, PodRef, Publication, Source, Volume};
-use zpod_volume::{Bytes, Create, VolumeId};
+use zpod_volume::{Bytes, Create, VolumeId, VolumeMode};
 
 /// A node on directories of its own.
 struct World {
@@ -241,6 +241,59 @@ async fn a_publication_that_fails_leaves_nothing_or_says_that_it_may() {
     world.make_entries_writable(true);
     world.publish(id, &target).await.unwrap();
     world.node.unpublish(id, target.clone()).await.unwrap();
+    world.nothing_is_left(id, &target).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_final_error_hides_what_an_earlier_call_has_published_at_that_path() {
+    let world = World::new().await;
+    let (id, target) = (world.create("a").await, world.path("pod-1"));
+    let request = |target: &Path| PublishRequest::new(id, target);
+    let (block, read_only) = (VolumeMode::Block, true);
+    let other_mode = |target| PublishRequest { mode: block, ..request(target) };
+    assert!(matches!(world.node.publish(other_mode(&target)).await, Err(VolumeError::Invalid { .. })));
+    world.node.publish(request(&target)).await.unwrap();
+    // Kubelet has given that call up, and makes another one.
+    let still = async |wanted| match world.node.publish(wanted).await {
+        Err(VolumeError::StillPublished { source, .. }) => *source,
+        answer => panic!("{answer:?}"),
+    };
+    assert!(matches!(still(other_mode(&target)).await, VolumeError::Invalid { .. }));
+    assert!(matches!(world.node.publish(other_mode(&world.path("pod-2"))).await, Err(VolumeError::Invalid { .. })));
+    // What is there can't be read.
+    let entry = world.entries().pop().unwrap().join("mountInfo.json");
+    let kept = fs::read(&entry).unwrap();
+    fs::remove_file(&entry).unwrap();
+    fs::create_dir(&entry).unwrap();
+    assert!(matches!(still(request(&target)).await, VolumeError::Kata(_)));
+    fs::remove_dir(&entry).unwrap();
+    fs::write(&entry, kept).unwrap();
+    world.node.publish(request(&target)).await.unwrap();
+    // CSI has a code of its own for that, and kubelet never asks for it.
+    let otherwise = world.node.publish(PublishRequest { read_only, ..request(&target) }).await;
+    assert!(matches!(otherwise, Err(VolumeError::PublishedOtherwise { .. })), "{otherwise:?}");
+    world.node.unpublish(id, target.clone()).await.unwrap();
+    world.nothing_is_left(id, &target).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_of_an_earlier_boot_of_the_host_is_over_with_nobody_to_unpublish_it() {
+    let world = World::new().await;
+    let (id, target) = (world.create("a").await, world.path("pod-1"));
+    world.publish(id, &target).await.unwrap();
+    assert!(matches!(world.publish(id, &world.path("pod-2")).await, Err(VolumeError::Published { .. })));
+    rustix::mount::unmount(&target, UnmountFlags::DETACH).unwrap();
+    fs::remove_dir(&target).unwrap();
+    for entry in world.entries() {
+        fs::remove_dir_all(entry).unwrap();
+    }
+    let boot_before = |volume: Volume| {
+        let publication = volume.publication.clone().unwrap();
+        Volume { publication: Some(Publication { boot_id: "boot-0".into(), ..publication }), ..volume }
+    };
+    let world = world.restarted(boot_before, id).await;
+    world.publish(id, &world.path("pod-2")).await.unwrap();
+    world.node.unpublish(id, world.path("pod-2")).await.unwrap();
     world.nothing_is_left(id, &target).await;
 }
 

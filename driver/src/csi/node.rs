@@ -57,6 +57,10 @@ impl NodeService {
         let access = capability::parse(request.volume_capability.as_ref())?;
         let ephemeral = ephemeral::wanted(&request.volume_id, &request.volume_context)?;
         let id = ephemeral::volume_id(&self.volumes, &request.volume_id)?;
+        let keys = match KeyPair::take(id, std::mem::take(&mut request.secrets)) {
+            Ok(keys) => keys,
+            Err(error) => return Err(self.volumes.failed_to_publish(id, &target, error).await),
+        };
         let request = PublishRequest {
             id,
             target,
@@ -65,7 +69,7 @@ impl NodeService {
             fs_group: access.options.fs_group,
             flags: access.options.flags,
             pod: request::pod(&request.volume_context),
-            keys: KeyPair::take(id, std::mem::take(&mut request.secrets))?,
+            keys,
         };
         match ephemeral {
             Some(wanted) => self.volumes.publish_ephemeral(wanted, request).await?,

@@ -124,8 +124,8 @@ pub enum VolumeError {
     },
     /// The call failed, and the publication stands, or it is not known that it does not.
     #[error(
-        "volume {id} is, or may be, published on node {node} though this call failed, and could not be taken back: it is \
-         repeated, or unpublished, when what was in its way is gone: {source}"
+        "volume {id} is, or may be, published on node {node} though this call failed: it is repeated, or unpublished, when \
+         what was in its way is gone: {source}"
     )]
     StillPublished {
         /// The volume.

@@ -158,8 +158,11 @@ impl NodeVolumes {
     pub async fn publish(&self, request: PublishRequest) -> Result<Outcome, VolumeError> {
         let node = self.clone();
         to_the_end(async move {
-            let id = request.id;
-            let outcome = node.publish_now(request).await?;
+            let (id, target) = (request.id, request.target.clone());
+            let outcome = match node.publish_now(request).await {
+                Ok(outcome) => outcome,
+                Err(error) => return Err(node.failed_to_publish(id, &target, error).await),
+            };
             // The lock is given back: a guest may take its time.
             node.change_key_in_guest(id).await?;
             Ok(outcome)

@@ -4,7 +4,9 @@
 //! **A publication that failed leaves nothing, or says that it does.** kubelet takes most errors as final: it then calls no
 //! NodeUnpublishVolume, for nothing is published. So what was done is taken back, and where that fails too, or it is not
 //! known whether the record was written, the answer is [`VolumeError::StillPublished`], which kubelet does not take so.
-//! Its entry goes first: without it no virtual machine finds the device. The record goes last.
+//! Its entry goes first: without it no virtual machine finds the device. The record goes last. The same answer gets a call
+//! that fails where an earlier one has published: kubelet may have given that one up before it ended, and a final error
+//! behind it lets kubelet forget the volume (`markVolumeErrorState` of Kubernetes 1.37).
 //!
 //! **Paths are compared as what they are**, since kubelet's directory may be reached by more than one name: by device and
 //! inode of the directory. Recorded is the name, with symbolic links resolved, by which Kata looks for the entry.
@@ -143,6 +145,26 @@ impl NodeVolumes {
 
     pub(super) fn still_published(&self, id: VolumeId, source: VolumeError) -> VolumeError {
         VolumeError::StillPublished { id, node: self.context.node.clone(), source: Box::new(source) }
+    }
+
+    /// The error of a call to publish, which says so where the volume is published at this place all the same.
+    pub async fn failed_to_publish(&self, id: VolumeId, target: &Path, error: VolumeError) -> VolumeError {
+        // What is published otherwise has a code of its own in CSI.
+        if matches!(error, VolumeError::StillPublished { .. } | VolumeError::PublishedOtherwise { .. }) {
+            return error;
+        }
+        let published = match self.context.published.observed(id) {
+            Some((volume, _)) => Some(volume.target.clone()),
+            None => {
+                let volume = self.context.catalog.get(id).await.ok().flatten();
+                let publication = volume.as_ref().and_then(|volume| self.context.publication(volume));
+                publication.map(|publication| publication.target_path.clone())
+            }
+        };
+        match self.is_at(published, target).await {
+            Ok(false) => error,
+            Ok(true) | Err(_) => self.still_published(id, error),
+        }
     }
 
     /// The error of a publication that was not recorded, or of which that is not known.

@@ -61,7 +61,9 @@ impl Model {
         };
         let mut reasons = Vec::new();
         if volume.block != block || volume.parameters.encryption.is_some() == request.secrets.is_empty() {
-            reasons.push(Code::InvalidArgument);
+            // It stands where it is published: no final error may hide that.
+            let stands = volume.published.as_ref().is_some_and(|published| published.target == wanted.target);
+            reasons.push(if stands { Code::Unavailable } else { Code::InvalidArgument });
         }
         match &volume.published {
             Some(published) if published.target != wanted.target => reasons.push(Code::FailedPrecondition),
