@@ -9,6 +9,7 @@
 //! In a cluster the controller asks for volumes through their objects, and the node that is to have them does the same
 //! work as here: see [`crate::cluster`].
 
+mod abandoned;
 mod block;
 mod capacity_range;
 mod clone;

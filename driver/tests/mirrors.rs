@@ -19,22 +19,26 @@ use fake_guest::{Behaviour, FakeGuest};
 use zpod_driver::guest::Monitor;
 use zpod_driver::kata::{DirectVolumes, Halves, KataError, MapperError, Removal};
 use zpod_driver::volumes::{
-    Context, CreateRequest, Mirrors, NodeVolumes, Provision, Provisioner, PublishRequest, SnapshotRequest, Snapshots,
-    Snapshotter, VolumeError,
+    Context, CreateRequest, Mirrors, NodeVolumes, PodCheck, Provision, Provisioner, PublishRequest, SnapshotRequest,
+    Snapshots, Snapshotter, VolumeError,
 };
 use zpod_proto::guest::{Health, VolumeStatus};
 use zpod_storage::backing::mirrored::Mirrored;
-use zpod_storage::backing::sim::SimBacking;
+use zpod_storage::backing::sim::{Opener, SimBacking};
 use zpod_storage::backing::{Backing as _, BackingError, Outcome};
 use zpod_storage::catalog::dir::DirCatalog;
-use zpod_storage::catalog::{Catalog as _, Source, Volume};
+use zpod_storage::catalog::{Catalog as _, ClaimRef, PodRef, Source, Volume};
 use zpod_volume::{Bytes, Half, Vdevs, VolumeId, VolumeMode, VolumeParameters, VolumeSpec};
 
+/// Which images a device was made of, which it has open.
+#[derive(Debug)]
+struct Joined([bool; 2], #[allow(dead_code)] Vec<Opener>);
+
 /// Devices of two halves that exist in memory only.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct FakeHalves {
-    /// Which images each was made of.
-    joined: Mutex<BTreeMap<VolumeId, [bool; 2]>>,
+    sides: [SimBacking; 2],
+    joined: Mutex<BTreeMap<VolumeId, Joined>>,
     /// A virtual machine has them.
     used: Mutex<bool>,
 }
@@ -47,9 +51,10 @@ impl Halves for FakeHalves {
     fn join(&self, id: VolumeId, images: [Option<&Path>; 2], half: Bytes, _: bool) -> Result<Outcome, KataError> {
         assert!(half > Bytes::mib(256));
         let images = images.map(|image| image.is_some());
-        Ok(match self.joined.lock().unwrap().insert(id, images) {
+        let opened = self.sides.iter().filter_map(|side| side.open_device(id)).collect();
+        Ok(match self.joined.lock().unwrap().insert(id, Joined(images, opened)) {
             None => Outcome::Changed,
-            Some(before) => {
+            Some(Joined(before, _)) => {
                 assert_eq!(before, images, "a device that is there stays as it is");
                 Outcome::Unchanged
             }
@@ -91,8 +96,9 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("kata")).unwrap();
         let (catalog, snapshots) = zpod_storage::catalog::dir::open(dir.path().join("state")).unwrap();
-        let (catalog, halves) = (Arc::new(catalog), Arc::new(FakeHalves::default()));
         let sides = [SimBacking::new(Bytes::gib(100), 1.0), SimBacking::new(Bytes::gib(100), 1.0)];
+        let halves = FakeHalves { sides: sides.clone(), joined: Mutex::default(), used: Mutex::default() };
+        let (catalog, halves) = (Arc::new(catalog), Arc::new(halves));
         let backing = Mirrored::new(Arc::new(sides[0].clone()), Arc::new(sides[1].clone()));
         let mirrors = Mirrors { backing: Arc::new(backing), halves: halves.clone() };
         let context = Context::with_mirrors(
@@ -143,7 +149,7 @@ impl World {
     }
 
     fn joined(&self, id: VolumeId) -> Option<[bool; 2]> {
-        self.halves.joined.lock().unwrap().get(&id).copied()
+        self.halves.joined.lock().unwrap().get(&id).map(|joined| joined.0)
     }
 
     fn lose(&self, id: VolumeId, half: Half) {
@@ -207,6 +213,38 @@ async fn while_a_virtual_machine_has_it_nobody_else_gets_it_and_nobody_destroys_
     assert!(world.sides.iter().all(|side| side.device(id).is_ok()));
     *world.halves.used.lock().unwrap() = false;
     world.publish(id).await.unwrap();
+}
+
+/// An API server that knows no pod.
+#[derive(Debug)]
+struct NoPods;
+
+#[async_trait::async_trait]
+impl PodCheck for NoPods {
+    async fn check(&self, _: Option<&PodRef>, _: &Volume, _: &Path) -> Result<Option<ClaimRef>, VolumeError> {
+        Ok(None)
+    }
+
+    async fn is_gone(&self, _: VolumeId, _: &PodRef) -> Result<bool, VolumeError> {
+        Ok(true)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mirror_of_a_pod_that_is_gone_is_taken_back_when_no_virtual_machine_has_it() {
+    let world = World::new().await;
+    let (id, node) = (world.volume().await, world.node.clone().checking_pods(Arc::new(NoPods)));
+    let pod = PodRef { namespace: "ns".into(), name: "pod".into(), uid: "u-1".into() };
+    node.publish(PublishRequest { pod: Some(pod), ..PublishRequest::new(id, &world.target()) }).await.unwrap();
+    rustix::mount::unmount(world.target(), rustix::mount::UnmountFlags::DETACH).unwrap();
+    std::fs::remove_dir(world.target()).unwrap();
+    for used in [true, false] {
+        *world.halves.used.lock().unwrap() = used;
+        node.withdraw_abandoned().await.unwrap();
+        assert_eq!(world.record(id).await.publication.is_some(), used);
+        assert_eq!(world.joined(id), used.then_some([true, true]));
+    }
+    Provisioner::new(world.context.clone()).delete(id).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -45,11 +45,7 @@ impl LoopDevice {
 
     fn attach_any(image: &Path, discards: bool) -> Result<(Self, Outcome), KataError> {
         if let Some((device, file)) = attached(image)?.into_iter().next() {
-            // One that was to go with its last user stays.
-            let status = ioctl::status(&file).map_err(KataError::os("look at", &device.path))?;
-            if status.autoclear() {
-                ioctl::stay(&file, status).map_err(KataError::os("keep", &device.path))?;
-            }
+            device.keep(&file)?;
             return Ok((device, Outcome::Unchanged));
         }
         let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
@@ -78,6 +74,15 @@ impl LoopDevice {
             }
         }
         Err(KataError::io("find a free loop device at", Path::new(CONTROL))(io::ErrorKind::ResourceBusy.into()))
+    }
+
+    /// One that was to go with its last user stays.
+    fn keep(&self, file: &File) -> Result<(), KataError> {
+        let status = ioctl::status(file).map_err(KataError::os("look at", &self.path))?;
+        if status.autoclear() {
+            ioctl::stay(file, status).map_err(KataError::os("keep", &self.path))?;
+        }
+        Ok(())
     }
 
     /// Keeps the guest's discards from the image, which would punch holes into it.
@@ -116,6 +121,23 @@ impl LoopDevice {
         Ok(outcome)
     }
 
+    /// Detaches every device of an image that nobody has open. Gives one that somebody has, which stays as it was.
+    ///
+    /// The kernel has no other question for that: a device that is told to go while somebody has it open goes with its
+    /// last user, and until then it can be told to stay.
+    ///
+    /// # Errors
+    /// When the operating system refuses.
+    pub fn detach_unused(image: &Path) -> Result<Option<Self>, KataError> {
+        Self::detach(image)?;
+        let mut used = None;
+        for (device, file) in attached(image)? {
+            device.keep(&file)?;
+            used = Some(device);
+        }
+        Ok(used)
+    }
+
     /// The device's node.
     pub fn path(&self) -> &Path {
         &self.path
@@ -135,7 +157,12 @@ fn attached(image: &Path) -> Result<Vec<(LoopDevice, File)>, KataError> {
             continue;
         }
         let path = Path::new("/dev").join(&device);
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(KataError::io("open", &path))?;
+        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(file) => file,
+            // It goes at this moment.
+            Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => continue,
+            Err(error) => return Err(KataError::io("open", &path)(error)),
+        };
         match ioctl::status(&file) {
             Ok(status) if status.is_of(found.dev(), found.ino()) => devices.push((LoopDevice { path }, file)),
             Ok(_) | Err(Errno::NXIO) => {}
@@ -198,6 +225,35 @@ mod tests {
         drop(user);
         assert_eq!(attached(&path).unwrap().len(), 1, "and stays");
         assert_eq!(LoopDevice::detach(&path).unwrap(), Outcome::Changed);
+        assert_eq!(attached(&path).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn only_a_device_that_nobody_has_open_is_detached_as_unused_and_any_other_stays_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path(), "a-contested-volume-of-the-loop-test.img");
+        assert_eq!(LoopDevice::detach_unused(&path).unwrap(), None);
+        let (device, _) = LoopDevice::attach(&path, true).unwrap();
+        let user = File::open(device.path()).unwrap();
+        // Also one that was to go with its last user: it is wanted, or this would not be asked.
+        for _ in 0..2 {
+            assert_eq!(LoopDevice::detach_unused(&path).unwrap(), Some(device.clone()));
+            let found = attached(&path).unwrap();
+            assert!(found.len() == 1 && !ioctl::status(&found[0].1).unwrap().autoclear(), "{found:?}");
+            drop(found);
+            assert_eq!(LoopDevice::detach(&path).unwrap(), Outcome::Changed);
+        }
+        // Kubelet's on top of it is a user, whether or not somebody has that one open.
+        assert_eq!(LoopDevice::detach_unused(&path).unwrap(), Some(device.clone()));
+        let (upper, _) = LoopDevice::attach(device.path(), true).unwrap();
+        drop(user);
+        assert_eq!(LoopDevice::detach_unused(&path).unwrap(), Some(device.clone()));
+        let machine = File::open(upper.path()).unwrap();
+        assert_eq!(LoopDevice::detach_unused(&path).unwrap(), Some(device.clone()));
+        assert_eq!(LoopDevice::detach(device.path()).unwrap(), Outcome::Changed);
+        assert_eq!(LoopDevice::detach_unused(&path).unwrap(), Some(device));
+        drop(machine);
+        assert_eq!(LoopDevice::detach_unused(&path).unwrap(), None);
         assert_eq!(attached(&path).unwrap().len(), 0);
     }
 }

@@ -9,10 +9,10 @@
 //! The note is as old as its publication: what changes while the pod lives reaches the running guest over the control
 //! channel, which remembers it, and the note with the next pod. Host caches between kubelet's device and ours are the kernel's affair.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
-use zpod_storage::backing::{Exclusive, Outcome};
+use zpod_storage::backing::{BackingError, Exclusive, Outcome};
 use zpod_storage::catalog::{Publication, Volume};
 use zpod_storage::crash;
 use zpod_volume::{VolumeId, VolumeMode, note};
@@ -80,13 +80,23 @@ impl NodeVolumes {
 
     /// Detaches the loop device of a volume, if it has one. Kubelet's, on top of it, may keep it until kubelet is done.
     pub(super) async fn detach_device(&self, id: VolumeId) -> Result<Outcome, VolumeError> {
+        let Some(image) = self.image(id).await? else { return Ok(Outcome::Unchanged) };
+        blocking(move || Ok(LoopDevice::detach(&image)?)).await
+    }
+
+    /// Detaches the loop device of a volume, if it has one and nobody has it open. It stays as it was otherwise.
+    pub(super) async fn detach_unused_device(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let Some(image) = self.image(id).await? else { return Ok(()) };
+        let Some(used) = blocking(move || Ok(LoopDevice::detach_unused(&image)?)).await? else { return Ok(()) };
+        let (device, detail) = (used.path().to_owned(), "perhaps as kubelet's own loop device on top of it".into());
+        Err(self.context.backing_error(BackingError::InUse { id, device, detail }))
+    }
+
+    /// The image of a volume; none where it is gone, and with it all that it was attached to.
+    async fn image(&self, id: VolumeId) -> Result<Option<PathBuf>, VolumeError> {
         match self.context.with_backing(move |backing| backing.device(id)).await {
-            Ok(image) => blocking(move || Ok(LoopDevice::detach(&image)?)).await,
-            // What it was attached to is gone.
-            Err(VolumeError::Backing { source: zpod_storage::backing::BackingError::Missing { .. }, .. }) => {
-                Ok(Outcome::Unchanged)
-            }
-            Err(error) => Err(error),
+            Err(VolumeError::Backing { source: BackingError::Missing { .. }, .. }) => Ok(None),
+            image => image.map(Some),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Taking publications back: by NodeUnpublishVolume, where NodePublishVolume failed half way, and where nobody comes to.
+//! Taking publications back: by NodeUnpublishVolume, and where NodePublishVolume failed half way.
 //!
 //! # Design
 //! **A publication that failed leaves nothing, or says that it does.** kubelet takes most errors as final: it then calls no
@@ -12,21 +12,17 @@
 //! inode of the directory. Recorded is the name, with symbolic links resolved, by which Kata looks for the entry.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use zpod_storage::backing::{BackingError, Outcome};
-use zpod_storage::catalog::{PodRef, Publication, Volume};
+use zpod_storage::backing::Outcome;
+use zpod_storage::catalog::{Publication, Volume};
 use zpod_storage::crash;
 use zpod_volume::{VolumeId, VolumeMode};
 
 use super::VolumeError;
 use super::block::remove_target;
-use super::context::{blocking, to_the_end};
+use super::context::blocking;
 use super::publish::NodeVolumes;
 use crate::kata::{DirectVolumes, KataError, Removal, TargetPath, is_same_place};
-
-/// How often is looked for publications whose pods are gone.
-const LOOK_EVERY: Duration = Duration::from_secs(600);
 
 /// Where a volume is published, seen from a target path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +88,7 @@ impl NodeVolumes {
     }
 
     /// Removes entry, placeholder and record of a publication, in that order. `here`: it is recorded at this place.
-    async fn withdraw(
+    pub(super) async fn withdraw(
         &self,
         volume: Option<Volume>,
         id: VolumeId,
@@ -226,78 +222,10 @@ impl NodeVolumes {
         self.forget(id);
         Ok(())
     }
-
-    /// Takes back publications whose pods are gone and that nobody came to unpublish, such as after an error that kubelet
-    /// took as final though the volume was published. For ever.
-    pub async fn keep_withdrawing_abandoned(self) {
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            if let Err(error) = self.withdraw_abandoned().await {
-                tracing::info!("publications of pods that are gone could not be looked for: {error}");
-            }
-        }
-    }
-
-    /// One look. Taken back is what nobody can use any more, for certain: the API server does not know the pod by its
-    /// UID, kubelet has removed the target path with the pod's directory, no guest speaks of the volume, and no virtual
-    /// machine has its device.
-    ///
-    /// # Errors
-    /// When pods can't be looked up.
-    pub async fn withdraw_abandoned(&self) -> Result<(), VolumeError> {
-        for look in self.context.published.looks() {
-            let (id, target) = (look.volume.id, look.volume.target.clone());
-            let Some(pod) = look.volume.pod.clone().filter(|_| look.heard.is_none()) else { continue };
-            if is_gone(&target).await? && self.pods.is_gone(id, &pod).await? {
-                let node = self.clone();
-                let ended = to_the_end(async move { node.withdraw_unused(id, &pod).await }).await;
-                match ended {
-                    Ok(Outcome::Changed) => {
-                        tracing::warn!(volume = %id, "its pod is gone, and nobody unpublished it: the publication was taken back");
-                    }
-                    Ok(Outcome::Unchanged) => {}
-                    Err(error) => tracing::info!(volume = %id, "its pod is gone, and it stays published: {error}"),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn withdraw_unused(&self, id: VolumeId, pod: &PodRef) -> Result<Outcome, VolumeError> {
-        let _lock = self.context.lock(id).await;
-        // Inline volumes end with their pods: `end_abandoned`.
-        let Some(volume) = self.context.catalog.get(id).await?.filter(|volume| !volume.ephemeral) else {
-            return Ok(Outcome::Unchanged);
-        };
-        let Some(publication) = self.context.publication(&volume).filter(|known| known.pod.as_ref() == Some(pod))
-        else {
-            return Ok(Outcome::Unchanged);
-        };
-        let target = publication.target_path.clone();
-        if !is_gone(&target).await? {
-            return Ok(Outcome::Unchanged);
-        }
-        let unused = self.context.with_device(&volume, move |backing| backing.exclusive(id).map(drop)).await;
-        match unused {
-            // What is not there nobody has.
-            Ok(()) | Err(VolumeError::Backing { source: BackingError::Missing { .. }, .. }) => {}
-            Err(error) => return Err(error),
-        }
-        self.withdraw(Some(volume), id, &target, true).await
-    }
 }
 
-/// Whether there is nothing at a target path.
-async fn is_gone(target: &Path) -> Result<bool, VolumeError> {
-    let target = target.to_owned();
-    blocking(move || {
-        let found = std::fs::symlink_metadata(&target);
-        Ok(found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound))
-    })
-    .await
-}
-
-fn remove(direct: &DirectVolumes, target: &Path, mode: Option<VolumeMode>) -> Result<Outcome, VolumeError> {
+/// Removes entry and placeholder, or node, at a target path.
+pub(super) fn remove(direct: &DirectVolumes, target: &Path, mode: Option<VolumeMode>) -> Result<Outcome, VolumeError> {
     let target = match TargetPath::resolve(target) {
         Ok(target) => target,
         // A parent that is gone has taken the target with it; the entry can only have had this name.
