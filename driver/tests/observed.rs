@@ -59,19 +59,24 @@ struct Notes {
     reported: Mutex<Vec<(Observed, Health)>>,
     withdrawn: Mutex<Vec<VolumeId>>,
     unheard: Mutex<Vec<String>>,
+    /// What it was told last.
+    last: Mutex<&'static str>,
 }
 
 impl Observer for Notes {
     fn reported(&self, volume: &Observed, report: &VolumeReport) {
         self.reported.lock().unwrap().push((volume.clone(), report.health));
+        *self.last.lock().unwrap() = "reported";
     }
 
     fn withdrawn(&self, id: VolumeId) {
         self.withdrawn.lock().unwrap().push(id);
+        *self.last.lock().unwrap() = "withdrawn";
     }
 
     fn unheard(&self, _: &Observed, reason: &str) {
         self.unheard.lock().unwrap().push(reason.to_owned());
+        *self.last.lock().unwrap() = "unheard";
     }
 }
 
@@ -202,6 +207,20 @@ async fn a_container_that_runs_without_its_volume_is_found_and_told_until_a_gues
         assert!(condition.abnormal && condition.message.contains("disable_block_device_use"), "{condition:?}");
         assert_eq!(told(), 1, "told once");
     }
+    // A container that fails for want of its data, and is started again now and then.
+    world.runs.store(false, Ordering::Relaxed);
+    world.node.find_unheard(Duration::ZERO).await;
+    assert!(condition().await.abnormal, "it has run without its volume");
+    assert_eq!(*world.notes.last.lock().unwrap(), "unheard");
+
+    world.node.unpublish(id, target.clone()).await.unwrap();
+    assert_eq!(*world.notes.last.lock().unwrap(), "withdrawn");
+    world.publish(id, &target, "good").await.unwrap();
+    assert!(!condition().await.abnormal, "that was another pod's");
+    world.runs.store(true, Ordering::Relaxed);
+    world.node.find_unheard(Duration::ZERO).await;
+    assert!(condition().await.abnormal);
+    assert_eq!(told(), 2);
 
     let direct = DirectVolumes::open(&world.dir.path().join("direct-volumes")).unwrap();
     let token = direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap().token.to_string();
@@ -217,7 +236,7 @@ async fn a_container_that_runs_without_its_volume_is_found_and_told_until_a_gues
     }
     world.node.find_unheard(Duration::ZERO).await;
     assert!(!condition().await.abnormal);
-    assert_eq!(told(), 1);
+    assert_eq!((told(), *world.notes.last.lock().unwrap()), (2, "reported"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

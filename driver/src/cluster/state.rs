@@ -1,4 +1,5 @@
-//! What guests say of their pools, in the status of the ZfsVolumes.
+//! What guests say of their pools, and that none says anything of a volume that it should have, in the status of the
+//! ZfsVolumes.
 //!
 //! # Design
 //! Of each published volume only the latest report is kept, so that an API server that is away costs no memory. What is
@@ -31,7 +32,7 @@ use zpod_volume::VolumeId;
 use crate::bucket::Bucket;
 use crate::guest::VolumeReport;
 use crate::volumes::{Observed, Observer};
-use said::{EXPORTED, Said};
+use said::Said;
 use track::{Base, Next, Track, Written};
 
 /// How long one request may take.
@@ -81,8 +82,7 @@ impl PoolStates {
             return;
         };
         let published = status.publication.as_ref().is_some_and(|publication| publication.boot_id == self.boot_id);
-        let Some((said, since)) = Said::found(status).filter(|(said, _)| !published && said.pool.health != EXPORTED)
-        else {
+        let Some((said, since)) = Said::found(status).filter(|(said, _)| !published && !said.is_over()) else {
             return;
         };
         self.tracks().entry(id).or_insert_with(|| Track::left_over(Written { said, since, at: None }));
@@ -95,6 +95,11 @@ impl Observer for PoolStates {
         if changed {
             self.wake.notify_one();
         }
+    }
+
+    fn unheard(&self, volume: &Observed, reason: &str) {
+        self.tracks().entry(volume.id).or_default().unheard(Said::unheard(volume.id, reason));
+        self.wake.notify_one();
     }
 
     fn withdrawn(&self, id: VolumeId) {
@@ -255,9 +260,13 @@ async fn write(volumes: &Api<ZfsVolume>, name: &str, said: &Said, since: &Time) 
         last_transition_time: since.clone(),
         observed_generation: None,
     };
+    let mut status = json!({"conditions": [condition]});
+    if let Some(pool) = &said.pool {
+        status["pool"] = json!(pool);
+    }
     let body = json!({
         "apiVersion": ZfsVolume::api_version(&()), "kind": ZfsVolume::kind(&()), "metadata": {"name": name},
-        "status": {"pool": said.pool, "conditions": [condition]},
+        "status": status,
     });
     let params = PatchParams::apply(Manager::State.name()).force();
     volumes.patch_status(name, &params, &Patch::Apply(body)).await.map(drop)

@@ -10,7 +10,7 @@ use prometheus_client::registry::Registry;
 use zpod_volume::VolumeId;
 
 use super::gauges;
-use crate::guest::{Health, ScrubState, VolumeReport};
+use crate::guest::{Health, ScrubState, Usage, VolumeReport};
 use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer};
 
 const HEALTHS: [Health; 6] =
@@ -29,11 +29,19 @@ struct Sample {
     namespace: String,
     claim: String,
     capacity: u64,
-    report: VolumeReport,
+    /// Nothing where a container runs without the volume, and no guest has told of it.
+    report: Option<VolumeReport>,
     /// When the last scrub ended that saw everything.
     scrubbed: Option<u64>,
     /// Reports of sandboxes that showed the token of one that another one has.
     second_claims: u64,
+}
+
+impl Sample {
+    /// What a guest has not imported has no usage: zero would be a lie.
+    fn usage(&self) -> Option<Usage> {
+        self.report.as_ref().map(|report| report.bytes).filter(|usage| usage.total > 0)
+    }
 }
 
 type Labels<'a, const N: usize> = [(&'static str, &'a str); N];
@@ -48,6 +56,24 @@ impl VolumeMetrics {
 
     fn samples(&self) -> MutexGuard<'_, BTreeMap<VolumeId, Sample>> {
         self.samples.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, volume: &Observed, report: Option<&VolumeReport>) {
+        let scrub = report.and_then(|report| report.scrub).filter(|scrub| scrub.state == ScrubState::Finished);
+        let ended = scrub.and_then(|scrub| scrub.ended);
+        let mut samples = self.samples();
+        let before = samples.remove(&volume.id);
+        let (scrubbed, second_claims) = before.map_or((None, 0), |sample| (sample.scrubbed, sample.second_claims));
+        let sample = Sample {
+            id: volume.id.to_string(),
+            namespace: volume.label(CLAIM_NAMESPACE).to_owned(),
+            claim: volume.label(CLAIM_NAME).to_owned(),
+            capacity: volume.capacity.0,
+            report: report.cloned(),
+            scrubbed: ended.or(scrubbed),
+            second_claims,
+        };
+        samples.insert(volume.id, sample);
     }
 
     fn labels<'a>(&'a self, sample: &'a Sample) -> Labels<'a, 4> {
@@ -67,20 +93,11 @@ impl VolumeMetrics {
 
 impl Observer for VolumeMetrics {
     fn reported(&self, volume: &Observed, report: &VolumeReport) {
-        let ended = report.scrub.filter(|scrub| scrub.state == ScrubState::Finished).and_then(|scrub| scrub.ended);
-        let mut samples = self.samples();
-        let before = samples.remove(&volume.id);
-        let (scrubbed, second_claims) = before.map_or((None, 0), |sample| (sample.scrubbed, sample.second_claims));
-        let sample = Sample {
-            id: volume.id.to_string(),
-            namespace: volume.label(CLAIM_NAMESPACE).to_owned(),
-            claim: volume.label(CLAIM_NAME).to_owned(),
-            capacity: volume.capacity.0,
-            report: report.clone(),
-            scrubbed: ended.or(scrubbed),
-            second_claims,
-        };
-        samples.insert(volume.id, sample);
+        self.note(volume, Some(report));
+    }
+
+    fn unheard(&self, volume: &Observed, _reason: &str) {
+        self.note(volume, None);
     }
 
     fn claimed_again(&self, volume: &Observed, _sandbox: &str) {
@@ -101,21 +118,20 @@ impl Collector for VolumeMetrics {
         let gauge = |encoder: &mut DescriptorEncoder<'_>, name, help, value: fn(&Sample) -> Option<f64>| {
             gauges(encoder, name, help, samples.values().filter_map(|s| Some((self.labels(s), value(s)?))))
         };
-        // What a guest has not imported has no usage: zero would be a lie.
         gauge(&mut encoder, "zpod_volume_capacity_bytes", "What the volume holds", |s| Some(s.capacity as f64))?;
         gauge(&mut encoder, "zpod_volume_used_bytes", "Used, as df(1) shows it in the guest", |s| {
-            (s.report.bytes.total > 0).then_some(s.report.bytes.used as f64)
+            s.usage().map(|usage| usage.used as f64)
         })?;
         gauge(&mut encoder, "zpod_volume_available_bytes", "Available, as df(1) shows it in the guest", |s| {
-            (s.report.bytes.total > 0).then_some(s.report.bytes.available as f64)
+            s.usage().map(|usage| usage.available as f64)
         })?;
         gauge(&mut encoder, "zpod_volume_compress_ratio", "Logical size over stored size", |s| {
-            s.report.health.is_imported().then_some(s.report.compress_ratio)
+            s.report.as_ref().filter(|report| report.health.is_imported()).map(|report| report.compress_ratio)
         })?;
         let help = "When the last scrub that saw everything ended, by the guest's clock";
         gauge(&mut encoder, "zpod_volume_last_scrub_timestamp_seconds", help, |s| s.scrubbed.map(|at| at as f64))?;
         let healths = samples.values().flat_map(|sample| {
-            let now = sample.report.health;
+            let now = sample.report.as_ref().map_or(Health::Unknown, |report| report.health);
             HEALTHS.into_iter().map(move |health| {
                 let labels = self.with(sample, "health", health.name());
                 (labels, if health == now { 1.0 } else { 0.0 })
@@ -130,12 +146,13 @@ impl Collector for VolumeMetrics {
             "Failed reads and writes, wrong checksums, and files with permanent damage, since the pool was imported";
         let mut family = encoder.encode_descriptor("zpod_volume_errors", help, None, MetricType::Counter)?;
         for sample in samples.values() {
-            let errors = sample.report.errors;
+            let Some(report) = &sample.report else { continue };
+            let errors = report.errors;
             for (kind, count) in [
                 ("read", errors.read),
                 ("write", errors.write),
                 ("checksum", errors.checksum),
-                ("data", sample.report.data_errors),
+                ("data", report.data_errors),
             ] {
                 ConstCounter::new(count).encode(family.encode_family(&self.with(sample, "type", kind))?)?;
             }
@@ -208,6 +225,22 @@ mod tests {
         ] {
             assert!(told.contains(&line), "{line} in {told}");
         }
+        metrics.withdrawn(volume.id);
+        assert_eq!(text(&registry), "# EOF\n");
+    }
+
+    #[test]
+    fn a_volume_without_which_a_container_runs_is_unknown_until_a_guest_tells_of_it() {
+        let mut registry = Registry::default();
+        let metrics = VolumeMetrics::register(&mut registry, "n1");
+        let volume = observed("data");
+        metrics.unheard(&volume, "its disk was not plugged in");
+        let told = text(&registry);
+        assert!(told.contains(r#"health="Unknown"} 1"#) && told.contains(r#"health="Online"} 0"#), "{told}");
+        assert!(!told.contains("used_bytes") && !told.contains("errors_total{"), "{told}");
+        metrics.reported(&volume, &VolumeReport::online(volume.id));
+        assert!(text(&registry).contains(r#"health="Online"} 1"#));
+        metrics.unheard(&volume, "its disk was not plugged in");
         metrics.withdrawn(volume.id);
         assert_eq!(text(&registry), "# EOF\n");
     }

@@ -62,7 +62,7 @@ fn labels(volume: &Volume, publication: &Publication) -> BTreeMap<String, String
 }
 
 /// Who is told what guests say of the volumes that are published on this node. Told a few times a second for each
-/// guest at most, from the task that listens to it: takes note and returns, and never blocks.
+/// guest at most, from the task that listens to it: takes note and returns, and never blocks or asks back.
 pub trait Observer: Send + Sync + fmt::Debug {
     /// A guest said something of a volume, and is believed: the report came with the token of its publication. It may
     /// be a lie all the same.
@@ -74,7 +74,8 @@ pub trait Observer: Send + Sync + fmt::Debug {
     /// A volume is not published here any more.
     fn withdrawn(&self, id: VolumeId);
 
-    /// A container runs that mounts a volume of which no guest tells. The node's own word.
+    /// A container runs that mounts a volume of which no guest tells. The node's own word, told once. It holds until
+    /// [`Observer::reported`] or [`Observer::withdrawn`].
     fn unheard(&self, volume: &Observed, reason: &str) {
         let _ = (volume, reason);
     }

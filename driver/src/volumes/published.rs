@@ -55,7 +55,7 @@ struct Entry {
     silence: Option<Silence>,
     /// When it was published, or this process began.
     since: Instant,
-    /// A container mounts it and runs, and no guest tells of it.
+    /// A container that mounts it has run, and no guest has told of it since.
     unheard: bool,
     recorded: Option<Instant>,
     /// Kata's entry may tell the next guest less than is recorded: it could not be written.
@@ -334,23 +334,29 @@ impl Published {
         self.entries().get(&id)?.silence.clone()
     }
 
-    /// Those that have been published for so long, and of which no guest tells or has just told.
+    /// Those that have been published for so long, of which no guest tells or has just told, and of which that is not known
+    /// to be wrong yet.
     pub(super) fn silent(&self, patience: Duration) -> Vec<(Arc<Observed>, TokenDigest)> {
         let silent = |entry: &Entry| {
-            let quiet = entry.heard.is_none() && entry.silence.is_none() && entry.since.elapsed() >= patience;
-            quiet.then(|| entry.observed.clone().zip(entry.digest)).flatten()
+            let quiet = entry.heard.is_none() && entry.silence.is_none() && !entry.unheard;
+            (quiet && entry.since.elapsed() >= patience).then(|| entry.observed.clone().zip(entry.digest)).flatten()
         };
         self.entries().values().filter_map(silent).collect()
     }
 
-    /// Notes whether a container runs with a publication of which no guest tells. Whether that is new.
-    pub(super) fn set_unheard(&self, id: VolumeId, token: TokenDigest, unheard: bool) -> bool {
+    /// Notes that a container runs with a publication of which no guest tells, until one does or the publication ends, and
+    /// tells of it if that is new. It is told with the lock held: what a guest says, or that the volume is withdrawn, comes
+    /// behind it then and takes it back.
+    pub(super) fn set_unheard(&self, id: VolumeId, token: TokenDigest, tell: impl FnOnce()) {
         let mut entries = self.entries();
-        let entry = entries.get_mut(&id).filter(|entry| entry.digest == Some(token) && entry.heard.is_none());
-        entry.is_some_and(|entry| std::mem::replace(&mut entry.unheard, unheard) != unheard)
+        let quiet = |entry: &&mut Entry| entry.heard.is_none() && entry.silence.is_none() && !entry.unheard;
+        if let Some(entry) = entries.get_mut(&id).filter(|entry| entry.digest == Some(token)).filter(quiet) {
+            entry.unheard = true;
+            tell();
+        }
     }
 
-    /// Whether a container runs with a volume of which no guest tells.
+    /// Whether a container has run with a volume of which no guest has told since.
     pub(super) fn is_unheard(&self, id: VolumeId) -> bool {
         self.entries().get(&id).is_some_and(|entry| entry.unheard)
     }

@@ -235,6 +235,12 @@ pub(super) mod tests {
         status["conditions"] = json!([condition("Healthy", "the pool is degraded"), condition("Expanded", "no room")]);
         let view = VolumeView::new(&object("a", "data", status), &[]);
         assert_eq!(view.message, "the pool is degraded; no room");
+        // The node's own word, where no guest says anything.
+        let mut status = online("1Gi");
+        status["pool"]["health"] = json!("Unknown");
+        status["conditions"] = json!([condition("Healthy", "its disk is not plugged in")]);
+        let view = VolumeView::new(&object("a", "data", status), &[]);
+        assert_eq!((view.state(), view.message.as_str()), ("Unknown", "its disk is not plugged in"));
         let status = json!({"phase": "Refused", "conditions": [condition("Ready", "no room on n1")]});
         let view = VolumeView::new(&object("a", "data", status), &[]);
         assert_eq!((view.state(), view.message.as_str()), ("Refused", "no room on n1"));

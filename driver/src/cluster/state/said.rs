@@ -2,13 +2,14 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use zpod_kubernetes::crd::{PoolStatus, Scrub, ZfsVolumeStatus};
 use zpod_kubernetes::{HEALTHY, Quantity};
-use zpod_volume::{Bytes, PoolName};
+use zpod_volume::{Bytes, PoolName, VolumeId};
 
 use crate::guest::{self, Health, ScrubState, VolumeReport};
 use crate::volumes::condition_of;
 
-/// The word for the pool of a volume that no pod uses.
-pub(super) const EXPORTED: &str = "Exported";
+/// The word for the pool of a volume that no pod uses, and that of the condition.
+const EXPORTED: &str = "Exported";
+const NOT_IN_USE: &str = "NotInUse";
 /// Smaller changes of usage are not worth a write.
 const STEP: u64 = 16 << 20;
 /// Nor is a smaller change of the ratio.
@@ -17,7 +18,8 @@ const RATIO_STEP: f64 = 0.1;
 /// What is said of a pool in the status of its ZfsVolume.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Said {
-    pub(super) pool: PoolStatus,
+    /// Nothing where nobody has ever known anything of it: there may be none.
+    pub(super) pool: Option<PoolStatus>,
     pub(super) healthy: Healthy,
 }
 
@@ -69,14 +71,22 @@ impl Said {
             last_scrub: report.scrub.map(scrub),
         };
         let healthy = Healthy { status: status.to_owned(), reason: reason.to_owned(), message: condition.message };
-        Self { pool, healthy }
+        Self { pool: Some(pool), healthy }
+    }
+
+    /// Of a volume that a container mounts and no guest speaks of: the node's own word, and nothing of the pool.
+    pub(super) fn unheard(id: VolumeId, reason: &str) -> Self {
+        let (name, health) = (PoolName::for_volume(id).to_string(), Health::Unknown.name().to_owned());
+        let healthy =
+            Healthy { status: "False".into(), reason: "VolumeNotPluggedIn".into(), message: reason.to_owned() };
+        Self { pool: Some(PoolStatus { name, health, ..PoolStatus::default() }), healthy }
     }
 
     /// What an object says already.
     pub(super) fn found(status: &ZfsVolumeStatus) -> Option<(Self, Time)> {
         let condition = status.conditions.iter().find(|condition| condition.type_ == HEALTHY)?;
         let Condition { status: holds, reason, message, last_transition_time, .. } = condition.clone();
-        let said = Self { pool: status.pool.clone()?, healthy: Healthy { status: holds, reason, message } };
+        let said = Self { pool: status.pool.clone(), healthy: Healthy { status: holds, reason, message } };
         Some((said, last_transition_time))
     }
 
@@ -84,37 +94,50 @@ impl Said {
     pub(super) fn exported(self) -> Self {
         let healthy = Healthy {
             status: "Unknown".into(),
-            reason: "NotInUse".into(),
+            reason: NOT_IN_USE.into(),
             message: "no pod uses the volume; its pool is looked at by the next guest".into(),
         };
-        let pool = PoolStatus { health: EXPORTED.into(), message: String::new(), ..self.pool };
+        // Only the name of one that no guest has told anything of was written: there may be none.
+        let known = self.pool.filter(|pool| pool.health != Health::Unknown.name() || pool.used.is_some());
+        let pool = known.map(|pool| PoolStatus { health: EXPORTED.into(), message: String::new(), ..pool });
         Self { pool, healthy }
     }
 
+    /// Whether that is what is said once no pod uses the volume any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.healthy.reason == NOT_IN_USE
+    }
+
     /// With the usage that was known before, where there is none now.
-    pub(super) fn or_usage_of(mut self, before: Option<&Self>) -> Self {
-        if let Some(before) = before.filter(|_| self.pool.used.is_none()) {
-            self.pool = PoolStatus {
-                used: before.pool.used,
-                available: before.pool.available,
-                allocated: before.pool.allocated,
-                compress_ratio: before.pool.compress_ratio.clone(),
-                ..self.pool
-            };
+    pub(super) fn or_usage_of(self, before: Option<&Self>) -> Self {
+        let unknown = self.pool.as_ref().is_some_and(|pool| pool.used.is_none());
+        match before {
+            Some(before) if unknown => self.with_usage_of(before),
+            _ => self,
+        }
+    }
+
+    /// With all of the pool that was known before, but for how it is.
+    pub(super) fn or_pool_of(self, before: Option<&Self>) -> Self {
+        let known = before.and_then(|before| before.pool.clone());
+        let pool = match (self.pool, known) {
+            (Some(pool), Some(known)) => Some(PoolStatus { health: pool.health, message: pool.message, ..known }),
+            (pool, _) => pool,
+        };
+        Self { pool, ..self }
+    }
+
+    fn with_usage_of(mut self, other: &Self) -> Self {
+        if let (Some(pool), Some(other)) = (&mut self.pool, &other.pool) {
+            (pool.used, pool.available, pool.allocated) = (other.used, other.available, other.allocated);
+            pool.compress_ratio.clone_from(&other.compress_ratio);
         }
         self
     }
 
     /// Whether more than usage differs.
     pub(super) fn is_news(&self, written: &Self) -> bool {
-        let pool = PoolStatus {
-            used: written.pool.used,
-            available: written.pool.available,
-            allocated: written.pool.allocated,
-            compress_ratio: written.pool.compress_ratio.clone(),
-            ..self.pool.clone()
-        };
-        self.healthy != written.healthy || pool != written.pool
+        self.healthy != written.healthy || self.clone().with_usage_of(written).pool != written.pool
     }
 
     /// Whether usage has moved far enough.
@@ -124,11 +147,12 @@ impl Said {
             (Some(now), Some(then)) => now.0.0.abs_diff(then.0.0) >= step,
             (now, then) => now != then,
         };
-        let ratio = |said: &Self| said.pool.compress_ratio.trim_end_matches('x').parse::<f64>().unwrap_or(0.0);
-        moved(self.pool.used, written.pool.used)
-            || moved(self.pool.available, written.pool.available)
-            || moved(self.pool.allocated, written.pool.allocated)
-            || (ratio(self) - ratio(written)).abs() >= RATIO_STEP
+        let ratio = |pool: &PoolStatus| pool.compress_ratio.trim_end_matches('x').parse::<f64>().unwrap_or(0.0);
+        let (Some(now), Some(then)) = (&self.pool, &written.pool) else { return false };
+        moved(now.used, then.used)
+            || moved(now.available, then.available)
+            || moved(now.allocated, then.allocated)
+            || (ratio(now) - ratio(then)).abs() >= RATIO_STEP
     }
 }
 

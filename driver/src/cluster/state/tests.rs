@@ -74,6 +74,20 @@ impl World {
     fn say(&self, health: Health, used: u64) {
         self.states.reported(&observed(), &report(health, used));
     }
+
+    /// What is written when a container is found that runs without the volume.
+    async fn unheard(&self) -> Asked {
+        self.states.unheard(&observed(), "set disable_block_device_use = false");
+        let mut writes = self.within(secs(2)).await;
+        assert_eq!(writes.len(), 1, "{writes:?}");
+        let condition = &writes[0].body["status"]["conditions"][0];
+        assert_eq!((&condition["type"], &condition["status"]), (&json!("Healthy"), &json!("False")));
+        assert_eq!(condition["reason"], "VolumeNotPluggedIn");
+        assert_eq!(condition["message"], "set disable_block_device_use = false");
+        assert_eq!(pool(&writes[0], "health"), "Unknown", "nobody knows how it is");
+        assert!(writes[0].body["status"].get("phase").is_none(), "that is another owner's");
+        writes.remove(0)
+    }
 }
 
 fn secs(secs: u64) -> Duration {
@@ -129,6 +143,54 @@ async fn a_volume_that_is_withdrawn_is_exported_with_what_it_used_last() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_volume_that_was_left_out_is_not_healthy_until_a_guest_reports() {
+    let world = world(json!({}));
+    world.unheard().await;
+    assert_eq!(world.within(secs(1000)).await, [], "told once");
+    world.say(Health::Online, 100 * MIB);
+    let writes = world.within(secs(2)).await;
+    let condition = &writes[0].body["status"]["conditions"][0];
+    assert_eq!((writes.len(), &condition["status"], &condition["reason"]), (1, &json!("True"), &json!("PoolOnline")));
+    assert_eq!((pool(&writes[0], "health"), pool(&writes[0], "used")), (&json!("Online"), &json!("100Mi")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_that_was_left_out_is_not_in_use_once_it_is_withdrawn() {
+    let over = async |world: &World| {
+        world.states.withdrawn(id());
+        let writes = world.within(secs(2)).await;
+        let condition = &writes[0].body["status"]["conditions"][0];
+        assert_eq!((writes.len(), &condition["status"]), (1, &json!("Unknown")));
+        assert_eq!(condition["reason"], "NotInUse");
+        assert!(world.states.tracks().is_empty(), "it takes no memory any more");
+        writes[0].body["status"].clone()
+    };
+    // Nobody knows whether it has ever had a pool.
+    let never_used = world(json!({}));
+    never_used.unheard().await;
+    assert_eq!(over(&never_used).await.get("pool"), None);
+    // What was known of the pool stays.
+    let pool = json!({"health": "Exported", "used": "100Mi", "checksumErrors": 3, "compressRatio": "1.50x"});
+    let healthy = json!({"type": "Healthy", "status": "Unknown", "reason": "NotInUse", "message": "",
+                         "lastTransitionTime": "2026-01-01T00:00:00Z"});
+    let used = world(json!({"pool": pool, "conditions": [healthy]}));
+    let written = used.unheard().await;
+    let kept = |status: &Value| ["used", "checksumErrors", "compressRatio"].map(|key| status["pool"][key].clone());
+    let known = [json!("100Mi"), json!(3), json!("1.50x")];
+    assert_eq!(kept(&written.body["status"]), known);
+    let status = over(&used).await;
+    assert_eq!((&status["pool"]["health"], kept(&status)), (&json!("Exported"), known));
+    // Withdrawn before it could be written: the object says so already.
+    used.api.fail(true);
+    used.states.unheard(&observed(), "left out");
+    used.within(secs(1)).await;
+    used.states.withdrawn(id());
+    used.api.fail(false);
+    used.within(secs(60)).await;
+    assert!(used.states.tracks().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_guest_that_flaps_writes_once_in_ten_seconds() {
     let world = world(json!({}));
     let mut writes = 0;
@@ -167,6 +229,11 @@ async fn a_new_process_writes_nothing_that_stands_there_and_ends_what_an_old_one
     assert_eq!(second.within(secs(100)).await, []);
     // The same in an earlier boot of the host, and unpublished behind our back.
     published["publication"]["bootId"] = json!("boot-0");
+    // A volume that was left out is in nobody's use any more either, and has no pool that anybody knows of.
+    let left_out = first.unheard().await.body["status"]["conditions"].clone();
+    let third = world(json!({"pool": {"health": "Unknown"}, "conditions": left_out}));
+    let writes = third.within(secs(1)).await;
+    assert_eq!((writes.len(), writes[0].body["status"].get("pool")), (1, None));
     for left in [published, written] {
         let third = world(left);
         let writes = third.within(secs(1)).await;

@@ -34,6 +34,8 @@ pub(super) struct Track {
 enum Wanted {
     /// What the guest said last.
     Said(Said),
+    /// That a container runs without it. What was known of its pool before is kept.
+    Unheard(Said),
     /// That no pod uses the volume any more; with what the guest said before that.
     Withdrawn(Option<Said>),
 }
@@ -92,11 +94,17 @@ impl Track {
         changed
     }
 
+    /// Notes that a container runs without it, until a guest reports or it is withdrawn.
+    pub(super) fn unheard(&mut self, said: Said) {
+        self.wanted = Wanted::Unheard(said);
+    }
+
     /// Notes that no pod uses it any more.
     pub(super) fn withdraw(&mut self) {
         let wanted = std::mem::replace(&mut self.wanted, Wanted::Withdrawn(None));
         self.wanted = Wanted::Withdrawn(match wanted {
             Wanted::Said(said) => Some(said),
+            Wanted::Unheard(_) => None,
             Wanted::Withdrawn(before) => before,
         });
     }
@@ -130,7 +138,7 @@ impl Track {
     /// Whether there is nothing left to say, now and later.
     pub(super) fn is_over(&self) -> bool {
         match (&self.wanted, &self.base) {
-            (Wanted::Said(_), _) => false,
+            (Wanted::Said(_) | Wanted::Unheard(_), _) => false,
             (Wanted::Withdrawn(_), _) if self.gone => true,
             (Wanted::Withdrawn(_), Base::Unknown) => false,
             (Wanted::Withdrawn(_), Base::Known(written)) => {
@@ -147,6 +155,7 @@ impl Track {
         };
         let said = match &self.wanted {
             Wanted::Said(said) => said.clone(),
+            Wanted::Unheard(said) => said.clone().or_pool_of(written),
             Wanted::Withdrawn(Some(said)) => said.clone().exported(),
             // Of one that was never heard of there is nothing to say.
             Wanted::Withdrawn(None) => written?.clone().exported(),
