@@ -38,6 +38,7 @@ use authority::Authority;
 pub use claim::Written;
 use control_plane::ControlPlane;
 pub use isolation::{BRIDGE_ADDRESS, SERVICE_ADDRESS, isolate};
+pub use kata::DisksDisabled;
 use kubectl::Kubectl;
 use worker::Worker;
 

@@ -76,6 +76,15 @@ impl Boot {
     }
 }
 
+/// How a disk is plugged in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Plug {
+    /// The guest may only read it.
+    pub read_only: bool,
+    /// What the guest discards is given back to the file below. QEMU's default takes discards and does nothing.
+    pub discards: bool,
+}
+
 /// A running virtual machine. Dropping it kills it without mercy.
 #[derive(Debug)]
 pub struct Guest {
@@ -231,7 +240,7 @@ impl Guest {
     ///
     /// # Errors
     /// When there is no free port, or QEMU refuses.
-    pub async fn plug(&mut self, device: &Path, read_only: bool) -> Result<String> {
+    pub async fn plug(&mut self, device: &Path, how: Plug) -> Result<String> {
         let Some(port) = (0..PORTS).find(|port| !self.disks.contains_key(port) && !self.leaving.contains(port)) else {
             bail!("all {PORTS} ports of the guest have disks");
         };
@@ -242,10 +251,14 @@ impl Guest {
             "host_device"
         };
         // With a name of its own: something that fails can be put in between.
+        let discard = if how.discards { "unmap" } else { "ignore" };
         let file = json!({
-            "driver": driver, "node-name": format!("file{port}"), "filename": device, "read-only": read_only,
+            "driver": driver, "node-name": format!("file{port}"), "filename": device, "read-only": how.read_only,
+            "discard": discard,
         });
-        let node_options = json!({"driver": "raw", "node-name": node, "read-only": read_only, "file": file});
+        let node_options = json!({
+            "driver": "raw", "node-name": node, "read-only": how.read_only, "discard": discard, "file": file,
+        });
         self.qmp.execute("blockdev-add", node_options).await?;
         let mut device_options = json!({
             "driver": "virtio-blk-pci", "id": id, "drive": node, "bus": format!("port{port}"), "addr": "00",

@@ -3,16 +3,15 @@
 mod container;
 mod control;
 mod exec;
+mod handler;
 mod monitor;
+mod runtime;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE;
 use tokio::time::{Instant, sleep, timeout};
 use zpod_proto::agent;
 
@@ -20,67 +19,13 @@ use crate::PATIENCE;
 use crate::agent::{AgentClient, AgentError};
 use crate::direct_volume::DirectVolume;
 use crate::node::Node;
-use crate::qemu::{Boot, Guest};
+use crate::qemu::{Boot, Guest, Plug};
 
 pub use container::{Container, Device, Mount, User};
 pub use exec::{Output, Running};
+pub use handler::Handler;
 pub use monitor::Monitor;
-
-/// Whose manners the shim has, faults included (Kata 4.1.0).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Runtime {
-    /// runtime-rs: a random mount point per container; the entry's options are in the OCI mount too. A disk is as
-    /// read-only as the first mount of it. A device leaves the shim's table with the first of its containers, used or not
-    /// (`try_remove_device`, device_manager.rs): the next start plugs it in again, and nobody unplugs the first. A block
-    /// device is never looked up in that table, nor unplugged.
-    Rs,
-    /// Go: one mount point per device; DestroySandbox at the end.
-    Go,
-}
-
-impl Runtime {
-    /// Where it keeps its sandboxes.
-    pub fn run_dir(self) -> &'static Path {
-        Path::new(match self {
-            Self::Rs => "/run/kata",
-            Self::Go => "/run/vc/sbs",
-        })
-    }
-}
-
-/// A handler of RuntimeClasses, and what it stands for: `NAME=go` or `NAME=rust`, as zpod-node is told.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Handler {
-    /// Its name.
-    pub name: String,
-    /// Which of Kata's runtimes.
-    pub runtime: Runtime,
-}
-
-impl FromStr for Handler {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (name, runtime) = match text.split_once('=') {
-            Some((name, "go")) => (name, Runtime::Go),
-            Some((name, "rust")) => (name, Runtime::Rs),
-            _ => return Err(format!("{text}: NAME=go or NAME=rust")),
-        };
-        Ok(Self { name: name.to_owned(), runtime })
-    }
-}
-
-/// How the VMM takes disks, where that makes a difference.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Vmm {
-    /// QEMU: one image may be plugged in twice (`share-rw=on`), and the shim waits until the guest has let go of a disk.
-    Qemu,
-    /// cloud-hypervisor: the shim does not wait. Since version 46 images are locked.
-    CloudHypervisor {
-        /// Whether an image that is plugged in is refused a second time.
-        locks: bool,
-    },
-}
+pub use runtime::{Runtime, Vmm};
 
 /// A container and the disks that it uses.
 #[derive(Debug, Default)]
@@ -112,6 +57,7 @@ pub struct Sandbox {
     direct_volumes: PathBuf,
     hostname: String,
     vmm: Vmm,
+    plugs_disks: bool,
     disks: Vec<Disk>,
     containers: HashMap<String, Held>,
     substitutes: HashMap<PathBuf, PathBuf>,
@@ -171,6 +117,7 @@ impl Sandbox {
             direct_volumes,
             hostname: hostname.to_owned(),
             vmm: Vmm::Qemu,
+            plugs_disks: true,
             disks: Vec::new(),
             containers: HashMap::new(),
             substitutes: HashMap::new(),
@@ -183,6 +130,11 @@ impl Sandbox {
     /// From now on disks are taken as by this VMM.
     pub fn play(&mut self, vmm: Vmm) {
         self.vmm = vmm;
+    }
+
+    /// From now on no disk is plugged in: Kata's configuration has `disable_block_device_use = true`.
+    pub fn disable_disks(&mut self) {
+        self.plugs_disks = false;
     }
 
     /// From now on another device is plugged in where this one should be: an attacker's or an operator's mistake.
@@ -227,13 +179,17 @@ impl Sandbox {
         let held = Held { disks: Vec::new(), capabilities: container.capabilities() };
         self.containers.insert(container.id.clone(), held);
         for mount in &container.mounts {
+            if !self.plugs_disks {
+                // The entry is not even looked for.
+                mounts.push(self.runtime.without_disk(mount)?);
+                continue;
+            }
             let volume = DirectVolume::read(&self.direct_volumes, &mount.target)?;
-            // Traps of the runtimes: see kata-contract, section 1.
-            let device_read_only = match self.runtime {
-                Runtime::Rs => mount.read_only,
-                Runtime::Go => volume.options.iter().any(|option| option == "ro"),
+            let how = Plug {
+                read_only: self.runtime.plugs_read_only(mount, &volume),
+                discards: self.runtime.passes_discards(&volume),
             };
-            let source = self.plug(&container.id, &volume.device, device_read_only, false).await?;
+            let source = self.plug(&container.id, &volume.device, how, false).await?;
             let (storage, bind) = self.runtime.requests(mount, &volume, &source);
             storages.extend(storage);
             mounts.push(bind);
@@ -241,7 +197,8 @@ impl Sandbox {
         let mut devices = Vec::new();
         for device in &container.devices {
             // manager_inner.rs: id is the PCI path.
-            let id = self.plug(&container.id, &device.path, device.read_only, true).await?;
+            let how = Plug { read_only: device.read_only, discards: false };
+            let id = self.plug(&container.id, &device.path, how, true).await?;
             let container_path = device.destination.clone();
             devices.push(agent::Device { id, r#type: "blk".into(), container_path, ..Default::default() });
         }
@@ -259,7 +216,7 @@ impl Sandbox {
         Ok(result?)
     }
 
-    async fn plug(&mut self, container: &str, device: &Path, read_only: bool, block: bool) -> Result<String> {
+    async fn plug(&mut self, container: &str, device: &Path, how: Plug, block: bool) -> Result<String> {
         let device = self.substitutes.get(device).map_or(device, PathBuf::as_path).to_owned();
         let looks = self.runtime == Runtime::Go || !block;
         let known = self.disks.iter().position(|disk| looks && disk.known && disk.device == device);
@@ -271,7 +228,7 @@ impl Sandbox {
                     // `AddDisk` of cloud-hypervisor 51.1 ends so.
                     bail!("the VMM can't add a disk: the image {} is locked", device.display());
                 }
-                let source = self.guest.plug(&device, read_only).await?;
+                let source = self.guest.plug(&device, how).await?;
                 self.disks.push(Disk { device, source, users: 0, known: true, block });
                 self.disks.len() - 1
             }
@@ -427,57 +384,6 @@ impl Sandbox {
     /// The virtual machine, to be tampered with.
     pub fn guest_mut(&mut self) -> &mut Guest {
         &mut self.guest
-    }
-}
-
-impl Runtime {
-    /// The storage and the OCI mount for one volume of a container.
-    fn requests(self, mount: &Mount, volume: &DirectVolume, source: &str) -> (Vec<agent::Storage>, agent::Mount) {
-        let mut cri: Vec<String> = vec!["rbind".into(), "rprivate".into()];
-        cri.push(if mount.read_only { "ro" } else { "rw" }.into());
-        let (mount_point, options, oci, fs_group) = match self {
-            // utils.rs:31-45, 101-199.
-            Self::Rs => {
-                let random = uuid::Uuid::new_v4().simple().to_string();
-                let name = Path::new(&mount.destination).file_name().unwrap_or_default().to_string_lossy();
-                let place = "/run/kata-containers/shared/containers/passthrough";
-                let mut options: Vec<_> = volume
-                    .options
-                    .iter()
-                    .filter(|option| !["bind", "rbind"].contains(&option.as_str()))
-                    .cloned()
-                    .collect();
-                if mount.read_only {
-                    options.push("ro".into());
-                }
-                let point = format!("{place}/{}-{}-{name}", &random[..10], &random[10..18]);
-                (point, options, [cri, volume.options.clone()].concat(), None)
-            }
-            // kata_agent.go:1887-2045, 2130-2157.
-            Self::Go => {
-                let point = format!("/run/kata-containers/sandbox/storage/{}", URL_SAFE.encode(source));
-                let group = volume.metadata.get("fsGroup").and_then(|group| group.parse().ok());
-                let always = volume.metadata.get("fsGroupChangePolicy").is_none_or(|policy| policy != "OnRootMismatch");
-                let group = group.map(|group_id| agent::FsGroup { group_id, group_change_policy: u32::from(!always) });
-                (point, volume.options.clone(), cri, group)
-            }
-        };
-        let storage = agent::Storage {
-            driver: "blk".into(),
-            source: source.into(),
-            fstype: volume.fs_type.clone(),
-            options,
-            mount_point: mount_point.clone(),
-            fs_group,
-            ..Default::default()
-        };
-        let bind = agent::Mount {
-            destination: mount.destination.clone(),
-            source: mount_point,
-            r#type: "bind".into(),
-            options: oci,
-        };
-        (vec![storage], bind)
     }
 }
 

@@ -100,3 +100,23 @@ impl Cluster {
         .await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::direct_volume::DirectVolume;
+    use crate::shim::Handler;
+
+    /// What pods get that name the RuntimeClass of the documentation. That this is what discards need, and what comes of it,
+    /// is shown in guests.
+    #[test]
+    fn the_runtime_of_the_charts_first_handler_passes_discards_on() {
+        let handlers = runtime_handlers().unwrap();
+        let first: Handler = handlers[0].parse().unwrap();
+        assert_eq!(first.name, "kata-zpod");
+        let entry = r#"{"volume-type": "directvol", "device": "/x", "fstype": "zfs", "options": ["discard"],
+                        "metadata": {"createFilesystem": "true"}}"#;
+        let entry: DirectVolume = serde_json::from_str(entry).unwrap();
+        assert!(first.runtime.passes_discards(&entry), "{handlers:?}");
+    }
+}

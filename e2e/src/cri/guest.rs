@@ -19,7 +19,7 @@ use super::process::program::Program;
 use crate::agent::{AgentClient, AgentError};
 use crate::direct_volume;
 use crate::qemu::{Boot, Guest};
-use crate::shim::{Container, Device, Mount, Output, Running, Runtime, Sandbox};
+use crate::shim::{Container, Device, Handler, Mount, Output, Running, Sandbox};
 
 const DIRECT_VOLUMES: &str = "/run/kata-containers/shared/direct-volumes";
 
@@ -35,14 +35,18 @@ pub(super) struct GuestPod {
 
 impl GuestPod {
     /// Boots it.
-    pub(super) async fn start(id: &str, hostname: &str, runtime: Runtime) -> Result<Self> {
+    pub(super) async fn start(id: &str, hostname: &str, handler: &Handler) -> Result<Self> {
+        let (runtime, plugs_disks) = (handler.runtime, handler.plugs_disks(Path::new("/"))?);
         // As short as the sandbox's directory: its sockets must be where zpod-node sees them.
         let dir = runtime.run_dir().join(id);
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         let guest = Guest::boot_in(Boot::Zpod, &dir).await?;
         let process = guest.process();
         let (run_dir, volumes) = (runtime.run_dir(), PathBuf::from(DIRECT_VOLUMES));
-        let sandbox = Sandbox::start_in(run_dir, volumes, id.to_owned(), hostname, runtime, guest).await?;
+        let mut sandbox = Sandbox::start_in(run_dir, volumes, id.to_owned(), hostname, runtime, guest).await?;
+        if !plugs_disks {
+            sandbox.disable_disks();
+        }
         eprintln!("pod {id}: its guest booted in {:?}", sandbox.boot_time);
         let agent = sandbox.agent().clone();
         let sandbox = Arc::new(AsyncMutex::new(Some(sandbox)));

@@ -97,7 +97,7 @@ impl Runtime {
         address: Option<Ipv4Addr>,
     ) -> Result<Arc<dyn Machine>> {
         if let Some(known) = self.guest_handlers.iter().find(|known| known.name == handler) {
-            return Ok(Arc::new(GuestPod::start(id, &config.hostname, known.runtime).await?));
+            return Ok(Arc::new(GuestPod::start(id, &config.hostname, known).await?));
         }
         if !handler.is_empty() {
             bail!("unknown runtime handler {handler:?}: this node has {:?}", self.guest_handlers);

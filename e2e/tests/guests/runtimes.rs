@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail, ensure};
 use zpod_e2e::csi::Publish;
+use zpod_e2e::node::allocated;
 use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, Vmm};
 use zpod_volume::Bytes;
 
@@ -103,5 +104,37 @@ async fn a_disk_that_runtime_rs_forgot_is_no_copy_and_one_that_is_leaving_is_not
     pod.kill();
     node.csi.unpublish(&volume, &target).await?;
     node.csi.delete(&volume).await?;
+    node.must_be_empty()
+}
+
+#[tokio::test]
+async fn freed_space_comes_back_to_the_node_with_the_runtime_in_go_and_not_with_runtime_rs() -> Result<()> {
+    const LARGE: u64 = 64 << 20;
+    let mut node = Node::start().await?;
+    for (runtime, comes_back) in [(Runtime::Go, true), (Runtime::Rs, false)] {
+        let volume = node.csi.create("pvc-freed", SIZE, &[("autotrim", "off")]).await?;
+        let target = node.target("pod", "pv")?;
+        node.csi.publish(&volume, &target, &Publish::default()).await?;
+        let image = node.device(&target)?;
+        let mut pod = Sandbox::start(&node, runtime).await?;
+        pod.run(Container::debug("tools")).await?;
+        pod.run(Container::new("app", [Mount::new(&target, "/data")])).await?;
+        let pool = pod.zfs_tool("tools", "zpool list -H -o name").await?;
+        pod.sh("app", &format!("head -c {LARGE} /dev/urandom > /data/large && sync")).await?;
+        let full = allocated(&image)?;
+        pod.sh("app", "rm /data/large && sync").await?;
+        // What was freed can be used, and so discarded, some transaction groups later.
+        for _ in 0..4 {
+            pod.zfs_tool("tools", &format!("zpool sync {pool}")).await?;
+        }
+        pod.zfs_tool("tools", &format!("zpool trim -w {pool}")).await?;
+        let after = allocated(&image)?;
+        println!("{runtime:?}: {full} bytes with the file, {after} after it was removed");
+        ensure!(full > LARGE, "{runtime:?}: the image takes {full} bytes");
+        ensure!((after < full - LARGE / 2) == comes_back, "{runtime:?}: {after} of {full} bytes are left");
+        pod.stop().await?;
+        node.csi.unpublish(&volume, &target).await?;
+        node.csi.delete(&volume).await?;
+    }
     node.must_be_empty()
 }
