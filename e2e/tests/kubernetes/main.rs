@@ -17,6 +17,7 @@ mod outage;
 mod refusals;
 mod restarts;
 mod running;
+mod runtime;
 mod smoke;
 mod snapshots;
 mod stage;
@@ -56,6 +57,14 @@ fn main() -> Result<ExitCode> {
         stage.trial(
             "a_volume_that_fills_is_told_of_on_its_claim_and_its_pod",
             running::a_volume_that_fills_is_told_of_on_its_claim_and_its_pod,
+        ),
+        stage.trial(
+            "a_container_starts_again_in_its_place_beside_one_that_goes_on",
+            runtime::a_container_starts_again_in_its_place_beside_one_that_goes_on,
+        ),
+        stage.trial(
+            "a_volume_that_the_runtime_leaves_out_is_told_of_wherever_one_looks",
+            runtime::a_volume_that_the_runtime_leaves_out_is_told_of_wherever_one_looks,
         ),
         stage.trial(
             "a_snapshot_of_a_running_pod_is_restored_larger_and_outlives_its_source",
