@@ -23,6 +23,7 @@ mod reasons;
 mod reconcile;
 mod snapshotter;
 mod state;
+mod unmade;
 
 pub use election::Election;
 pub use events::{PoolEvents, WaitingEvents, write_events};

@@ -30,7 +30,7 @@ use zpod_driver::volumes::{
 };
 use zpod_proto::guest::{Health, VolumeStatus};
 use zpod_storage::backing::file::FileBacking;
-use zpod_storage::catalog::{ClaimRef, PodRef, Volume};
+use zpod_storage::catalog::{Catalog, ClaimRef, PodRef, Volume};
 use zpod_volume::{DiskLayout, VolumeId, VolumeMode, note};
 
 /// The API server, which knows all pods or none.
@@ -54,6 +54,7 @@ impl PodCheck for Pods {
 struct World {
     dir: tempfile::TempDir,
     pods: Arc<Pods>,
+    catalog: Arc<dyn Catalog<Volume>>,
     provisioner: Provisioner,
     node: NodeVolumes,
     id: VolumeId,
@@ -70,14 +71,15 @@ impl World {
         let (catalog, snapshots) = zpod_storage::catalog::dir::open(dir.path().join("state")).unwrap();
         let backing = Arc::new(FileBacking::open(dir.path().join("volumes"), 100.0).unwrap());
         let boot_id = Context::boot_id().unwrap();
-        let context = Context::new("node-1".into(), boot_id, Arc::new(catalog), Arc::new(snapshots), backing);
+        let catalog: Arc<dyn Catalog<Volume>> = Arc::new(catalog);
+        let context = Context::new("node-1".into(), boot_id, Arc::clone(&catalog), Arc::new(snapshots), backing);
         let direct = DirectVolumes::open(&dir.path().join("direct-volumes")).unwrap();
         let pods = Arc::<Pods>::default();
         let node = NodeVolumes::load(Arc::clone(&context), direct).await.unwrap();
         let (provisioner, node) = (Provisioner::new(context), node.checking_pods(Arc::<Pods>::clone(&pods)));
         let request = CreateRequest { name: "a".into(), mode: VolumeMode::Block, ..CreateRequest::default() };
         let id = provisioner.create(request).await.unwrap().id;
-        let mut world = Self { dir, pods, provisioner, node, id, device: PathBuf::new() };
+        let mut world = Self { dir, pods, catalog, provisioner, node, id, device: PathBuf::new() };
         world.publish().await;
         world.device = world.loops().pop().unwrap();
         world
@@ -256,5 +258,34 @@ async fn a_device_that_a_guest_speaks_of_stays_published_until_it_is_silent() {
     drop(guest);
     eventually("the guest is gone", || !heard()).await;
     world.node.withdraw_abandoned().await.unwrap();
+    world.is_taken_back().await;
+}
+
+/// Somebody deletes the record by hand, the pod ends, and the record is made anew as it was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_that_ended_while_there_was_no_record_is_taken_back_when_the_record_is_adopted() {
+    let world = World::new().await;
+    let record = world.catalog.get(world.id).await.unwrap().unwrap();
+    world.catalog.remove(world.id).await.unwrap();
+    world.node.unpublish(world.id, world.target()).await.unwrap();
+    world.catalog.create(record).await.unwrap();
+    assert!(world.is_published().await && world.node.looks().is_empty(), "nobody here knows of it");
+    world.pods.gone.store(true, Ordering::SeqCst);
+    world.node.adopted(world.id).await.unwrap();
+    world.is_taken_back().await;
+    world.provisioner.delete(world.id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publication_that_stands_is_known_again_when_the_record_is_adopted() {
+    let world = World::new().await;
+    let record = world.catalog.get(world.id).await.unwrap().unwrap();
+    world.catalog.remove(world.id).await.unwrap();
+    world.node.unpublish(world.id, world.target()).await.unwrap();
+    world.catalog.create(record).await.unwrap();
+    world.node.adopted(world.id).await.unwrap();
+    assert_eq!(world.node.looks().len(), 1, "its guest is listened to");
+    world.publish().await;
+    world.node.unpublish(world.id, world.target()).await.unwrap();
     world.is_taken_back().await;
 }

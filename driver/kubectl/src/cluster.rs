@@ -9,7 +9,7 @@ use crate::options::{Global, Named};
 use crate::proxy::{Environment, Proxy};
 
 /// Objects that are asked for at once.
-const PAGE: u32 = 500;
+pub(crate) const PAGE: u32 = 500;
 const DRIVER: &str = "csi.zpod.storage";
 
 /// Takes the `proxy-url` of the chosen context's cluster out of a kubeconfig.

@@ -1,5 +1,6 @@
 //! One file for each command.
 
+mod adopt;
 mod doctor;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -44,6 +45,7 @@ pub(crate) async fn run(options: Options) -> Result<(), Failure> {
         Command::Props(Props::Get(options)) => props::get(&cluster, &options, format).await,
         Command::Props(Props::Set(options)) => props::set(&cluster, &options, format).await,
         Command::Snapshots(options) => snapshots::run(&cluster, &options, format).await,
+        Command::Adopt(options) => adopt::run(&cluster, &options, format).await,
         Command::Doctor(options) => doctor::run(&cluster, &options, format).await,
         Command::Send(options) => send::run(Way::Cluster(&cluster), &options, format).await,
         Command::Receive(options) => receive::run(Way::Cluster(&cluster), &options, format).await,

@@ -63,6 +63,8 @@ pub(crate) enum Command {
     Props(Props),
     /// The snapshots of a volume.
     Snapshots(Snapshots),
+    /// Undo the deletion of ZfsVolumes and ZfsSnapshots whose data nobody asked to destroy.
+    Adopt(Adopt),
     /// What is wrong with nodes, and how to mend it.
     Doctor(Doctor),
     /// Write a volume out as a ZFS stream.
@@ -234,6 +236,24 @@ pub(crate) struct PropsSet {
 pub(crate) struct Snapshots {
     #[command(flatten)]
     pub(crate) target: Target,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Adopt {
+    /// Names of ZfsVolumes and ZfsSnapshots that were deleted by hand. All of them, if none is given.
+    #[arg(value_name = "ID")]
+    pub(crate) ids: Vec<String>,
+    /// The file that the records are written into before anything is changed. It must not exist. Named after the time, if it is
+    /// not given.
+    #[arg(long)]
+    pub(crate) file: Option<PathBuf>,
+    /// Make what this file has and the cluster has not: after a call that was cut short, or when the definitions are there
+    /// again.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["ids", "file"])]
+    pub(crate) from: Option<PathBuf>,
+    /// How long to wait for each step, such as 90s, 30m, 12h.
+    #[arg(long, default_value = "60s", value_parser = duration)]
+    pub(crate) timeout: Duration,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -140,6 +140,23 @@ impl<K: Kept> KubeCatalog<K> {
         Err(CatalogError::conflict::<K::Record>(id))
     }
 
+    /// Deletes an object as it was read, without a word on what it stands for: its node keeps it where there is anything. Whether
+    /// it was still so.
+    ///
+    /// # Errors
+    /// When the API server can't be asked or refuses.
+    pub async fn discard(&self, object: &K) -> Result<bool, CatalogError> {
+        let preconditions = Some(Preconditions {
+            uid: object.meta().uid.clone(),
+            resource_version: object.meta().resource_version.clone(),
+        });
+        let params = DeleteParams { preconditions, ..DeleteParams::background() };
+        match tokio::time::timeout(PATIENCE, self.objects.delete(&object.name_any(), &params)).await {
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => Ok(false),
+            answer => flatten(K::REQUESTS.delete, answer).map(|_| true),
+        }
+    }
+
     async fn delete(&self, object: &K) -> Result<(), CatalogError> {
         let preconditions = Some(Preconditions { uid: object.meta().uid.clone(), resource_version: None });
         let params = DeleteParams { preconditions, ..DeleteParams::background() };
@@ -240,6 +257,10 @@ impl<K: Kept> Catalog<K::Record> for KubeCatalog<K> {
             }
             if K::taking_over(record.clone(), &found) == found {
                 return Ok(record);
+            }
+            // Somebody has given it up: what would be made of it now would be nobody's.
+            if object.meta().deletion_timestamp.is_some() && !object.is_to_be_destroyed() && object.is_unmade() {
+                return Err(CatalogError::not_found::<K::Record>(id));
             }
             if let Some(stored) = self.apply_status(&object, object.status_for(&record)).await? {
                 return Ok(K::taking_over(stored.record()?, &record));

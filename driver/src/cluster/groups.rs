@@ -4,8 +4,8 @@ use std::time::Duration;
 use k8s_openapi::jiff::Timestamp;
 use kube::{Client, ResourceExt as _};
 use tokio::sync::watch;
-use zpod_kubernetes::KubeCatalog;
 use zpod_kubernetes::crd::{SnapshotPhase, ZfsSnapshot};
+use zpod_kubernetes::{Kept as _, KubeCatalog};
 use zpod_storage::catalog::CatalogError;
 
 /// How often groups are looked at.
@@ -84,7 +84,7 @@ fn state(members: &[ZfsSnapshot], now: Timestamp) -> State {
     }
     let size = members.iter().filter_map(|member| Some(member.spec.group.as_ref()?.size)).max().unwrap_or_default();
     let copied = |member: &ZfsSnapshot| {
-        let phase = member.status.as_ref().and_then(|status| status.phase);
+        let phase = member.own_status().phase;
         member.metadata.deletion_timestamp.is_none()
             && matches!(phase, Some(SnapshotPhase::Copying | SnapshotPhase::Ready))
     };
@@ -161,6 +161,13 @@ mod tests {
             assert_eq!(state(&[complete(ready), member(said, 3600)], now), State::Whole, "{said:?}");
         }
         assert_eq!(state(&[complete(ready)], now), State::Left, "the other has let its object go");
+        // Made anew after somebody had deleted them by hand, and not taken over by its node yet.
+        let anew = |phase| {
+            let mut object = member(None, 3600);
+            object.spec.adopt = Some(Box::new(ZfsSnapshotStatus { phase, ..Default::default() }));
+            object
+        };
+        assert_eq!(state(&[member(ready, 3600), anew(ready)], now), State::Whole);
         // Of before there was such a word.
         assert_eq!(state(&[member(ready, 3600), member(ready, 3600)], now), State::Whole);
     }

@@ -12,19 +12,19 @@ use zpod_kubernetes::KubeCatalog;
 use zpod_kubernetes::crd::ZfsVolume;
 use zpod_volume::VolumeId;
 
+use super::unmade::{discard_snapshots, discard_volume, is_old};
 use crate::csi::DRIVER;
 
 /// How often orphans are looked for.
 const LOOK_EVERY: Duration = Duration::from_secs(600);
-/// A volume is made before its PersistentVolume: this long it may be without.
-const GRACE_SECONDS: i64 = 900;
 /// Objects the API server is asked for at once.
 const PAGE: u32 = 500;
 /// Each is named in the log, up to so many.
 const NAMED: usize = 20;
 
 /// Counts volumes that no PersistentVolume speaks of any more, such as one whose claim was deleted at the moment the
-/// provisioner ended. They are told of and never touched: whether their data is wanted, a person must say.
+/// provisioner ended. They are told of and not touched: whether their data is wanted, a person must say. Only the record of one
+/// that was never made is removed.
 #[derive(Debug, Clone, Default)]
 pub struct Orphans {
     count: Gauge,
@@ -34,7 +34,8 @@ impl Orphans {
     /// Tells their number as `zpod_orphaned_volumes`.
     pub fn register(registry: &mut Registry) -> Self {
         let orphans = Self::default();
-        let help = "ZfsVolumes without a PersistentVolume, as the leading controller last counted them";
+        let help =
+            "ZfsVolumes without a PersistentVolume, or deleted by hand, as the leading controller last counted them";
         registry.register("zpod_orphaned_volumes", help, orphans.count.clone());
         orphans
     }
@@ -59,8 +60,19 @@ impl Orphans {
         loop {
             let (objects, next) = catalog.page(token.as_deref(), PAGE).await?;
             for object in objects.iter().filter(|object| is_orphan(object, &known, Timestamp::now())) {
+                match discard_volume(&catalog, client, object).await {
+                    Ok(true) => continue,
+                    Ok(false) => {}
+                    Err(error) => tracing::info!("whether {} is wanted is not known: {error}", object.name_any()),
+                }
                 count += 1;
-                if count <= NAMED {
+                if count <= NAMED && object.metadata.deletion_timestamp.is_some() {
+                    let (name, node) = (object.name_any(), &object.spec.node_name);
+                    tracing::warn!(
+                        "ZfsVolume {name} on node {node} was deleted by hand: its data is kept, and can't be changed or \
+                         copied. To undo the deletion: kubectl zpod adopt {name}"
+                    );
+                } else if count <= NAMED {
                     let (name, node, volume) = (object.name_any(), &object.spec.node_name, &object.spec.volume_name);
                     tracing::warn!(
                         "ZfsVolume {name} on node {node} has no PersistentVolume {volume}: its data is kept. To destroy \
@@ -75,6 +87,7 @@ impl Orphans {
             }
         }
         self.count.set(i64::try_from(count).unwrap_or(i64::MAX));
+        discard_snapshots(client).await?;
         Ok(count)
     }
 }
@@ -98,11 +111,11 @@ async fn persistent_volumes(client: &Client) -> Result<HashSet<VolumeId>, kube::
 }
 
 fn is_orphan(object: &ZfsVolume, known: &HashSet<VolumeId>, now: Timestamp) -> bool {
-    let old = |created: Timestamp| now.as_second() - created.as_second() > GRACE_SECONDS;
-    object.metadata.deletion_timestamp.is_none()
-        && !object.spec.ephemeral
-        && object.creation_timestamp().is_some_and(|created| old(created.0))
-        && object.name_any().parse().is_ok_and(|id: VolumeId| !known.contains(&id))
+    // A volume is made before its PersistentVolume.
+    let by_hand = object.metadata.deletion_timestamp.is_some() && !object.spec.destroy;
+    let unknown = object.name_any().parse().is_ok_and(|id: VolumeId| !known.contains(&id));
+    let leaving = object.metadata.deletion_timestamp.is_some();
+    (by_hand || !leaving && unknown) && !object.spec.ephemeral && is_old(object, now)
 }
 
 #[cfg(test)]
@@ -137,6 +150,8 @@ mod tests {
         );
         let mut leaving = object(3600);
         leaving.metadata.deletion_timestamp = leaving.metadata.creation_timestamp.clone();
+        assert!(is_orphan(&leaving, &HashSet::from([VolumeId::from_name("pvc-1")]), now), "deleted by hand");
+        leaving.spec.destroy = true;
         assert!(!is_orphan(&leaving, &none, now));
     }
 }

@@ -177,8 +177,8 @@ impl Provision for ClusterProvisioner {
         };
         let object = made.ok_or_else(|| CatalogError::not_found::<Volume>(id))?;
         if phase(&object) == Some(Phase::Refused) {
-            // Nothing was made there: the name is free for another node.
-            self.catalog.destroy(&object).await?;
+            // Nothing was made there: the name is free for another node. Were there anything, the node would keep it.
+            self.catalog.discard(&object).await?;
             return Err(refusal(&object, READY, &node));
         }
         same(usable(&object)?, &request)
@@ -314,8 +314,10 @@ fn usable(object: &ZfsVolume) -> Result<Volume, VolumeError> {
     }
     let remedy = if object.spec.destroy {
         "let DeleteVolume be repeated until it succeeds"
+    } else if object.is_unmade() {
+        "it was never made, and its record is on its way out: repeat the call"
     } else {
-        "somebody deleted its ZfsVolume by hand: `kubectl describe zfsvolume` says what can be done"
+        "somebody deleted its ZfsVolume by hand: `kubectl zpod adopt` undoes that"
     };
     Err(VolumeError::NotReady { id: volume.id, state: "being deleted", remedy })
 }

@@ -9,13 +9,16 @@ pub(super) const NO_ROOM: &str = "NoRoom";
 /// No file of the node's can be so long. The same, of a new volume; one that is there can't grow so far.
 pub(super) const TOO_LARGE: &str = "TooLarge";
 
+/// A full copy is being made.
+pub(super) const COPYING: &str = "Copying";
+
 pub(super) fn reason(error: &VolumeError) -> &'static str {
     match error {
         error if error.is_no_room() => NO_ROOM,
         VolumeError::Published { .. } => "Published",
         VolumeError::GuestSilent { .. } => "GuestSilent",
         VolumeError::Guest { .. } => "GuestFailed",
-        VolumeError::Copying { .. } => "Copying",
+        VolumeError::Copying { .. } => COPYING,
         VolumeError::SourceElsewhere { .. } => "SourceElsewhere",
         VolumeError::NoCopyWhileRunning { .. } => "NoCopyWhileRunning",
         VolumeError::MarkLost { .. } => "MarkLost",
@@ -24,6 +27,7 @@ pub(super) fn reason(error: &VolumeError) -> &'static str {
             BackingError::InUse { .. } => "InUse",
             BackingError::CannotShare { .. } => "CannotShareBlocks",
             BackingError::Stopped => "Stopped",
+            BackingError::Missing { .. } | BackingError::SnapshotMissing { .. } => "Missing",
             BackingError::TooLarge { .. } => TOO_LARGE,
             _ => "DeviceFailed",
         },

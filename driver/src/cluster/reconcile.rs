@@ -20,7 +20,7 @@ use futures_util::StreamExt as _;
 use kube::runtime::controller::{Action, Config};
 use kube::runtime::{Controller, watcher};
 use kube::{Api, Client, ResourceExt as _};
-use zpod_kubernetes::{DESTROYED, Kept, KubeCatalog, Remark};
+use zpod_kubernetes::{DESTROYED, Kept, KubeCatalog, READY, Remark};
 use zpod_storage::catalog::Record;
 
 use queues::{Queues, Version};
@@ -34,6 +34,8 @@ const CONCURRENCY: u16 = 16;
 const RETRY: Duration = Duration::from_secs(2);
 /// ... and where a pod has to end first, after this.
 const RETRY_IN_USE: Duration = Duration::from_secs(5);
+/// What is not found is looked for again after this long: its disk may come back.
+const RETRY_MISSING: Duration = Duration::from_secs(30);
 /// An object that was deleted by hand is looked at again after this long.
 const RETRY_BLOCKED: Duration = Duration::from_secs(300);
 
@@ -54,6 +56,15 @@ trait Work<K: Kept>: Send + Sync + 'static {
 
     /// Destroys what the object stands for, and lets it go.
     async fn destroy(&self, id: Id<K>) -> Result<(), VolumeError>;
+
+    /// That what the object stands for is on this node.
+    async fn find(&self, id: Id<K>) -> Result<(), VolumeError>;
+
+    /// Takes up what the object stands for, now that it was made anew.
+    async fn adopted(&self, id: Id<K>) -> Result<(), VolumeError>;
+
+    /// Lets an object go that somebody has deleted, where nothing was ever made of what it asks for. Whether it did.
+    async fn let_go(&self, object: &K, id: Id<K>) -> Result<bool, VolumeError>;
 
     /// What is said of an object that somebody has deleted by hand.
     fn keeps(&self, id: Id<K>) -> String;
@@ -107,11 +118,33 @@ async fn carry_out<K: Kept, W: Work<K>>(work: &W, object: &K, id: Id<K>) -> Resu
     if leaving && object.is_to_be_destroyed() {
         return destroy(work, id).await;
     }
+    if leaving && work.let_go(object, id).await? {
+        return Ok(Action::await_change());
+    }
     if leaving {
         say(work.catalog(), id, None, DESTROYED, "NotAskedFor", work.keeps(id)).await?;
     }
+    if !leaving && object.is_to_be_adopted() {
+        return adopt(work, object, id).await;
+    }
     let action = work.carry_out(object, id, leaving).await?;
     Ok(if leaving && action == Action::await_change() { Action::requeue(RETRY_BLOCKED) } else { action })
+}
+
+/// Takes over what this node had recorded before somebody deleted the object, which was then made anew. Nothing is made: data
+/// that can't be found is missed, and not replaced by an empty device.
+async fn adopt<K: Kept, W: Work<K>>(work: &W, object: &K, id: Id<K>) -> Result<Action, VolumeError> {
+    let kind = K::Record::KIND;
+    if let Err(error) = work.find(id).await {
+        say(work.catalog(), id, None, READY, reason(&error), error.to_string()).await?;
+        tracing::warn!(%id, "{kind} made anew, but what it stands for is not found: {error}");
+        return Ok(Action::requeue(RETRY_MISSING));
+    }
+    work.adopted(id).await?;
+    let message = format!("it is on node {}, as it was before the object was deleted and made anew", object.node());
+    work.catalog().remark(id, None, &Remark { kind: READY, holds: true, reason: "Adopted", message }).await?;
+    tracing::info!(%id, "{kind} made anew, and taken over");
+    Ok(Action::await_change())
 }
 
 async fn destroy<K: Kept, W: Work<K>>(work: &W, id: Id<K>) -> Result<Action, VolumeError> {

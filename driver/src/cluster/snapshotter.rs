@@ -119,7 +119,11 @@ impl Snapshots for ClusterSnapshotter {
             _ => {
                 let snapshot = usable(&object)?;
                 // Nothing is left of it: the next try is of another instant.
-                self.snapshots.destroy(&object).await?;
+                match phase(&object) {
+                    // A copy that is there all the same is none of this attempt's.
+                    None | Some(SnapshotPhase::Refused) => drop(self.snapshots.discard(&object).await?),
+                    _ => self.snapshots.destroy(&object).await?,
+                }
                 return Err(refusal(&object, READY, &snapshot.node));
             }
         }
@@ -210,8 +214,10 @@ fn usable(object: &ZfsSnapshot) -> Result<Snapshot, VolumeError> {
     }
     let remedy = if object.spec.destroy {
         "let DeleteSnapshot be repeated until it succeeds, or this call if nothing asked for that"
+    } else if object.is_unmade() {
+        "it was never taken, and its record is on its way out: repeat the call"
     } else {
-        "somebody deleted its ZfsSnapshot by hand: `kubectl describe zfssnapshot` says what can be done"
+        "somebody deleted its ZfsSnapshot by hand: `kubectl zpod adopt` undoes that"
     };
     Err(VolumeError::SnapshotNotReady { id: snapshot.id, state: "being deleted", remedy })
 }

@@ -74,6 +74,14 @@ impl PoolStates {
         all.min_by_key(|(at, ..)| *at)
     }
 
+    /// Notes that the object of a volume was made anew: what the one before said is not in it.
+    pub(super) fn made_anew(&self, id: VolumeId) {
+        if let Some(track) = self.tracks().get_mut(&id) {
+            track.made_anew();
+        }
+        self.wake.notify_one();
+    }
+
     /// An object as it was found at start: one that still speaks of a pool in use, though its volume isn't any more.
     fn found(&self, object: &ZfsVolume) {
         let Some((id, status)) =

@@ -137,7 +137,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let snapshotter = Snapshotter::new(context.clone());
     tokio::select! {
         served = serve(socket, services, end) => served?,
-        () = reconcile_volumes(client.clone(), name.clone(), volumes, provisioner, changed.clone()) => {
+        () = reconcile_volumes(client.clone(), name.clone(), volumes, provisioner, changed.clone(), states.clone()) => {
             return Err("the watch of ZfsVolumes has ended".into());
         }
         () = reconcile_snapshots(client.clone(), name, snapshotter, changed) => {

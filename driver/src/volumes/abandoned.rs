@@ -47,12 +47,18 @@ impl NodeVolumes {
         }
     }
 
-    /// One look.
+    /// One look at all.
     ///
     /// # Errors
     /// When pods can't be looked up.
     pub async fn withdraw_abandoned(&self) -> Result<(), VolumeError> {
-        for look in self.context.published.looks() {
+        self.withdraw_where(|_| true).await
+    }
+
+    /// The same for those volumes alone.
+    pub(super) async fn withdraw_where(&self, wanted: impl Fn(VolumeId) -> bool + Send) -> Result<(), VolumeError> {
+        let looks = self.context.published.looks().into_iter();
+        for look in looks.filter(|look| wanted(look.volume.id)) {
             let (id, target) = (look.volume.id, look.volume.target.clone());
             let Some(pod) = look.volume.pod.clone().filter(|_| look.heard.is_none()) else { continue };
             let mode = if self.context.published.is_block(id) { VolumeMode::Block } else { VolumeMode::Filesystem };

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use zpod_storage::backing::{BackingError, CopySource, Outcome};
-use zpod_storage::catalog::{Condition, Created, Phase, Source, Volume};
+use zpod_storage::catalog::{CatalogError, Condition, Created, Phase, Source, Volume};
 use zpod_storage::crash;
 use zpod_volume::{Bytes, DiskLayout, Vdevs, VolumeAttributes, VolumeId, VolumeMode, VolumeParameters};
 
@@ -170,6 +170,30 @@ impl Provisioner {
             }
         })
         .await
+    }
+
+    /// Removes the record of a volume of which nothing was made. Whether there is no such record now.
+    ///
+    /// # Errors
+    /// When its record can't be read.
+    pub async fn discard_unmade(&self, id: VolumeId) -> Result<bool, VolumeError> {
+        let context = self.context.clone();
+        to_the_end(async move {
+            let Some(Volume { source, .. }) = context.catalog.get(id).await? else { return Ok(true) };
+            let _locks = lock_both(&context, id, source).await?;
+            Ok(discard_unmade(&context, id, source).await)
+        })
+        .await
+    }
+
+    /// That the device of a volume is here.
+    ///
+    /// # Errors
+    /// When it is not, or can't be looked for.
+    pub async fn find_device(&self, id: VolumeId) -> Result<(), VolumeError> {
+        let volume = self.context.find(id).await?;
+        self.context.check_home(&volume)?;
+        self.context.with_device(&volume, move |backing| backing.device(id).map(drop)).await
     }
 
     /// Room on this node for volumes with so many devices, and what its volumes may take together.
@@ -392,17 +416,26 @@ async fn make(context: &Arc<Context>, volume: Volume) -> Result<Volume, VolumeEr
         tracing::info!(volume = %id, %headroom, disk = %limit, "the file system holds no larger disk: less headroom than \
             was asked for");
     }
-    let volume = match volume.source {
-        Some(source) => clone::fill(context, volume, source).await?,
+    let (volume, made) = match volume.source {
+        Some(source) => (clone::fill(context, volume, source).await?, Outcome::Unchanged),
         None => {
             let spec = device_spec(&volume);
-            context.with_device(&volume, move |backing| backing.create(&spec)).await?;
+            let made = context.with_device(&volume, move |backing| backing.create(&spec)).await?;
             crash::point("create: device made");
-            volume
+            (volume, made)
         }
     };
     let table_capacity = volume.capacity;
-    let volume = context.catalog.update(Volume { phase: Phase::Ready, table_capacity, ..volume }).await?;
+    let ready = Volume { phase: Phase::Ready, table_capacity, ..volume.clone() };
+    let volume = match context.catalog.update(ready).await {
+        // Given up while its device was made, which nobody can have used.
+        Err(gone @ CatalogError::NotFound(_)) if made == Outcome::Changed && !volume.is_mirrored() => {
+            let id = volume.id;
+            context.with_device(&volume, move |backing| backing.destroy(id)).await?;
+            return Err(gone.into());
+        }
+        recorded => recorded?,
+    };
     crash::point("create: done");
     tracing::debug!(volume = %volume.id, name = volume.name, capacity = %volume.capacity, "volume made");
     Ok(volume)

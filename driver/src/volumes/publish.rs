@@ -91,22 +91,42 @@ impl NodeVolumes {
                 if let Err(error) = node.forget_token_in_record(volume).await {
                     tracing::warn!(volume = %volume.id, "its record still has the token of its publication: {error}");
                 }
-                if volume.ephemeral {
-                    node.inline.found(volume);
-                }
-                if let Some(publication) = node.context.publication(volume) {
-                    node.context.published.insert(volume, publication);
-                    // An entry that lets a guest make a pool must not outlive the record that forbids it.
-                    if let Err(error) = node.refresh_entry(volume).await {
-                        tracing::warn!(volume = %volume.id, "direct volume not refreshed: {error}");
-                    }
-                }
+                node.take_up(volume).await;
             }
             match page.next {
                 Some(next) => from = Some(next),
                 None => return Ok(node),
             }
         }
+    }
+
+    /// Takes up what is recorded of a volume that this process does not know yet. Under its lock, or before anybody calls.
+    async fn take_up(&self, volume: &Volume) {
+        if volume.ephemeral {
+            self.inline.found(volume);
+        }
+        let Some(publication) = self.context.publication(volume) else { return };
+        self.context.published.take_up(volume, publication);
+        // An entry that lets a guest make a pool must not outlive the record that forbids it.
+        if let Err(error) = self.refresh_entry(volume).await {
+            tracing::warn!(volume = %volume.id, "direct volume not refreshed: {error}");
+        }
+    }
+
+    /// Takes up a volume whose record was made anew. It may have been unpublished, or this process started, while there was
+    /// none.
+    ///
+    /// # Errors
+    /// When its record can't be read, or the API server not be asked for its pod.
+    pub async fn adopted(&self, id: VolumeId) -> Result<(), VolumeError> {
+        {
+            let _lock = self.context.lock(id).await;
+            let volume = self.context.find(id).await?;
+            if self.context.published.observed(id).is_none() {
+                self.take_up(&volume).await;
+            }
+        }
+        self.withdraw_where(|other| other == id).await
     }
 
     /// With somebody to tell what guests say.

@@ -219,6 +219,14 @@ impl Published {
         Some((entry.observed.clone()?, entry.digest?))
     }
 
+    /// Notes a publication that is older than this process knows of it. Its sandbox may be any.
+    pub(super) fn take_up(&self, volume: &Volume, publication: &Publication) {
+        self.insert(volume, publication);
+        if let Some(entry) = self.entries().get_mut(&volume.id) {
+            entry.scans = 0;
+        }
+    }
+
     /// Keeps the token of a publication, if it is that.
     pub(super) fn keep_token(&self, id: VolumeId, token: Uuid) {
         let mut entries = self.entries();

@@ -32,6 +32,7 @@ pub(crate) async fn the_chart_is_installed_upgraded_and_uninstalled(cluster: &Cl
     let initrd = guest.join("initrd");
     ensure!(initrd.exists(), "the installer put no initrd on the node");
     a_node_plugin_changes_its_own_objects_only(cluster).await?;
+    a_record_of_what_was_never_made_can_be_deleted(cluster).await?;
     no_right_is_missing(cluster).await?;
 
     let (chart, replicas) = (chart().display().to_string(), "controller.replicas=1");
@@ -90,29 +91,53 @@ async fn a_node_plugin_changes_its_own_objects_only(cluster: &Cluster) -> Result
         let text = format!("{refused:#}");
         ensure!(text.contains(want), "{what}: {text}");
     }
+    let adopt = ["patch", "zfsvolume", VOLUME, "--type=merge", "-p", r#"{"spec":{"adopt":{"phase":"Ready"}}}"#];
+    let error = cluster.kubectl(&adopt).await.err().map(|error| format!("{error:#}")).unwrap_or_default();
+    ensure!(
+        error.contains("adopt is set when the object is made, and never after"),
+        "anybody may add it later: {error}"
+    );
     inline_volumes_begin_as_their_node_does(cluster, &account, &own).await
 }
 
 /// No node makes an object under a name that another node needs.
 async fn inline_volumes_begin_as_their_node_does(cluster: &Cluster, account: &str, own: &str) -> Result<()> {
     let uid = "--as-user-extra=authentication.kubernetes.io/node-uid=0f8b3c52-7d1e-4f0a-9c3e-2b1a5d6e7f80";
-    for (name, allowed) in
-        [("0f8b3c52-7d1e-8000-8000-000000000001", true), ("1f8b3c52-7d1e-8000-8000-000000000001", false)]
-    {
-        let object = record().1.replace(VOLUME, name).replace("capacity: 1Gi", "capacity: 1Gi\n  ephemeral: true");
+    let (own_name, other_name) = ("0f8b3c52-7d1e-8000-8000-000000000001", "1f8b3c52-7d1e-8000-8000-000000000001");
+    let known = "ephemeral: true\n  adopt: {phase: Ready, initialized: true}";
+    for (name, spec, refused) in [
+        (own_name, "ephemeral: true", None),
+        (other_name, "ephemeral: true", Some("must begin as the UID of its node does")),
+        (own_name, known, Some("adopts nothing")),
+    ] {
+        let object = record().1.replace(VOLUME, name).replace("capacity: 1Gi", &format!("capacity: 1Gi\n  {spec}"));
         let file = cluster.dir().join(format!("{name}.yaml"));
         std::fs::write(&file, object)?;
         let made = cluster.kubectl(&["create", "-f", &file.display().to_string(), account, own, uid]).await;
-        match made {
-            Ok(_) if allowed => drop(cluster.kubectl(&["delete", "zfsvolume", name]).await?),
-            Err(refused) if !allowed => {
-                let text = format!("{refused:#}");
-                ensure!(text.contains("must begin as the UID of its node does"), "{text}");
-            }
-            Ok(_) => bail!("a node plugin made {name}"),
-            Err(refused) => return Err(refused.context(format!("make {name}"))),
+        match (made, refused) {
+            (Ok(_), None) => drop(cluster.kubectl(&["delete", "zfsvolume", name]).await?),
+            (Err(error), Some(why)) => ensure!(format!("{error:#}").contains(why), "{spec}: {error:#}"),
+            (Ok(_), Some(_)) => bail!("a node plugin made {name}: {spec}"),
+            (Err(error), None) => return Err(error.context(format!("make {name}"))),
         }
     }
+    Ok(())
+}
+
+/// Its node refuses it, and lets it go when somebody deletes it: there is no data that it stands for.
+async fn a_record_of_what_was_never_made_can_be_deleted(cluster: &Cluster) -> Result<()> {
+    let name = "22222222-2222-4222-8222-222222222222";
+    let held = format!("metadata: {{name: {name}, finalizers: [zpod.storage/device]}}");
+    let record = record().1.replace(&format!("metadata: {{name: {VOLUME}}}"), &held);
+    cluster.apply(&record.replace("node-of-nobody", NODE).replace("capacity: 1Gi", "capacity: 100Ti")).await?;
+    cluster
+        .wait("its node refuses it", async || {
+            let volume = cluster.kubectl_json(&["get", "zfsvolume", name]).await?;
+            ensure!(volume["status"]["phase"] == "Refused", "it is {volume}");
+            Ok(())
+        })
+        .await?;
+    cluster.kubectl(&["delete", "zfsvolume", name, "--timeout=60s"]).await?;
     Ok(())
 }
 

@@ -14,7 +14,7 @@ const CALL: Duration = Duration::from_secs(300);
 const CLAIM: &str = include_str!("../../manifests/claim.yaml");
 const WRITER: &str = include_str!("../../manifests/pod.yaml");
 
-async fn plugin(cluster: &Cluster, arguments: &[&str], stdin: Stdio, stdout: Stdio) -> Result<Output> {
+pub(super) async fn plugin(cluster: &Cluster, arguments: &[&str], stdin: Stdio, stdout: Stdio) -> Result<Output> {
     let mut command = Command::new(inputs::kubectl_zpod()?);
     command.args(arguments).arg("--kubeconfig").arg(cluster.kubeconfig()).kill_on_drop(true);
     command.stdin(stdin).stdout(stdout).stderr(Stdio::piped());

@@ -117,6 +117,10 @@ fn main() -> Result<ExitCode> {
             "deleting_the_plain_manifests_takes_no_record",
             manifests::deleting_the_plain_manifests_takes_no_record,
         ),
+        stage.trial(
+            "a_record_that_was_deleted_by_hand_is_adopted",
+            running::a_record_that_was_deleted_by_hand_is_adopted,
+        ),
         // An API server that has just started refuses what it will grant a second later: after the look at refusals.
         stage.trial("a_pod_runs_on_whatever_happens_around_it", running::a_pod_runs_on_whatever_happens_around_it),
         stage.trial("the_snapshot_api_can_be_added", snapshots::the_snapshot_api_can_be_added),

@@ -160,7 +160,11 @@ fn message(status: &ZfsVolumeStatus, pool: &str) -> String {
     let wrong = status.conditions.iter().filter(|condition| condition.status == "False");
     // Of the pool, its own words say it already.
     let wrong = wrong.filter(|condition| condition.type_ != HEALTHY || pool.is_empty());
-    let wrong = wrong.filter(|condition| condition.type_ != READY || status.phase != Some(Phase::Ready));
+    // What its node looked for and did not find.
+    let missing = |reason: &str| reason == "Missing";
+    let wrong = wrong.filter(|condition| {
+        condition.type_ != READY || status.phase != Some(Phase::Ready) || missing(&condition.reason)
+    });
     let said = wrong.map(|condition| condition.message.as_str());
     let all: Vec<&str> = std::iter::once(pool).chain(said).filter(|text| !text.is_empty()).collect();
     all.join("; ")

@@ -8,6 +8,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zpod_storage::catalog::{CatalogError, Record};
 
+use crate::record::READY;
+
 /// A kind of object in which records are kept: the controller's wish in `spec`, the node's record in `status`.
 pub trait Kept:
     Resource<DynamicType = (), Scope = ClusterResourceScope>
@@ -42,6 +44,27 @@ pub trait Kept:
 
     /// The part of the status that the node owns.
     fn own_status(&self) -> Self::Status;
+
+    /// The object to make once this one, which somebody has deleted by hand, is gone: it carries what the node has recorded.
+    /// None where nothing was made, or what was made can't be kept: a snapshot that is not finished, what is being destroyed.
+    ///
+    /// # Errors
+    /// When the record is none that zpod wrote.
+    fn anew(&self) -> Result<Option<Self>, CatalogError>;
+
+    /// Whether it was made anew with what its node had recorded.
+    fn is_made_anew(&self) -> bool;
+
+    /// Whether it was, and its node has not found yet what it stands for.
+    fn is_to_be_adopted(&self) -> bool {
+        let mut status = self.status().cloned().unwrap_or_default();
+        let head = Self::head(&mut status);
+        let found = head.conditions.iter().any(|condition| condition.type_ == READY && condition.status == "True");
+        self.is_made_anew() && !found
+    }
+
+    /// Whether its node has not said that there is anything of it.
+    fn is_unmade(&self) -> bool;
 
     /// The node that it is on.
     fn node(&self) -> &str;

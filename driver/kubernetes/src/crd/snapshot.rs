@@ -60,6 +60,7 @@ const PHASES: &str = "!has(oldSelf.status) || !has(oldSelf.status.phase) || (has
 #[x_kube(validation = Rule::new("!has(self.complete) || !self.complete || has(self.group)").message("only a snapshot of a group can be complete"))]
 #[x_kube(validation = Rule::new("(has(self.allowCopy) && self.allowCopy) == (has(oldSelf.allowCopy) && oldSelf.allowCopy)").message("allowCopy can't be changed"))]
 #[x_kube(validation = Rule::new("has(oldSelf.group) == has(self.group) && (!has(self.group) || self.group == oldSelf.group)").message("group can't be changed"))]
+#[x_kube(validation = Rule::new("has(self.adopt) == has(oldSelf.adopt)").message("adopt is set when the object is made, and never after"))]
 #[serde(rename_all = "camelCase")]
 pub struct ZfsSnapshotSpec {
     /// The name CSI gave. One name, one snapshot.
@@ -90,6 +91,10 @@ pub struct ZfsSnapshotSpec {
     /// Set by DeleteSnapshot before it deletes this object, and by nobody else.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub destroy: bool,
+    /// What its node had recorded when somebody deleted the object by hand: `kubectl zpod adopt` makes the object anew with
+    /// it. The node takes it over into its status, and nothing looks at it afterwards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adopt: Option<Box<ZfsSnapshotStatus>>,
 }
 
 /// The group that a snapshot is taken with.

@@ -106,6 +106,7 @@ const KNOWN: &str = "!has(oldSelf.status) \
 #[x_kube(validation = Rule::new("has(oldSelf.source) == has(self.source) && (!has(self.source) || self.source == oldSelf.source)").message("source can't be changed"))]
 #[x_kube(validation = Rule::new("has(oldSelf.mode) == has(self.mode) && (!has(self.mode) || self.mode == oldSelf.mode)").message("mode can't be changed"))]
 #[x_kube(validation = Rule::new("(has(self.ephemeral) && self.ephemeral) == (has(oldSelf.ephemeral) && oldSelf.ephemeral)").message("ephemeral can't be changed"))]
+#[x_kube(validation = Rule::new("has(self.adopt) == has(oldSelf.adopt)").message("adopt is set when the object is made, and never after"))]
 #[serde(rename_all = "camelCase")]
 pub struct ZfsVolumeSpec {
     /// The name CSI gave. One name, one volume.
@@ -145,6 +146,10 @@ pub struct ZfsVolumeSpec {
     /// device and all data on it. An object deleted without it stays, and so does its data.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub destroy: bool,
+    /// What its node had recorded when somebody deleted the object by hand: `kubectl zpod adopt` makes the object anew with
+    /// it. The node takes it over into its status, and nothing looks at it afterwards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adopt: Option<Box<ZfsVolumeStatus>>,
 }
 
 /// What a volume is made from: one of the two.

@@ -40,6 +40,7 @@ impl Kept for ZfsSnapshot {
             complete: false,
             allow_copy: snapshot.allow_copy,
             destroy: false,
+            adopt: None,
         };
         let mut object = Self::new(&snapshot.id.to_string(), spec);
         object.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
@@ -53,8 +54,7 @@ impl Kept for ZfsSnapshot {
         let unreadable =
             |reason: &str| CatalogError::Unreadable { what: format!("ZfsSnapshot {name}"), reason: reason.into() };
         let id: SnapshotId = name.parse().map_err(|_| unreadable("its name is not a snapshot's id"))?;
-        let none = ZfsSnapshotStatus::default();
-        let (spec, status) = (&self.spec, self.status.as_ref().unwrap_or(&none));
+        let (spec, status) = (&self.spec, self.own_status());
         let group = spec.group.as_ref().map(|group| {
             let bad = || unreadable("its group is none");
             let size = usize::try_from(group.size).map_err(|_| bad())?;
@@ -74,7 +74,7 @@ impl Kept for ZfsSnapshot {
                 Some(SnapshotPhase::Deleting) => RecordPhase::Deleting,
             },
             allow_copy: spec.allow_copy,
-            contents: contents_of(status).map_err(unreadable)?,
+            contents: contents_of(&status).map_err(unreadable)?,
             revision: u64::try_from(status.revision).map_err(|_| unreadable("status.revision is negative"))?,
         })
     }
@@ -117,8 +117,39 @@ impl Kept for ZfsSnapshot {
         }
     }
 
+    /// Of an object that was deleted by hand and made anew, what the node had recorded before, until it takes that over.
     fn own_status(&self) -> ZfsSnapshotStatus {
-        self.status.clone().unwrap_or_default()
+        let status = self.status.clone().unwrap_or_default();
+        match &self.spec.adopt {
+            Some(before) if status.phase.is_none() => {
+                ZfsSnapshotStatus { conditions: status.conditions, ..(**before).clone() }
+            }
+            _ => status,
+        }
+    }
+
+    fn anew(&self) -> Result<Option<Self>, CatalogError> {
+        let adopt = match self.own_status().phase {
+            None => None,
+            Some(SnapshotPhase::Ready) => {
+                let status = self.status_for(&self.record()?);
+                Some(Box::new(ZfsSnapshotStatus { observed_generation: None, conditions: Vec::new(), ..status }))
+            }
+            Some(_) => return Ok(None),
+        };
+        let name = self.metadata.name.as_deref().unwrap_or_default();
+        let mut object = Self::new(name, ZfsSnapshotSpec { adopt, ..self.spec.clone() });
+        object.metadata.labels.clone_from(&self.metadata.labels);
+        object.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
+        Ok(Some(object))
+    }
+
+    fn is_unmade(&self) -> bool {
+        matches!(self.own_status().phase, None | Some(SnapshotPhase::Refused))
+    }
+
+    fn is_made_anew(&self) -> bool {
+        self.spec.adopt.is_some()
     }
 
     fn node(&self) -> &str {

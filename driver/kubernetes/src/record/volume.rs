@@ -36,6 +36,7 @@ fn spec_of(volume: &Volume) -> ZfsVolumeSpec {
         scrub_requested_at: None,
         ephemeral: volume.ephemeral,
         destroy: false,
+        adopt: None,
     }
 }
 
@@ -108,10 +109,36 @@ impl Kept for ZfsVolume {
     }
 
     fn own_status(&self) -> ZfsVolumeStatus {
-        let mut status = self.status.clone().unwrap_or_default();
+        let mut status = recorded(self);
         status.pool = None;
         status.conditions = conditions_of_node(&status.conditions);
         status
+    }
+
+    fn anew(&self) -> Result<Option<Self>, CatalogError> {
+        let adopt = match recorded(self).phase {
+            // A copy that is begun is known by its origin, which only the status has.
+            None if recorded(self).origin.is_some() => return Ok(None),
+            None => None,
+            Some(Phase::Ready) => {
+                let status = node_status(self, &volume_of(self)?);
+                Some(Box::new(ZfsVolumeStatus { observed_generation: None, conditions: Vec::new(), ..status }))
+            }
+            Some(Phase::Refused | Phase::Deleting) => return Ok(None),
+        };
+        let name = self.metadata.name.as_deref().unwrap_or_default();
+        let mut object = Self::new(name, ZfsVolumeSpec { adopt, ..self.spec.clone() });
+        object.metadata.labels.clone_from(&self.metadata.labels);
+        object.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
+        Ok(Some(object))
+    }
+
+    fn is_unmade(&self) -> bool {
+        matches!(recorded(self).phase, None | Some(Phase::Refused))
+    }
+
+    fn is_made_anew(&self) -> bool {
+        self.spec.adopt.is_some()
     }
 
     fn node(&self) -> &str {
@@ -136,13 +163,24 @@ impl Kept for ZfsVolume {
     }
 }
 
+/// What the node has recorded. Of an object that was deleted by hand and made anew, what it had recorded before, until it
+/// takes that over.
+fn recorded(object: &ZfsVolume) -> ZfsVolumeStatus {
+    let status = object.status.clone().unwrap_or_default();
+    match &object.spec.adopt {
+        Some(before) if status.phase.is_none() => {
+            ZfsVolumeStatus { pool: status.pool, conditions: status.conditions, ..(**before).clone() }
+        }
+        _ => status,
+    }
+}
+
 fn volume_of(object: &ZfsVolume) -> Result<Volume, CatalogError> {
     let name = object.metadata.name.as_deref().unwrap_or_default();
     let unreadable =
         |reason: &str| CatalogError::Unreadable { what: format!("ZfsVolume {name}"), reason: reason.into() };
     let id: VolumeId = name.parse().map_err(|_| unreadable("its name is not a volume's id"))?;
-    let none = ZfsVolumeStatus::default();
-    let (spec, status) = (&object.spec, object.status.as_ref().unwrap_or(&none));
+    let (spec, status) = (&object.spec, recorded(object));
     let capacity = status.capacity.unwrap_or(spec.capacity).0;
     // What the node has taken over; before it has the device, what was asked for.
     let attributes = if status.phase.is_some() { &status.attributes } else { &spec.attributes };
@@ -337,6 +375,41 @@ mod tests {
         let written = serde_json::to_string(&object(&read)).unwrap();
         assert!(!written.contains(&Uuid::from_u128(7).to_string()), "{written}");
         assert!(!volume_of(&object(&read)).unwrap().publication.unwrap().token_digest.was_plain());
+    }
+
+    #[test]
+    fn an_object_made_anew_has_the_same_record_until_and_after_its_node_takes_it_over() {
+        let volume = volume();
+        let before = object(&volume);
+        let known = volume_of(&before).unwrap();
+        let mut anew = before.anew().unwrap().unwrap();
+        assert!(anew.status.is_none() && anew.is_to_be_adopted());
+        let read = volume_of(&anew).unwrap();
+        assert_eq!(Volume { revision: known.revision, ..read.clone() }, known);
+        // Whatever the node says first brings all of it along.
+        let mut status = anew.own_status();
+        assert_eq!(status.phase, Some(Phase::Ready));
+        let remark = Remark { kind: READY, holds: true, reason: "Adopted", message: "here".into() };
+        set(&mut status.conditions, &remark, Some(1));
+        anew.status = Some(status);
+        assert!(!anew.is_to_be_adopted());
+        assert_eq!(volume_of(&anew).unwrap(), read);
+        // From then on the status counts, and what it was made with does not.
+        anew.status = Some(node_status(&anew, &Volume { publication: None, ..read }));
+        assert!(volume_of(&anew).unwrap().publication.is_none());
+        // Deleted by hand once more, it is the later record that is adopted.
+        assert!(volume_of(&anew.anew().unwrap().unwrap()).unwrap().publication.is_none());
+    }
+
+    #[test]
+    fn what_was_never_begun_is_asked_for_again_and_what_is_no_more_is_not() {
+        let mut object = object(&volume());
+        for (phase, made) in [(None, true), (Some(Phase::Refused), false), (Some(Phase::Deleting), false)] {
+            object.status.as_mut().unwrap().phase = phase;
+            let anew = object.anew().unwrap();
+            assert_eq!(anew.is_some(), made, "{phase:?}");
+            assert!(anew.is_none_or(|anew| anew.spec.adopt.is_none() && anew.spec.volume_name == "pvc-1"));
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use kube::Client;
 use kube::runtime::controller::Action;
 use tokio::sync::Notify;
 use zpod_kubernetes::crd::{SnapshotPhase, ZfsSnapshot};
-use zpod_kubernetes::{KubeCatalog, READY};
+use zpod_kubernetes::{Kept as _, KubeCatalog, READY};
 use zpod_storage::catalog::{CatalogError, SnapshotPhase as RecordPhase};
 use zpod_volume::SnapshotId;
 
@@ -77,10 +77,23 @@ impl Work<ZfsSnapshot> for Taking {
         Ok(())
     }
 
+    async fn find(&self, id: SnapshotId) -> Result<(), VolumeError> {
+        self.snapshotter.find_copy(id).await
+    }
+
+    async fn adopted(&self, _: SnapshotId) -> Result<(), VolumeError> {
+        Ok(())
+    }
+
+    async fn let_go(&self, object: &ZfsSnapshot, id: SnapshotId) -> Result<bool, VolumeError> {
+        Ok(object.is_unmade() && self.snapshotter.discard_unmade(id).await?)
+    }
+
     fn keeps(&self, id: SnapshotId) -> String {
         format!(
-            "ZfsSnapshot {id} was deleted, but not by DeleteSnapshot: its copy on node {} is kept. To destroy it, delete its \
-             VolumeSnapshot, or set spec.destroy=true where there is none any more",
+            "ZfsSnapshot {id} was deleted, but not by DeleteSnapshot: its copy on node {} is kept. To undo the deletion: \
+             kubectl zpod adopt {id}. To destroy it, delete its VolumeSnapshot, or set spec.destroy=true where there is none any \
+             more",
             self.node
         )
     }

@@ -8,12 +8,13 @@ use kube::runtime::controller::Action;
 use kube::{Client, ResourceExt as _};
 use tokio::sync::Notify;
 use zpod_kubernetes::crd::{Phase, ZfsVolume};
-use zpod_kubernetes::{EXPANDED, KubeCatalog, MODIFIED, READY, Remark};
+use zpod_kubernetes::{EXPANDED, Kept as _, KubeCatalog, MODIFIED, READY, Remark};
 use zpod_storage::backing::BackingError;
 use zpod_storage::catalog::CatalogError;
 use zpod_volume::{Bytes, VolumeAttributes, VolumeId};
 
 use super::{Work, run, say};
+use crate::cluster::PoolStates;
 use crate::cluster::answers::condition;
 use crate::cluster::reasons::reason;
 use crate::volumes::{CapacityRange, NodeVolumes, Provision as _, Provisioner, VolumeError};
@@ -26,16 +27,18 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const RETRY_SCRUB: Duration = Duration::from_secs(30);
 
 /// Carries out what the ZfsVolumes of this node ask for, as long as it runs: makes devices, makes room, sets attributes,
-/// scrubs, destroys. `changed` is told when room was taken or given back.
+/// scrubs, destroys. `changed` is told when room was taken or given back, `states` when an object was made anew.
 pub async fn reconcile_volumes(
     client: Client,
     node: String,
     volumes: NodeVolumes,
     provisioner: Provisioner,
     changed: Arc<Notify>,
+    states: Arc<PoolStates>,
 ) {
     let catalog = KubeCatalog::of_node(client.clone(), &node);
-    let work = Volumes { node: node.clone(), provisioner, volumes, catalog, changed, scrubbed: Mutex::default() };
+    let work =
+        Volumes { node: node.clone(), provisioner, volumes, catalog, changed, states, scrubbed: Mutex::default() };
     run(client, node, work).await;
 }
 
@@ -45,6 +48,7 @@ struct Volumes {
     volumes: NodeVolumes,
     catalog: KubeCatalog<ZfsVolume>,
     changed: Arc<Notify>,
+    states: Arc<PoolStates>,
     /// The latest request of each volume that a scrub was begun for: the guest's clock is no proof that it ended after it.
     scrubbed: Mutex<HashMap<VolumeId, Time>>,
 }
@@ -88,11 +92,25 @@ impl Work<ZfsVolume> for Volumes {
         Ok(())
     }
 
+    async fn find(&self, id: VolumeId) -> Result<(), VolumeError> {
+        self.provisioner.find_device(id).await
+    }
+
+    async fn adopted(&self, id: VolumeId) -> Result<(), VolumeError> {
+        // What the object before said of the guest's pool is gone with it.
+        self.states.made_anew(id);
+        self.volumes.adopted(id).await
+    }
+
+    async fn let_go(&self, object: &ZfsVolume, id: VolumeId) -> Result<bool, VolumeError> {
+        Ok(object.is_unmade() && self.provisioner.discard_unmade(id).await?)
+    }
+
     fn keeps(&self, id: VolumeId) -> String {
         format!(
             "ZfsVolume {id} was deleted, but not by DeleteVolume: its device on node {} and all data are kept, and pods go \
-             on using it. To destroy it, delete its PersistentVolumeClaim, or set spec.destroy=true where there is none any \
-             more",
+             on using it. To undo the deletion: kubectl zpod adopt {id}. To destroy it, delete its PersistentVolumeClaim, or \
+             set spec.destroy=true where there is none any more",
             self.node
         )
     }

@@ -135,6 +135,11 @@ impl Track {
         self.rest(now);
     }
 
+    /// Notes that there is another object, which says nothing yet.
+    pub(super) fn made_anew(&mut self) {
+        (self.base, self.gone, self.rests) = (Base::Unknown, false, None);
+    }
+
     /// Whether there is nothing left to say, now and later.
     pub(super) fn is_over(&self) -> bool {
         match (&self.wanted, &self.base) {

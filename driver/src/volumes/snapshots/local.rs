@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use zpod_storage::backing::Outcome;
 use zpod_storage::catalog::{Created, Snapshot, SnapshotPhase};
 use zpod_storage::crash;
-use zpod_volume::{GroupId, SnapshotId, VolumeId};
+use zpod_volume::{GroupId, Mark, SnapshotId, VolumeId};
 
 use super::{GroupRequest, SnapshotPage, SnapshotRequest, Snapshots, groups, steps};
 use crate::volumes::context::to_the_end;
@@ -58,6 +58,37 @@ impl Snapshotter {
     pub async fn copy(&self, id: SnapshotId) -> Result<Snapshot, VolumeError> {
         let context = self.context.clone();
         to_the_end(async move { copy(&context, id).await }).await
+    }
+
+    /// Removes the record of a snapshot that was never begun. Whether there is no such record now.
+    ///
+    /// # Errors
+    /// When it can't be looked at, or its record can't be removed.
+    pub async fn discard_unmade(&self, id: SnapshotId) -> Result<bool, VolumeError> {
+        let context = self.context.clone();
+        to_the_end(async move {
+            let Some(found) = context.snapshots.get(id).await? else { return Ok(true) };
+            let _lock = context.lock(found.volume).await;
+            let Some(found) = context.snapshots.get(id).await? else { return Ok(true) };
+            let begun = found.phase != SnapshotPhase::Wanted || context.copies.is_known(Target::Snapshot(id));
+            if begun || steps::is_there(&context, id).await? {
+                return Ok(false);
+            }
+            // Of an attempt that failed late.
+            steps::unmark(&context, found.volume, &Mark::for_snapshot(id)).await;
+            context.marks().remove(&id);
+            context.snapshots.remove(id).await?;
+            Ok(true)
+        })
+        .await
+    }
+
+    /// That the copy of a snapshot is here.
+    ///
+    /// # Errors
+    /// When it is not, or can't be looked for.
+    pub async fn find_copy(&self, id: SnapshotId) -> Result<(), VolumeError> {
+        self.context.with_backing(move |backing| backing.snapshot_allocated(id).map(drop)).await
     }
 
     /// How far a full copy is, while one is being made.

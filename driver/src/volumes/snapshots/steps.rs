@@ -73,6 +73,15 @@ pub(super) async fn take(context: &Arc<Context>, snapshot: Snapshot) -> Result<S
 /// Marks the instant that a copy is to show, and records what the copy will have in it.
 pub(super) async fn mark(context: &Context, snapshot: Snapshot, phase: SnapshotPhase) -> Result<Snapshot, VolumeError> {
     let (id, mark) = (snapshot.id, Mark::for_snapshot(snapshot.id));
+    if snapshot.phase == SnapshotPhase::Wanted && is_there(context, id).await? {
+        // Its record came back without what was known of it. What is on the disk is of another instant than would be said.
+        let remedy = "if its ZfsSnapshot came back from a backup, `kubectl zpod adopt --from` that backup restores it";
+        return Err(VolumeError::SnapshotNotReady {
+            id,
+            state: "on the disk already, and its record does not know it",
+            remedy,
+        });
+    }
     let volume = context.ready(snapshot.volume).await?;
     let marked = mark_volume(context, &volume, &mark, snapshot.allow_copy).await?;
     crash::point("snapshot: marked");
