@@ -165,7 +165,7 @@ impl Drop for Holder {
 async fn a_device_that_somebody_may_have_stays_published_and_attached_whoever_that_is() {
     let world = World::new().await;
     let look = async |keeper: &str| {
-        world.node.withdraw_abandoned().await.unwrap();
+        world.node.withdraw_abandoned().await;
         world.stands(keeper).await;
     };
     look("the API server knows the pod").await;
@@ -192,10 +192,10 @@ async fn a_device_that_somebody_may_have_stays_published_and_attached_whoever_th
     assert_eq!(&bytes, b"EFI PART");
     drop(machine);
     let machine = World::held(&world.image());
-    world.node.withdraw_abandoned().await.unwrap();
+    world.node.withdraw_abandoned().await;
     assert!(world.is_published().await, "a virtual machine has the image");
     drop(machine);
-    world.node.withdraw_abandoned().await.unwrap();
+    world.node.withdraw_abandoned().await;
     world.is_taken_back().await;
 }
 
@@ -220,7 +220,7 @@ async fn a_device_that_nobody_can_have_any_more_is_taken_back_in_whatever_state_
                 let user = File::open(&world.device).unwrap();
                 LoopDevice::detach(&world.image()).unwrap();
                 assert_eq!(attribute(&world.device, "loop/autoclear"), "1");
-                world.node.withdraw_abandoned().await.unwrap();
+                world.node.withdraw_abandoned().await;
                 assert!(world.is_published().await, "somebody looks at it");
                 drop(user);
             }
@@ -230,7 +230,7 @@ async fn a_device_that_nobody_can_have_any_more_is_taken_back_in_whatever_state_
             }
             _ => {}
         }
-        world.node.withdraw_abandoned().await.unwrap();
+        world.node.withdraw_abandoned().await;
         world.is_taken_back().await;
         fs::create_dir_all(target.parent().unwrap()).unwrap();
         world.publish().await;
@@ -253,11 +253,11 @@ async fn a_device_that_a_guest_speaks_of_stays_published_until_it_is_silent() {
     let _monitor = Monitor::start(vec![world.path("kata")], Arc::new(world.node.clone()));
     let heard = || world.node.looks().iter().any(|look| look.heard.is_some());
     eventually("the guest is heard", heard).await;
-    world.node.withdraw_abandoned().await.unwrap();
+    world.node.withdraw_abandoned().await;
     world.stands("a guest").await;
     drop(guest);
     eventually("the guest is gone", || !heard()).await;
-    world.node.withdraw_abandoned().await.unwrap();
+    world.node.withdraw_abandoned().await;
     world.is_taken_back().await;
 }
 

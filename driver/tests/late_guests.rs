@@ -163,7 +163,7 @@ fn the_bounds_are_those_that_the_documents_promise() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_that_does_not_answer_has_the_bounds_and_no_more_and_its_volume_is_free_then() {
-    let bounds = MarkBounds { mark: Duration::from_secs(3), unmark: Duration::from_secs(1) };
+    let bounds = MarkBounds { mark: Duration::from_secs(8), unmark: Duration::from_secs(1) };
     let world = World::new(bounds).await;
     let hostile = world.pod("hostile").await;
     let late = &hostile.guest.state.late;

@@ -227,7 +227,7 @@ async fn a_container_that_runs_without_its_volume_is_found_and_told_until_a_gues
     let said =
         VolumeStatus { volume_id: id.to_string(), token, health: WireHealth::Online.into(), ..Default::default() };
     let kata = world.dir.path().join("kata");
-    let _guest = FakeGuest::start(&kata, "guest", Behaviour::Honest, vec![said]);
+    let guest = FakeGuest::start(&kata, "guest", Behaviour::Honest, vec![said]);
     let _monitor = Monitor::start(vec![kata], Arc::new(world.node.clone()));
     let deadline = Instant::now() + Duration::from_secs(60);
     while condition().await.abnormal {
@@ -237,6 +237,15 @@ async fn a_container_that_runs_without_its_volume_is_found_and_told_until_a_gues
     world.node.find_unheard(Duration::ZERO).await;
     assert!(!condition().await.abnormal);
     assert_eq!((told(), *world.notes.last.lock().unwrap()), (2, "reported"));
+    // Its container has ended, which the API server does not know yet.
+    guest.state.volumes.lock().unwrap().clear();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while world.node.looks().iter().any(|look| look.heard.is_some()) {
+        assert!(Instant::now() < deadline, "the guest tells of it still");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    world.node.find_unheard(Duration::ZERO).await;
+    assert!(!condition().await.abnormal && told() == 2, "its guest has had it");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -25,6 +25,7 @@ use zpod_driver::volumes::{
     Context, CreateRequest, GroupRequest, NodeVolumes, Provision, Provisioner, PublishRequest, SnapshotRequest,
     Snapshots, Snapshotter, VolumeError,
 };
+use zpod_proto::csi;
 use zpod_storage::backing::sim::SimBacking;
 use zpod_storage::catalog::SnapshotPhase;
 use zpod_volume::{Bytes, Create, DiskLayout, VolumeId};
@@ -117,6 +118,29 @@ async fn one_kernel_at_a_time() {
     });
     calls.publish(&id, &second).await.unwrap();
     closing.await.unwrap();
+}
+
+/// Somebody has changed the PersistentVolume while it was being published. INVALID_ARGUMENT would be kubelet's last word.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_became_invalid_does_not_hide_that_the_volume_is_published() {
+    let node = Node::new();
+    let daemon = node.start(None);
+    let mut calls = Calls::new(daemon.channel());
+    let id = calls.create("a", GIB).await.unwrap().volume_id;
+    let target = node.path("pods/pod-1");
+    let invalid = |target: &Path| csi::NodePublishVolumeRequest {
+        volume_id: id.clone(),
+        target_path: target.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    assert_eq!(calls.publish_as(invalid(&target)).await.unwrap_err().code(), Code::InvalidArgument);
+    calls.publish(&id, &target).await.unwrap();
+    let error = calls.publish_as(invalid(&target)).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    assert!(error.message().contains("volume_capability"), "{error}");
+    let elsewhere = calls.publish_as(invalid(&node.path("pods/pod-2"))).await.unwrap_err();
+    assert_eq!(elsewhere.code(), Code::InvalidArgument, "{elsewhere}");
+    calls.unpublish(&id, &target).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -164,10 +164,17 @@ impl PodCheck for ClusterPods {
             pod: pod.to_string(),
             reason: clean(&reason, 512),
         })?;
-        let same = |found: &Pod| found.metadata.uid.as_deref() == Some(pod.uid.as_str());
+        // Of a pod that is on its way out, kubelet says at the end only which containers have ended.
+        let same = |found: &Pod| {
+            found.metadata.uid.as_deref() == Some(pod.uid.as_str()) && found.metadata.deletion_timestamp.is_none()
+        };
         let Some(Pod { spec: Some(spec), status: Some(status), .. }) = found.filter(same) else { return Ok(false) };
         let claim = volume.labels.get(CLAIM_NAME).map(String::as_str);
-        let volumes = names(&pod.name, &spec, claim, claim.is_none());
+        let volumes = match claim {
+            Some(_) => names(&pod.name, &spec, claim, false),
+            // An inline volume: kubelet names its directory as the pod does.
+            None => persistent_volume(&volume.target).into_iter().collect(),
+        };
         let mounts = |container: &Container| {
             let files = container.volume_mounts.iter().flatten().map(|mount| mount.name.as_str());
             let devices = container.volume_devices.iter().flatten().map(|device| device.name.as_str());
@@ -454,6 +461,11 @@ mod tests {
         let waiting = |name: &str| json!({"name": name, "state": {"waiting": {"reason": "ContainerCreating"}}});
         let Volume { id, labels, capacity, .. } = volume("data-db-0");
         let observed = Observed { id, target: "/t".into(), pod: Some(pod()), labels, capacity };
+        let runs = async |observed: &Observed, object: Value, uid: &str| {
+            let answers = Answers::default().with("/api/v1/namespaces/prod/pods/db-0", object);
+            let pod = PodRef { uid: uid.into(), ..pod() };
+            ClusterPods::new(answers.client(), vec![]).runs_with(observed, &pod).await.unwrap()
+        };
         for (statuses, uid, want) in [
             (json!([running("db")]), "u-1", true),
             (json!([waiting("db")]), "u-1", false),
@@ -465,10 +477,21 @@ mod tests {
             spec["containers"].as_array_mut().unwrap().push(json!({"name": "other"}));
             let mut object = object(spec);
             object["status"] = json!({"containerStatuses": statuses});
-            let answers = Answers::default().with("/api/v1/namespaces/prod/pods/db-0", object);
-            let pods = ClusterPods::new(answers.client(), vec![]);
-            let pod = PodRef { uid: uid.into(), ..pod() };
-            assert_eq!(pods.runs_with(&observed, &pod).await.unwrap(), want, "{statuses} {uid}");
+            assert_eq!(runs(&observed, object.clone(), uid).await, want, "{statuses} {uid}");
+            object["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+            assert!(!runs(&observed, object, uid).await, "it is on its way out: {statuses}");
+        }
+        // Of two inline volumes, each is its own.
+        let inline = |name: &str| json!({"name": name, "csi": {"driver": DRIVER}});
+        let mounts = |container: &str, name: &str| json!({"name": container, "volumeMounts": [{"name": name, "mountPath": "/data"}]});
+        let mut object = object(json!({
+            "volumes": [inline("a"), inline("b")], "initContainers": [mounts("first", "a")], "containers": [mounts("db", "b")],
+        }));
+        object["status"] = json!({"initContainerStatuses": [running("first")], "containerStatuses": [waiting("db")]});
+        for (name, want) in [("a", true), ("b", false)] {
+            let target = format!("/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/{name}/mount").into();
+            let observed = Observed { target, labels: Default::default(), ..observed.clone() };
+            assert_eq!(runs(&observed, object.clone(), "u-1").await, want, "{name}");
         }
     }
 

@@ -54,11 +54,16 @@ impl NodeService {
     ) -> Result<csi::NodePublishVolumeResponse, VolumeError> {
         request::required("volume_id", &request.volume_id)?;
         let target = request::path("target_path", &request.target_path)?;
-        let access = capability::parse(request.volume_capability.as_ref())?;
-        let ephemeral = ephemeral::wanted(&request.volume_id, &request.volume_context)?;
-        let id = ephemeral::volume_id(&self.volumes, &request.volume_id)?;
-        let keys = match KeyPair::take(id, std::mem::take(&mut request.secrets)) {
-            Ok(keys) => keys,
+        let parsed = capability::parse(request.volume_capability.as_ref())
+            .and_then(|access| Ok((access, ephemeral::wanted(&request.volume_id, &request.volume_context)?)));
+        let (parsed, id) = match (parsed, ephemeral::volume_id(&self.volumes, &request.volume_id)) {
+            (parsed, Ok(id)) => (parsed, id),
+            (Err(error), Err(_)) | (Ok(_), Err(error)) => return Err(error),
+        };
+        let parsed = parsed.and_then(|parsed| Ok((parsed, KeyPair::take(id, std::mem::take(&mut request.secrets))?)));
+        let ((access, ephemeral), keys) = match parsed {
+            Ok(parsed) => parsed,
+            // What it was published with before may have been changed since, to what is none.
             Err(error) => return Err(self.volumes.failed_to_publish(id, &target, error).await),
         };
         let request = PublishRequest {

@@ -25,10 +25,10 @@ use zpod_storage::backing::{BackingError, Outcome};
 use zpod_storage::catalog::{PodRef, Volume};
 use zpod_volume::{VolumeId, VolumeMode};
 
-use super::VolumeError;
 use super::context::{blocking, to_the_end};
 use super::publish::{Closing, NodeVolumes};
 use super::withdraw::remove;
+use super::{Look, VolumeError};
 use crate::kata::Removal;
 
 /// How often is looked for publications whose pods are gone.
@@ -41,40 +41,42 @@ impl NodeVolumes {
     pub async fn keep_withdrawing_abandoned(self) {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            if let Err(error) = self.withdraw_abandoned().await {
-                tracing::info!("publications of pods that are gone could not be looked for: {error}");
-            }
+            self.withdraw_abandoned().await;
         }
     }
 
     /// One look at all.
-    ///
-    /// # Errors
-    /// When pods can't be looked up.
-    pub async fn withdraw_abandoned(&self) -> Result<(), VolumeError> {
-        self.withdraw_where(|_| true).await
+    pub async fn withdraw_abandoned(&self) {
+        self.withdraw_where(|_| true).await;
     }
 
     /// The same for those volumes alone.
-    pub(super) async fn withdraw_where(&self, wanted: impl Fn(VolumeId) -> bool + Send) -> Result<(), VolumeError> {
+    pub(super) async fn withdraw_where(&self, wanted: impl Fn(VolumeId) -> bool + Send) {
         let looks = self.context.published.looks().into_iter();
         for look in looks.filter(|look| wanted(look.volume.id)) {
-            let (id, target) = (look.volume.id, look.volume.target.clone());
-            let Some(pod) = look.volume.pod.clone().filter(|_| look.heard.is_none()) else { continue };
-            let mode = if self.context.published.is_block(id) { VolumeMode::Block } else { VolumeMode::Filesystem };
-            if Left::of(mode, &target, &pod).is_nothing().await? && self.pods.is_gone(id, &pod).await? {
-                let node = self.clone();
-                let ended = to_the_end(async move { node.withdraw_unused(id, &pod).await }).await;
-                match ended {
-                    Ok(Outcome::Changed) => {
-                        tracing::warn!(volume = %id, "its pod is gone, and nobody unpublished it: the publication was taken back");
-                    }
-                    Ok(Outcome::Unchanged) => {}
-                    Err(error) => tracing::info!(volume = %id, "its pod is gone, and it stays published: {error}"),
+            let id = look.volume.id;
+            match self.withdraw_if_abandoned(look).await {
+                Ok(Outcome::Changed) => {
+                    tracing::warn!(volume = %id, "its pod is gone, and nobody unpublished it: the publication was taken back");
+                }
+                Ok(Outcome::Unchanged) => {}
+                // It keeps no other from being looked at.
+                Err(error) => {
+                    tracing::info!(volume = %id, "whether its pod is gone is not known, or it stays published: {error}")
                 }
             }
         }
-        Ok(())
+    }
+
+    async fn withdraw_if_abandoned(&self, look: Look) -> Result<Outcome, VolumeError> {
+        let (id, target) = (look.volume.id, &look.volume.target);
+        let Some(pod) = look.volume.pod.clone().filter(|_| look.heard.is_none()) else { return Ok(Outcome::Unchanged) };
+        let mode = if self.context.published.is_block(id) { VolumeMode::Block } else { VolumeMode::Filesystem };
+        if !Left::of(mode, target, &pod).is_nothing().await? || !self.pods.is_gone(id, &pod).await? {
+            return Ok(Outcome::Unchanged);
+        }
+        let node = self.clone();
+        to_the_end(async move { node.withdraw_unused(id, &pod).await }).await
     }
 
     async fn withdraw_unused(&self, id: VolumeId, pod: &PodRef) -> Result<Outcome, VolumeError> {

@@ -117,7 +117,7 @@ impl NodeVolumes {
     /// none.
     ///
     /// # Errors
-    /// When its record can't be read, or the API server not be asked for its pod.
+    /// When its record can't be read.
     pub async fn adopted(&self, id: VolumeId) -> Result<(), VolumeError> {
         {
             let _lock = self.context.lock(id).await;
@@ -126,7 +126,8 @@ impl NodeVolumes {
                 self.take_up(&volume).await;
             }
         }
-        self.withdraw_where(|other| other == id).await
+        self.withdraw_where(|other| other == id).await;
+        Ok(())
     }
 
     /// With somebody to tell what guests say.

@@ -57,6 +57,8 @@ struct Entry {
     since: Instant,
     /// A container that mounts it has run, and no guest has told of it since.
     unheard: bool,
+    /// It is older than this process, which does not know whether a guest has told of it.
+    earlier: bool,
     recorded: Option<Instant>,
     /// Kata's entry may tell the next guest less than is recorded: it could not be written.
     stale: bool,
@@ -67,6 +69,14 @@ struct Entry {
     told: Option<String>,
     telling: Option<Instant>,
     scrubs: Scrubs,
+}
+
+impl Entry {
+    /// No guest has told of it since it was published. One that has shown its token has the volume's disk, though it tells of
+    /// it only while a container uses it.
+    fn was_never_heard(&self) -> bool {
+        self.heard.is_none() && self.silence.is_none() && self.owner.is_none() && !self.earlier
+    }
 }
 
 /// What a guest said of a volume, and the guest.
@@ -145,6 +155,7 @@ impl Published {
             silence: None,
             since: Instant::now(),
             unheard: false,
+            earlier: false,
             recorded: None,
             stale: false,
             grown: None,
@@ -175,6 +186,7 @@ impl Published {
             silence: None,
             since: Instant::now(),
             unheard: false,
+            earlier: false,
             recorded: None,
             stale: false,
             grown: None,
@@ -223,7 +235,7 @@ impl Published {
     pub(super) fn take_up(&self, volume: &Volume, publication: &Publication) {
         self.insert(volume, publication);
         if let Some(entry) = self.entries().get_mut(&volume.id) {
-            entry.scans = 0;
+            (entry.scans, entry.earlier) = (0, true);
         }
     }
 
@@ -342,26 +354,27 @@ impl Published {
         self.entries().get(&id)?.silence.clone()
     }
 
-    /// Those that have been published for so long, of which no guest tells or has just told, and of which that is not known
-    /// to be wrong yet.
+    /// Those that have been published for so long, of which no guest has ever told, and of which that is not known to be wrong
+    /// yet.
     pub(super) fn silent(&self, patience: Duration) -> Vec<(Arc<Observed>, TokenDigest)> {
         let silent = |entry: &Entry| {
-            let quiet = entry.heard.is_none() && entry.silence.is_none() && !entry.unheard;
-            (quiet && entry.since.elapsed() >= patience).then(|| entry.observed.clone().zip(entry.digest)).flatten()
+            (entry.was_never_heard() && !entry.unheard && entry.since.elapsed() >= patience)
+                .then(|| entry.observed.clone().zip(entry.digest))
+                .flatten()
         };
         self.entries().values().filter_map(silent).collect()
     }
 
     /// Notes that a container runs with a publication of which no guest tells, until one does or the publication ends, and
-    /// tells of it if that is new. It is told with the lock held: what a guest says, or that the volume is withdrawn, comes
-    /// behind it then and takes it back.
-    pub(super) fn set_unheard(&self, id: VolumeId, token: TokenDigest, tell: impl FnOnce()) {
+    /// tells of it if that is new, which is the answer. It is told with the lock held: what a guest says, or that the volume
+    /// is withdrawn, comes behind it then and takes it back.
+    pub(super) fn set_unheard(&self, id: VolumeId, token: TokenDigest, tell: impl FnOnce()) -> bool {
         let mut entries = self.entries();
-        let quiet = |entry: &&mut Entry| entry.heard.is_none() && entry.silence.is_none() && !entry.unheard;
-        if let Some(entry) = entries.get_mut(&id).filter(|entry| entry.digest == Some(token)).filter(quiet) {
-            entry.unheard = true;
-            tell();
-        }
+        let new = |entry: &&mut Entry| entry.digest == Some(token) && entry.was_never_heard() && !entry.unheard;
+        let Some(entry) = entries.get_mut(&id).filter(new) else { return false };
+        entry.unheard = true;
+        tell();
+        true
     }
 
     /// Whether a container has run with a volume of which no guest has told since.

@@ -25,7 +25,8 @@ impl NodeVolumes {
     /// # Design
     /// zpod-guest tells of a volume from the moment a container asks for it, and fails the container where it can't give
     /// it. So a container that runs and mounts a volume of which no guest tells has something else there. That it runs is
-    /// asked of the API server, and only for volumes of which nobody tells. It holds until a guest tells or the publication
+    /// asked of the API server, and only for volumes of which nobody has told since they were published: a guest that has had
+    /// one tells of it no more when its container has ended, which the API server hears of later. It holds until a guest tells or the publication
     /// ends: a container that has ended since, for want of its data perhaps, was without it all the same.
     pub async fn keep_finding_unheard(self) {
         let mut tick = tokio::time::interval(EVERY);
@@ -43,10 +44,12 @@ impl NodeVolumes {
             .for_each_concurrent(AT_ONCE, |(volume, token)| async move {
                 let Some(pod) = volume.pod.as_ref() else { return };
                 match self.pods.runs_with(&volume, pod).await {
-                    Ok(true) => self.context.published.set_unheard(volume.id, token, || {
-                        tracing::warn!(volume = %volume.id, pod = %pod, "{UNHEARD}");
-                        self.observer.unheard(&volume, UNHEARD);
-                    }),
+                    Ok(true) => {
+                        let tell = || self.observer.unheard(&volume, UNHEARD);
+                        if self.context.published.set_unheard(volume.id, token, tell) {
+                            tracing::warn!(volume = %volume.id, pod = %pod, "{UNHEARD}");
+                        }
+                    }
                     Ok(false) => {}
                     // It is asked again at the next turn.
                     Err(error) => tracing::debug!(volume = %volume.id, "{error}"),

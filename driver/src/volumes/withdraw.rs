@@ -149,13 +149,17 @@ impl NodeVolumes {
         if matches!(error, VolumeError::StillPublished { .. } | VolumeError::PublishedOtherwise { .. }) {
             return error;
         }
+        // Another call may be at it, which kubelet has given up.
+        let _lock = self.context.lock(id).await;
         let published = match self.context.published.observed(id) {
             Some((volume, _)) => Some(volume.target.clone()),
-            None => {
-                let volume = self.context.catalog.get(id).await.ok().flatten();
-                let publication = volume.as_ref().and_then(|volume| self.context.publication(volume));
-                publication.map(|publication| publication.target_path.clone())
-            }
+            None => match self.context.catalog.get(id).await {
+                Ok(volume) => {
+                    let publication = volume.as_ref().and_then(|volume| self.context.publication(volume));
+                    publication.map(|publication| publication.target_path.clone())
+                }
+                Err(_) => return self.still_published(id, error),
+            },
         };
         match self.is_at(published, target).await {
             Ok(false) => error,

@@ -403,9 +403,16 @@ mod tests {
 
     #[test]
     fn what_was_never_begun_is_asked_for_again_and_what_is_no_more_is_not() {
-        let mut object = object(&volume());
-        for (phase, made) in [(None, true), (Some(Phase::Refused), false), (Some(Phase::Deleting), false)] {
-            object.status.as_mut().unwrap().phase = phase;
+        let mut object = object(&Volume { origin: None, ..volume() });
+        let origin = origin_status(&volume().origin.unwrap());
+        for (phase, origin, made) in [
+            (None, None, true),
+            (None, Some(origin), false),
+            (Some(Phase::Refused), None, false),
+            (Some(Phase::Deleting), None, false),
+        ] {
+            let status = object.status.as_mut().unwrap();
+            (status.phase, status.origin) = (phase, origin);
             let anew = object.anew().unwrap();
             assert_eq!(anew.is_some(), made, "{phase:?}");
             assert!(anew.is_none_or(|anew| anew.spec.adopt.is_none() && anew.spec.volume_name == "pvc-1"));
