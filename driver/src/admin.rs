@@ -22,7 +22,7 @@ mod transfer;
 
 use std::sync::Arc;
 
-use zpod_admin::{Check, Properties, SendPoints};
+use zpod_admin::{Check, Properties, Removed, SendName, SendPoints};
 use zpod_volume::VolumeId;
 
 pub use answer::AdminError;
@@ -56,6 +56,12 @@ impl Admin {
 
     async fn send_points(&self, id: VolumeId) -> Result<SendPoints, AdminError> {
         Ok(self.guest(id).await?.send_points(id).await?)
+    }
+
+    async fn remove_send_point(&self, id: VolumeId, point: &SendName) -> Result<Removed, AdminError> {
+        self.guest(id).await?.remove_send_point(id, point).await?;
+        tracing::info!(volume = %id, %point, "send point removed, as was asked for");
+        Ok(Removed { snapshot: point.to_string() })
     }
 
     /// The guest that runs a volume.

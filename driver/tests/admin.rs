@@ -112,6 +112,20 @@ async fn the_socket_is_roots_alone_and_answers_what_its_paths_say() {
     let (_, points) = world.text("send-points").await;
     assert_eq!(points["points"][0]["name"], "zpod-send-a", "cleaned");
     assert_eq!(points["points"][0]["guid"], u64::MAX.to_string());
+    for (name, code, why) in [
+        ("zpod-send-a", 200, "zpod-send-a"),
+        ("zpod-send-b", 422, "no send point zpod-send-b"),
+        ("a%40b", 400, "a-z"),
+        ("a&from=b", 400, "only snapshot"),
+    ] {
+        let path = world.path(&format!("remove-send-point?snapshot={name}"));
+        let answer = world.ask("POST", &path, Full::<Bytes>::default()).await;
+        assert_eq!(answer.status(), code, "{name}");
+        let text = answer.into_body().collect().await.unwrap().to_bytes();
+        assert!(String::from_utf8_lossy(&text).contains(why), "{name}: {text:?}");
+    }
+    assert_eq!(*world.guest.state.passed.removed.lock().unwrap(), ["zpod-send-a"]);
+    assert_eq!(world.text("remove-send-point").await.0, 405, "what only looks removes nothing");
     *world.guest.state.passed.resume_token.lock().unwrap() = "not one; rm -rf /".into();
     assert!(world.text("send-points").await.1.get("resumeToken").is_none());
     let doctor = world.get("/v1/doctor").await.into_body().collect().await.unwrap().to_bytes();

@@ -295,6 +295,13 @@ impl Guest for Liar {
         Err(Status::unimplemented(""))
     }
 
+    async fn remove_send_point(
+        &self,
+        _: Request<RemoveSendPointRequest>,
+    ) -> Result<Response<RemoveSendPointResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn send(&self, _: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
         Err(Status::unimplemented(""))
     }

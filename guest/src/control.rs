@@ -14,9 +14,10 @@ use zpod_proto::guest::guest_server::{Guest, GuestServer};
 use zpod_proto::guest::scrub_request::Action;
 use zpod_proto::guest::{
     GrowRequest, GrowResponse, MarkRequest, MarkResponse, PropertiesRequest, PropertiesResponse, ProvideKeyRequest,
-    ProvideKeyResponse, QuotaMode, ReceiveRequest, ReceiveResponse, ScrubRequest, ScrubResponse, SendPointsRequest,
-    SendPointsResponse, SendRequest, SendResponse, SetPropertiesRequest, SetPropertiesResponse, StatusRequest,
-    StatusResponse, SyncRequest, SyncResponse, UnmarkRequest, UnmarkResponse, WatchRequest,
+    ProvideKeyResponse, QuotaMode, ReceiveRequest, ReceiveResponse, RemoveSendPointRequest, RemoveSendPointResponse,
+    ScrubRequest, ScrubResponse, SendPointsRequest, SendPointsResponse, SendRequest, SendResponse,
+    SetPropertiesRequest, SetPropertiesResponse, StatusRequest, StatusResponse, SyncRequest, SyncResponse,
+    UnmarkRequest, UnmarkResponse, WatchRequest,
 };
 use zpod_volume::{Bytes, Mark, VolumeId};
 
@@ -168,6 +169,15 @@ impl<M: Machine> Guest for Control<M> {
 
     async fn send_points(&self, request: Request<SendPointsRequest>) -> Result<Response<SendPointsResponse>, Status> {
         transfer::send_points(&self.volumes, id(&request.into_inner().volume_id)?).await.map(Response::new)
+    }
+
+    async fn remove_send_point(
+        &self,
+        request: Request<RemoveSendPointRequest>,
+    ) -> Result<Response<RemoveSendPointResponse>, Status> {
+        let request = request.into_inner();
+        self.volumes.remove_send_point(id(&request.volume_id)?, &request.snapshot).await?;
+        Ok(Response::new(RemoveSendPointResponse {}))
     }
 
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {

@@ -48,7 +48,7 @@ macro_rules! without_lists {
 without_lists! {
     StatusRequest WatchRequest GrowRequest GrowResponse SetPropertiesResponse SyncRequest SyncResponse ScrubRequest
     ScrubResponse MarkRequest MarkResponse UnmarkRequest UnmarkResponse ProvideKeyRequest ProvideKeyResponse
-    PropertiesRequest SendPointsRequest SendRequest ReceiveRequest ReceiveResponse
+    PropertiesRequest SendPointsRequest RemoveSendPointRequest RemoveSendPointResponse SendRequest ReceiveRequest ReceiveResponse
 }
 
 impl Bounded for SendResponse {

@@ -83,6 +83,14 @@ pub struct SendPoint {
     pub used_bytes: u64,
 }
 
+/// What was removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Removed {
+    /// The snapshot that is no more.
+    pub snapshot: String,
+}
+
 /// What was received.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

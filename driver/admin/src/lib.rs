@@ -9,9 +9,9 @@ mod answer;
 mod name;
 mod route;
 
-pub use answer::{Check, Failed, Level, Properties, Received, SendPoint, SendPoints};
+pub use answer::{Check, Failed, Level, Properties, Received, Removed, SendPoint, SendPoints};
 pub use name::{ParseTokenError, ResumeToken, SendName};
-pub use route::{Route, SendQuery};
+pub use route::{Route, SendQuery, snapshot};
 
 /// The port of zpod-node.
 pub const PORT: u16 = 9812;

@@ -13,6 +13,8 @@ pub enum Route {
     Properties(VolumeId),
     /// `GET /v1/volumes/<id>/send-points`: [`crate::SendPoints`].
     SendPoints(VolumeId),
+    /// `POST /v1/volumes/<id>/remove-send-point?snapshot=NAME` ([`snapshot`]): answers [`crate::Removed`].
+    RemoveSendPoint(VolumeId),
     /// `GET /v1/volumes/<id>/send?...`: a ZFS stream ([`SendQuery`]).
     Send(VolumeId),
     /// `POST /v1/volumes/<id>/receive`: reads one, and answers [`crate::Received`].
@@ -31,6 +33,7 @@ impl Route {
         match what {
             "properties" => Some(Self::Properties(id)),
             "send-points" => Some(Self::SendPoints(id)),
+            "remove-send-point" => Some(Self::RemoveSendPoint(id)),
             "send" => Some(Self::Send(id)),
             "receive" => Some(Self::Receive(id)),
             _ => None,
@@ -44,6 +47,7 @@ impl Route {
             Self::Doctor => return format!("{AUDIENCE}/{node}/doctor"),
             Self::Properties(id) => ("properties", id),
             Self::SendPoints(id) => ("send-points", id),
+            Self::RemoveSendPoint(id) => ("remove-send-point", id),
             Self::Send(id) => ("send", id),
             Self::Receive(id) => ("receive", id),
         };
@@ -52,7 +56,7 @@ impl Route {
 
     /// The method it is asked with.
     pub fn method(self) -> &'static str {
-        if matches!(self, Self::Receive(_)) { "POST" } else { "GET" }
+        if matches!(self, Self::Receive(_) | Self::RemoveSendPoint(_)) { "POST" } else { "GET" }
     }
 }
 
@@ -62,9 +66,21 @@ impl fmt::Display for Route {
             Self::Doctor => f.write_str("/v1/doctor"),
             Self::Properties(id) => write!(f, "/v1/volumes/{id}/properties"),
             Self::SendPoints(id) => write!(f, "/v1/volumes/{id}/send-points"),
+            Self::RemoveSendPoint(id) => write!(f, "/v1/volumes/{id}/remove-send-point"),
             Self::Send(id) => write!(f, "/v1/volumes/{id}/send"),
             Self::Receive(id) => write!(f, "/v1/volumes/{id}/receive"),
         }
+    }
+}
+
+/// Reads which send point is meant: `snapshot=NAME`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn snapshot(query: &str) -> Result<SendName, String> {
+    match SendQuery::parse(query)? {
+        SendQuery::Snapshot { snapshot, from: None } => Ok(snapshot),
+        _ => Err("only snapshot is known here".into()),
     }
 }
 
@@ -132,8 +148,8 @@ mod tests {
     #[test]
     fn paths_are_read_as_they_are_written_and_no_others_are_read() {
         let id = VolumeId::from_name("a");
-        for route in [Route::Doctor, Route::Properties(id), Route::SendPoints(id), Route::Send(id), Route::Receive(id)]
-        {
+        let transfers = [Route::SendPoints(id), Route::RemoveSendPoint(id), Route::Send(id), Route::Receive(id)];
+        for route in transfers.into_iter().chain([Route::Doctor, Route::Properties(id)]) {
             assert_eq!(Route::parse(&route.to_string()), Some(route));
         }
         let upper = format!("/v1/volumes/{}/send", id.to_string().to_uppercase());
@@ -149,10 +165,13 @@ mod tests {
     #[test]
     fn each_call_of_each_volume_on_each_node_has_an_audience_of_its_own() {
         let (a, b) = (VolumeId::from_name("a"), VolumeId::from_name("b"));
-        let of = |id| [Route::Properties(id), Route::SendPoints(id), Route::Send(id), Route::Receive(id)];
-        let routes = || of(a).into_iter().chain(of(b)).chain([Route::Doctor]);
+        let of = |id| {
+            let transfers = [Route::SendPoints(id), Route::RemoveSendPoint(id), Route::Send(id), Route::Receive(id)];
+            transfers.into_iter().chain([Route::Properties(id)])
+        };
+        let routes = || of(a).chain(of(b)).chain([Route::Doctor]);
         let all = ["n1", "n2"].iter().flat_map(|node| routes().map(|route| route.audience(node)));
-        assert_eq!(all.collect::<std::collections::HashSet<_>>().len(), 18);
+        assert_eq!(all.collect::<std::collections::HashSet<_>>().len(), 22);
         assert_eq!(Route::Doctor.audience("n1"), "zpod.storage/n1/doctor");
         assert_eq!(Route::Send(a).audience("n1"), format!("zpod.storage/n1/send/{a}"));
     }
@@ -163,6 +182,10 @@ mod tests {
             assert_eq!(SendQuery::parse(query).unwrap().to_string(), query);
         }
         assert!(SendQuery::parse("snapshot=b&from=&resume=").is_ok());
+        assert_eq!(snapshot("snapshot=b").unwrap().as_str(), "zpod-send-b");
+        for query in ["", "snapshot=b&from=a", "resume=1-ab", "snapshot=..%2f"] {
+            assert!(snapshot(query).is_err(), "{query}");
+        }
         for (query, why) in [
             ("", "snapshot is missing"),
             ("from=a", "snapshot is missing"),

@@ -9,7 +9,9 @@ use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
-use zpod_admin::{Check, ESTIMATE_HEADER, Failed, Properties, Received, Route, STREAM_TYPE, SendPoints, SendQuery};
+use zpod_admin::{
+    Check, ESTIMATE_HEADER, Failed, Properties, Received, Removed, Route, STREAM_TYPE, SendName, SendPoints, SendQuery,
+};
 use zpod_volume::VolumeId;
 
 use crate::{Failure, Kind};
@@ -58,6 +60,14 @@ impl Admin {
 
     pub(crate) async fn send_points(&self, id: VolumeId) -> Result<SendPoints, Trouble> {
         self.get(Route::SendPoints(id)).await
+    }
+
+    /// Destroys a send point.
+    pub(crate) async fn remove_send_point(&self, id: VolumeId, point: &SendName) -> Result<Removed, Failure> {
+        let route = Route::RemoveSendPoint(id);
+        let request = request(route, Some(&format!("snapshot={point}")), line::nothing())?;
+        let answer = within(BEGIN, self.line.ask(route, request).map_err(Trouble::Other)).await?;
+        read(good(answer).await?).await
     }
 
     /// Begins to send: the stream, and how long it will be by ZFS's estimate.

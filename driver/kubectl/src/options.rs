@@ -320,6 +320,10 @@ pub(crate) struct Send {
     /// List what was sent and received before, and send nothing.
     #[arg(long, conflicts_with_all = ["from", "snapshot", "resume"])]
     pub(crate) list: bool,
+    /// Destroy this send point, and send nothing: its space is free again, and no stream can be sent from it on. More than
+    /// once for more of them.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["list", "from", "snapshot", "resume"])]
+    pub(crate) remove: Vec<SendName>,
     #[command(flatten)]
     pub(crate) helper: HelperOptions,
 }

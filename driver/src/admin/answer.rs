@@ -21,7 +21,9 @@ pub(super) type Answer = Response<UnsyncBoxBody<Bytes, GuestError>>;
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
     /// There is no such path.
-    #[error("there is no such path; those of v1: /v1/doctor, /v1/volumes/<id>/{{properties,send-points,send,receive}}")]
+    #[error(
+        "there is no such path; those of v1: /v1/doctor, /v1/volumes/<id>/{{properties,send-points,remove-send-point,send,receive}}"
+    )]
     Path,
     /// The path is asked with another method.
     #[error("{route} is asked with {allowed}")]

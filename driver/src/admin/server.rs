@@ -210,6 +210,10 @@ impl Service {
             Route::Doctor => Ok(json(&admin.doctor().await)),
             Route::Properties(id) => Ok(json(&admin.properties(id).await?)),
             Route::SendPoints(id) => Ok(json(&admin.send_points(id).await?)),
+            Route::RemoveSendPoint(id) => {
+                let point = zpod_admin::snapshot(request.uri().query().unwrap_or_default());
+                Ok(json(&admin.remove_send_point(id, &point.map_err(AdminError::Query)?).await?))
+            }
             Route::Send(id) => {
                 let query = SendQuery::parse(request.uri().query().unwrap_or_default()).map_err(AdminError::Query)?;
                 self.transfers.send(admin, id, &query).await

@@ -266,6 +266,18 @@ impl Guest for Service {
         Ok(Response::new(SendPointsResponse { points: vec![point], resume_token }))
     }
 
+    async fn remove_send_point(
+        &self,
+        request: Request<RemoveSendPointRequest>,
+    ) -> Result<Response<RemoveSendPointResponse>, Status> {
+        let RemoveSendPointRequest { snapshot, .. } = request.into_inner();
+        if snapshot != "zpod-send-a" {
+            return Err(Status::failed_precondition(format!("it has no send point {snapshot}")));
+        }
+        self.state.passed.removed.lock().unwrap().push(snapshot);
+        Ok(Response::new(RemoveSendPointResponse {}))
+    }
+
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
         streams::send(&self.state, request.get_ref())
     }

@@ -13,6 +13,8 @@ const CHUNK: usize = 256 << 10;
 /// What passed.
 #[derive(Debug, Default)]
 pub(crate) struct Passed {
+    /// Send points that were removed.
+    pub(crate) removed: Mutex<Vec<String>>,
     /// Bytes that were taken from the guest's sends.
     pub(crate) sent: AtomicU64,
     /// Bytes that have come in by now.

@@ -10,7 +10,8 @@ use tonic::Code;
 use zpod_e2e::workdir::Workdir;
 use zpod_e2e::{Container, Sandbox};
 use zpod_proto::guest::{
-    ProvideKeyRequest, ReceiveRequest, ReceiveResponse, SendPointsRequest, SendPointsResponse, SendRequest,
+    ProvideKeyRequest, ReceiveRequest, ReceiveResponse, RemoveSendPointRequest, SendPointsRequest, SendPointsResponse,
+    SendRequest,
 };
 use zpod_volume::{Bytes, Encryption, VolumeId};
 
@@ -135,6 +136,8 @@ async fn a_volume_is_sent_to_another_guest_in_full_and_then_what_has_changed_als
     assert_eq!(names, ["zpod-send-1", "zpod-send-2"]);
     assert!(here.iter().zip(&there).all(|(a, b)| (&a.name, a.guid) == (&b.name, b.guid)), "{here:?} {there:?}");
 
+    remove_send_points(&sender, source).await?;
+
     // One that nobody reads to its end takes nothing but its place; and a name that is none is none.
     drop(sender.control().await?.send(SendRequest {
         volume_id: source.to_string(),
@@ -154,6 +157,32 @@ async fn a_volume_is_sent_to_another_guest_in_full_and_then_what_has_changed_als
     assert_eq!(receiver.sh("last", FILES).await?, sender.sh("app", FILES).await?);
     receiver.stop().await?;
     sender.stop().await
+}
+
+/// What was sent is destroyed by name: not while it is being sent, and nothing that is no send point.
+async fn remove_send_points(pod: &Sandbox, id: VolumeId) -> Result<()> {
+    let remove = async |snapshot: &str| {
+        let request = RemoveSendPointRequest { volume_id: id.to_string(), snapshot: snapshot.into() };
+        let mut control = pod.control().await.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+        control.remove_send_point(request).await
+    };
+    // Nobody reads on: ZFS waits in the middle of it.
+    let snapshot = "zpod-send-2".to_owned();
+    let request = SendRequest { volume_id: id.to_string(), snapshot, ..SendRequest::default() };
+    let mut stream = pod.control().await?.send(request).await?.into_inner();
+    stream.message().await?;
+    let busy = remove("zpod-send-2").await.err().context("it is being sent")?;
+    assert!(busy.code() == Code::FailedPrecondition && busy.message().contains("is in use"), "{busy}");
+    drop(stream);
+    remove("zpod-send-1").await?;
+    let gone = remove("zpod-send-1").await.err().context("it is gone")?;
+    assert!(gone.code() == Code::FailedPrecondition && gone.message().contains(": zpod-send-2"), "{gone}");
+    for name in ["zpod-mark-0", "zpod-send-", "zpod-send-2,zpod-send-1", "zpod-send-1%zpod-send-2", ""] {
+        assert_eq!(remove(name).await.err().context(name)?.code(), Code::InvalidArgument, "{name}");
+    }
+    let names: Vec<_> = points(pod, id).await?.points.into_iter().map(|point| point.name).collect();
+    ensure!(names == ["zpod-send-2"], "{names:?}");
+    Ok(())
 }
 
 #[tokio::test]

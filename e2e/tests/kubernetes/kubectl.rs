@@ -71,6 +71,12 @@ pub(crate) async fn a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl(clust
     let sent =
         plugin(cluster, &["send", "data", "--snapshot", "one"], Stdio::null(), File::create(&file)?.into()).await?;
     ensure!(sent.status.success(), "{sent:?}");
+    let again = plugin(cluster, &["send", "data", "--snapshot", "two"], Stdio::null(), Stdio::null()).await?;
+    ensure!(again.status.success(), "{again:?}");
+    let removed = json(cluster, &["send", "data", "--remove", "two"]).await?;
+    let left = json(cluster, &["send", "data", "--list"]).await?;
+    let names: Vec<_> = left["points"].as_array().into_iter().flatten().map(|point| &point["name"]).collect();
+    ensure!(removed["snapshot"] == "zpod-send-two" && names == ["zpod-send-one"], "{removed} {left}");
     let bytes = fs::metadata(&file)?.len();
     ensure!(bytes > 1 << 20, "a stream of {bytes} bytes with a file of 1 MiB in it");
 

@@ -35,6 +35,7 @@ pub const CHUNK: usize = 256 << 10;
 
 const POINT: &str = "zpod-send-";
 const POINT_NAME: usize = 64;
+const POINT_NAMES: &str = "zpod-send- and up to 64 of a-z, 0-9, -";
 /// Far longer than any token.
 const TOKEN: usize = 16 << 10;
 
@@ -42,6 +43,12 @@ const TOKEN: usize = 16 << 10;
 fn is_point(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     name.strip_prefix(POINT).is_some_and(|rest| (1..=POINT_NAME).contains(&rest.len()) && rest.bytes().all(plain))
+}
+
+/// The send points among a dataset's snapshots, for a person.
+fn listed(snapshots: Vec<String>) -> String {
+    let points: Vec<_> = snapshots.into_iter().filter(|name| is_point(name)).take(16).collect();
+    if points.is_empty() { "there is none".to_owned() } else { points.join(", ") }
 }
 
 /// Reads what a caller wants sent.
@@ -62,7 +69,7 @@ pub fn what(id: VolumeId, snapshot: &str, from: &str, token: &str) -> Result<Wha
     for (name, value) in [("snapshot", snapshot), ("from", from)] {
         let left_out = name == "from" && value.is_empty();
         if !left_out && !is_point(value) {
-            return invalid(name, "zpod-send- and up to 64 of a-z, 0-9, -");
+            return invalid(name, POINT_NAMES);
         }
     }
     Ok(What::Snapshot { snapshot: snapshot.to_owned(), from: Some(from.to_owned()).filter(|from| !from.is_empty()) })
@@ -137,6 +144,34 @@ impl<M: Machine> Volumes<M> {
         }
     }
 
+    /// Destroys a send point. A stream of it, or one that is to go on from it, keeps it.
+    ///
+    /// # Errors
+    /// When the volume is not here or read-only, the name is none, it is not there, or ZFS refuses.
+    pub async fn remove_send_point(&self, id: VolumeId, name: &str) -> Result<(), VolumeError> {
+        if !is_point(name) {
+            return Err(VolumeError::Invalid { id, reason: format!("snapshot is not one; allowed is: {POINT_NAMES}") });
+        }
+        let (volume, _) = self.known(id)?;
+        let _gate = volume.gate.lock().await;
+        let (_, active) = self.known(id)?;
+        active.must_be_writable(id)?;
+        let dataset = active.request.spec.dataset();
+        let there = self.machine.snapshots(&dataset).await;
+        let there = there.map_err(|fault| VolumeError::failed(id, "listing its send points", fault))?;
+        if !there.iter().any(|point| point == name) {
+            let reason = format!("it has no send point {name}: {}", listed(there));
+            return Err(VolumeError::Refused { id, reason });
+        }
+        self.machine.destroy_snapshot(&dataset, name).await.map_err(|fault| match fault.busy {
+            true => {
+                let reason = format!("send point {name} is in use: wait until the stream that is sent has ended");
+                VolumeError::Refused { id, reason }
+            }
+            false => VolumeError::failed(id, "removing a send point", fault),
+        })
+    }
+
     /// Begins to send a volume. The snapshot is taken unless it is there.
     ///
     /// # Errors
@@ -151,8 +186,7 @@ impl<M: Machine> Volumes<M> {
             self.known(id)?;
             let there = self.machine.snapshots(&dataset).await.map_err(failed("listing its send points"))?;
             if let Some(from) = from.as_ref().filter(|from| !there.contains(from)) {
-                let points: Vec<_> = there.into_iter().filter(|name| is_point(name)).take(16).collect();
-                let points = if points.is_empty() { "there is none".to_owned() } else { points.join(", ") };
+                let points = listed(there);
                 let reason = format!("it has no send point {from}, so that nothing can be sent from it on: {points}");
                 return Err(VolumeError::Refused { id, reason });
             }

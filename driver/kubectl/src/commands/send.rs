@@ -15,7 +15,7 @@ use crate::text::{size, table, when};
 use crate::{Failure, progress};
 
 pub(super) async fn run(way: Way<'_>, options: &Send, format: Format) -> Result<(), Failure> {
-    if !options.list && std::io::stdout().is_terminal() {
+    if !options.list && options.remove.is_empty() && std::io::stdout().is_terminal() {
         return Err(Failure::usage(
             "a ZFS stream is nothing for a terminal",
             "send it to a file (> backup.zfs), or on (| kubectl zpod receive ...)",
@@ -37,6 +37,9 @@ pub(super) async fn run(way: Way<'_>, options: &Send, format: Format) -> Result<
         |reached| async move {
             if options.list {
                 return list(&reached, format).await;
+            }
+            if !options.remove.is_empty() {
+                return remove(&reached, &options.remove, format).await;
             }
             let (stream, estimate) = reached.admin.send(reached.id, &query).await?;
             let sent = write(stream, estimate).await?;
@@ -86,6 +89,14 @@ async fn write(mut stream: Incoming, estimate: Option<u64>) -> Result<u64, Failu
     out.flush().await.map_err(stdout)?;
     bar.finish_and_clear();
     Ok(sent)
+}
+
+async fn remove(reached: &Reached, points: &[SendName], format: Format) -> Result<(), Failure> {
+    for point in points {
+        let removed = reached.admin.remove_send_point(reached.id, point).await?;
+        show(format, &removed, || format!("{} is removed; no stream can be sent from it on\n", removed.snapshot))?;
+    }
+    Ok(())
 }
 
 async fn list(reached: &Reached, format: Format) -> Result<(), Failure> {

@@ -3,17 +3,17 @@ use std::time::Duration;
 
 use futures_util::Stream;
 use tonic::Streaming;
-use zpod_admin::{Properties, Received, SendPoint, SendPoints, SendQuery};
+use zpod_admin::{Properties, Received, SendName, SendPoint, SendPoints, SendQuery};
 use zpod_proto::bounded::CHUNK;
 use zpod_proto::guest::{
-    PropertiesRequest, PropertiesResponse, ReceiveRequest, ReceiveResponse, SendPointsRequest, SendPointsResponse,
-    SendRequest, SendResponse,
+    PropertiesRequest, PropertiesResponse, ReceiveRequest, ReceiveResponse, RemoveSendPointRequest,
+    RemoveSendPointResponse, SendPointsRequest, SendPointsResponse, SendRequest, SendResponse,
 };
 use zpod_volume::VolumeId;
 
 use super::{CALL_DEADLINE, GuestClient, GuestError, clean};
 
-/// Taking a snapshot and estimating its size: it waits for a transaction group, and reads metadata.
+/// Taking a snapshot and estimating its size, or destroying one: it waits for a transaction group, and reads metadata.
 const BEGIN_DEADLINE: Duration = Duration::from_secs(120);
 /// More properties than ZFS has.
 const MAX_PROPERTIES: usize = 256;
@@ -60,6 +60,16 @@ impl GuestClient {
         // A token that is none is none: it would be shown to people, and copied.
         let token = Some(answer.resume_token).filter(|token| token.parse::<zpod_admin::ResumeToken>().is_ok());
         Ok(SendPoints { points: points.collect(), resume_token: token })
+    }
+
+    /// Destroys what a send or receive left in a volume.
+    ///
+    /// # Errors
+    /// When it does not answer in time, or refuses.
+    pub async fn remove_send_point(&self, id: VolumeId, point: &SendName) -> Result<(), GuestError> {
+        let mut stub = self.stub::<RemoveSendPointResponse>();
+        let request = RemoveSendPointRequest { volume_id: id.to_string(), snapshot: point.to_string() };
+        self.call("RemoveSendPoint", BEGIN_DEADLINE, stub.remove_send_point(request)).await.map(drop)
     }
 
     /// Begins to write a volume out. Gives the stream once its first message is there, so that a refusal is one.
