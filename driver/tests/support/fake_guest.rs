@@ -108,8 +108,14 @@ async fn serve_vmm(listener: UnixListener, behaviour: Behaviour, state: Arc<Stat
     let mut kept = Vec::new();
     while let Ok((mut stream, _)) = listener.accept().await {
         let mut line = Vec::new();
-        while !line.ends_with(b"\n") {
-            line.push(stream.read_u8().await.unwrap());
+        while !line.ends_with(b"\n")
+            && let Ok(byte) = stream.read_u8().await
+        {
+            line.push(byte);
+        }
+        if !line.ends_with(b"\n") {
+            // Whoever dialled was killed in the middle of it.
+            continue;
         }
         assert_eq!(line, b"CONNECT 10240\n");
         state.dialled.fetch_add(1, Ordering::SeqCst);
@@ -121,8 +127,9 @@ async fn serve_vmm(listener: UnixListener, behaviour: Behaviour, state: Arc<Stat
                 kept.push(stream);
             }
             _ => {
-                stream.write_all(b"OK 1073741824\n").await.unwrap();
-                connections.send(Ok(stream)).await.unwrap();
+                if stream.write_all(b"OK 1073741824\n").await.is_ok() {
+                    connections.send(Ok(stream)).await.unwrap();
+                }
             }
         }
     }
