@@ -175,6 +175,8 @@ impl Model {
             match judged {
                 Ok(()) => {
                     *self = state;
+                    // Another call may have made room since.
+                    self.refused = None;
                     return Ok(());
                 }
                 Err(wrong) => why = wrong,
