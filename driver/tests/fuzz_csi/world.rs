@@ -14,7 +14,7 @@ use zpod_proto::csi::NodeUnpublishVolumeRequest;
 use crate::call::{Answer, Call, Reply};
 use crate::check::Baseline;
 use crate::daemon::{Daemon, Node};
-use crate::disk::{Disk, Kind};
+use crate::disk::{Disk, Kind, State};
 use crate::machine::Machine;
 use crate::model::{Judged, Model};
 
@@ -173,7 +173,9 @@ impl World {
     /// be in the way of that.
     pub(crate) async fn take_back(&mut self, call: &Call, answer: &Answer) -> Judged {
         let (Call::Publish(request), Err(status)) = (call, answer) else { return Ok(()) };
-        if status.code() != Code::Unavailable {
+        // Of what stands, only the path would go while its record can't be written: the plan takes nothing back then either.
+        let stuck = self.model.disk == State::ReadOnly && self.model.stands(request);
+        if status.code() != Code::Unavailable || stuck {
             return Ok(());
         }
         let (volume_id, target_path) = (request.volume_id.clone(), request.target_path.clone());

@@ -120,6 +120,13 @@ impl Model {
         Ok(())
     }
 
+    /// Whether a volume is published where this call wants it.
+    pub(crate) fn stands(&self, request: &csi::NodePublishVolumeRequest) -> bool {
+        let published =
+            self.volumes.get(&id_of_handle(&request.volume_id)).and_then(|volume| volume.published.as_ref());
+        published.is_some_and(|published| published.target == resolved(&request.target_path))
+    }
+
     pub(super) fn unpublish(&mut self, request: &csi::NodeUnpublishVolumeRequest, answer: &Answer) -> Judged {
         let (id, target) = (id_of_handle(&request.volume_id), resolved(&request.target_path));
         let owned = self.volumes.iter().any(|(other, volume)| {
