@@ -174,11 +174,13 @@ impl Model {
     pub(super) fn node_expand(&self, request: &csi::NodeExpandVolumeRequest, answer: &Answer) -> Judged {
         let Some(volume) = self.volumes.get(&request.volume_id) else { return self.refused(answer, &[Code::NotFound]) };
         let mut reasons = Vec::new();
-        if volume.used {
+        // One that has just ended may count as a guest that runs.
+        let ended = volume.heard == Sure::Maybe;
+        if volume.used || ended {
             // The disk that a guest has seen can't become larger; and where nobody has published it, it is in use.
             reasons.push(Code::FailedPrecondition);
         }
-        if volume.heard != Sure::Yes && (volume.used || volume.block) {
+        if volume.heard != Sure::Yes && (volume.used || volume.block || ended) {
             // It is waited for longer than this caller waits.
             reasons.extend([Code::DeadlineExceeded, Code::Unavailable]);
         }
