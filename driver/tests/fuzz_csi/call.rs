@@ -119,9 +119,7 @@ impl Call {
                         && status.message().contains("full copy of")
                         && matches!(self, Self::CreateVolume(_))
                 }
-                Ok(Reply::CreateSnapshot(response)) => !response.snapshot.as_ref().is_some_and(|s| s.ready_to_use),
-                Ok(Reply::CreateGroup(response)) => !response.group_snapshot.as_ref().is_some_and(|g| g.ready_to_use),
-                Ok(_) => false,
+                Ok(_) => !is_done(&answer),
             };
             if !copying || begun.elapsed() > STUCK {
                 return answer;
@@ -147,5 +145,14 @@ impl Call {
             })),
             _ => None,
         }
+    }
+}
+
+/// Whether a call was done to its end: a full copy goes on behind an answer.
+pub(crate) fn is_done(answer: &Answer) -> bool {
+    match answer {
+        Ok(Reply::CreateSnapshot(response)) => response.snapshot.as_ref().is_some_and(|one| one.ready_to_use),
+        Ok(Reply::CreateGroup(response)) => response.group_snapshot.as_ref().is_some_and(|group| group.ready_to_use),
+        answer => answer.is_ok(),
     }
 }

@@ -11,7 +11,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 use zpod_proto::csi::NodeUnpublishVolumeRequest;
 
-use crate::call::{Answer, Call, Reply};
+use crate::call::{Answer, Call, Reply, is_done};
 use crate::check::Baseline;
 use crate::daemon::{Daemon, Node};
 use crate::disk::{Disk, Kind, State};
@@ -191,7 +191,7 @@ impl World {
 
     /// What was done when the call was cut short is not known: it is repeated, or given up.
     async fn after_kill(&mut self, call: Call, answer: Answer) -> (Call, Answer) {
-        if answer.is_ok() {
+        if is_done(&answer) {
             return (call, answer);
         }
         let given_up = self.random.u8(0..3) == 0;

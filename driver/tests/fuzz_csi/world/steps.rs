@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use zpod_volume::Create;
 
 use super::{World, is_lost};
-use crate::call::{Call, Reply};
+use crate::call::{Call, Reply, is_done};
 use crate::disk::State;
 use crate::machine::{Machine, spec};
 use crate::model::{Judged, Sure};
@@ -35,7 +35,7 @@ impl World {
                 let before = self.model.clone();
                 self.kill(None);
                 let answer = at_work.await.unwrap();
-                if answer.is_ok() {
+                if is_done(&answer) {
                     // By the process before, which may have known of a guest that this one can't know of.
                     self.model = before;
                     self.judge(&call, &answer)?;
