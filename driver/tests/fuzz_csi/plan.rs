@@ -167,9 +167,12 @@ impl Plan<'_> {
         }
         // Full copies go on by themselves; which of two calls began one can't be told.
         // And kubelet makes one call at a time for the inline volume of a pod, whose end is two steps.
+        let ephemeral = |id: &String| self.model.volumes.get(id).is_some_and(|volume| volume.ephemeral);
         let inline = |call: &Call| match call {
             Call::Publish(NodePublishVolumeRequest { volume_id, .. })
-            | Call::Unpublish(NodeUnpublishVolumeRequest { volume_id, .. }) => volume_id.starts_with("csi-"),
+            | Call::Unpublish(NodeUnpublishVolumeRequest { volume_id, .. }) => {
+                volume_id.starts_with("csi-") || ephemeral(volume_id)
+            }
             _ => false,
         };
         calls.retain(|call| *call == first || !inline(call));
