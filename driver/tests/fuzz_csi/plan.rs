@@ -176,6 +176,9 @@ impl Plan<'_> {
             _ => false,
         };
         calls.retain(|call| *call == first || !inline(call));
+        // What deletes a volume that another call makes may come before it or behind it, and both answers are the same.
+        let of_none = |call: &Call| matches!(call, Call::DeleteVolume(request) if !self.model.volumes.contains_key(&request.volume_id));
+        calls.retain(|call| !of_none(call));
         calls.retain(|call| (self.model.shares || !makes_copies(call)) && !matches!(call, Call::NodeExpand(_)));
         if calls.len() < 2 { Step::Call(self.call()) } else { Step::AtOnce(calls) }
     }
