@@ -10,6 +10,8 @@ mod eventually;
 mod fake_guest;
 #[path = "support/loops.rs"]
 mod loops;
+#[path = "support/pods.rs"]
+mod pods;
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
@@ -17,38 +19,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::slice::from_ref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use eventually::eventually;
 use fake_guest::{Behaviour, FakeGuest};
 use loops::{attribute, loops};
+use pods::Pods;
 use rustix::mount::UnmountFlags;
 use zpod_driver::guest::Monitor;
 use zpod_driver::kata::{DirectVolumes, LoopDevice};
-use zpod_driver::volumes::{
-    Context, CreateRequest, NodeVolumes, PodCheck, Provision, Provisioner, PublishRequest, VolumeError,
-};
+use zpod_driver::volumes::{Context, CreateRequest, NodeVolumes, Provision, Provisioner, PublishRequest};
 use zpod_proto::guest::{Health, VolumeStatus};
 use zpod_storage::backing::file::FileBacking;
-use zpod_storage::catalog::{Catalog, ClaimRef, PodRef, Volume};
+use zpod_storage::catalog::{Catalog, PodRef, Volume};
 use zpod_volume::{DiskLayout, VolumeId, VolumeMode, note};
-
-/// The API server, which knows all pods or none.
-#[derive(Debug, Default)]
-struct Pods {
-    gone: AtomicBool,
-}
-
-#[async_trait::async_trait]
-impl PodCheck for Pods {
-    async fn check(&self, _: Option<&PodRef>, _: &Volume, _: &Path) -> Result<Option<ClaimRef>, VolumeError> {
-        Ok(None)
-    }
-
-    async fn is_gone(&self, _: VolumeId, _: &PodRef) -> Result<bool, VolumeError> {
-        Ok(self.gone.load(Ordering::SeqCst))
-    }
-}
 
 /// A node with one block volume, which is published as kubelet has it done.
 struct World {

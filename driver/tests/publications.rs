@@ -6,25 +6,28 @@
 #[path = "support/fake_guest.rs"]
 #[allow(dead_code)]
 mod fake_guest;
+#[path = "support/pods.rs"]
+mod pods;
 
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use fake_guest::{Behaviour, FakeGuest};
+use pods::Pods;
 use rustix::mount::{MountFlags, UnmountFlags};
 use zpod_driver::guest::Monitor;
 use zpod_driver::kata::{DirectVolumes, TargetPath};
 use zpod_driver::volumes::{
-    Context, CreateRequest, NodeVolumes, PodCheck, Provision, Provisioner, PublishRequest, SnapshotRequest, Snapshots,
+    Context, CreateRequest, NodeVolumes, Provision, Provisioner, PublishRequest, SnapshotRequest, Snapshots,
     Snapshotter, VolumeError,
 };
 use zpod_proto::guest::{Health, VolumeStatus};
 use zpod_storage::backing::sim::SimBacking;
-use zpod_storage::catalog::{Catalog, ClaimRef, PodRef, Publication, Source, Volume};
+use zpod_storage::catalog::{Catalog, PodRef, Publication, Source, Volume};
 use zpod_volume::{Bytes, Create, VolumeId, VolumeMode};
 
 /// A node on directories of its own.
@@ -34,23 +37,6 @@ struct World {
     pods: Arc<Pods>,
     provisioner: Provisioner,
     node: NodeVolumes,
-}
-
-/// The API server, which knows all pods or none.
-#[derive(Debug, Default)]
-struct Pods {
-    gone: AtomicBool,
-}
-
-#[async_trait::async_trait]
-impl PodCheck for Pods {
-    async fn check(&self, _: Option<&PodRef>, _: &Volume, _: &Path) -> Result<Option<ClaimRef>, VolumeError> {
-        Ok(None)
-    }
-
-    async fn is_gone(&self, _: VolumeId, _: &PodRef) -> Result<bool, VolumeError> {
-        Ok(self.gone.load(Ordering::SeqCst))
-    }
 }
 
 impl World {

@@ -2,6 +2,7 @@ use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
+use zpod_kubernetes::Kept;
 use zpod_kubernetes::crd::{ZfsSnapshot, ZfsVolume};
 
 use crate::Failure;
@@ -9,7 +10,7 @@ use crate::options::{Global, Named};
 use crate::proxy::{Environment, Proxy};
 
 /// Objects that are asked for at once.
-pub(crate) const PAGE: u32 = 500;
+const PAGE: u32 = 500;
 const DRIVER: &str = "csi.zpod.storage";
 
 /// Takes the `proxy-url` of the chosen context's cluster out of a kubeconfig.
@@ -164,28 +165,25 @@ impl Cluster {
 
     /// All volumes: of one namespace's claims, or of all.
     pub(crate) async fn all_volumes(&self, everywhere: bool) -> Result<Vec<ZfsVolume>, Failure> {
-        let mut all = Vec::new();
-        let mut page = ListParams::default().limit(PAGE);
-        loop {
-            let list = self.volumes().list(&page).await.map_err(|error| Failure::api("ZfsVolumes", &error))?;
-            let ours = |volume: &ZfsVolume| {
-                everywhere || volume.spec.claim.as_ref().is_some_and(|claim| claim.namespace == self.namespace)
-            };
-            all.extend(list.items.into_iter().filter(ours));
-            match list.metadata.continue_.filter(|token| !token.is_empty()) {
-                Some(token) => page = page.continue_token(&token),
-                None => return Ok(all),
-            }
-        }
+        let mut all: Vec<ZfsVolume> = self.all("ZfsVolumes").await?;
+        all.retain(|volume| {
+            everywhere || volume.spec.claim.as_ref().is_some_and(|claim| claim.namespace == self.namespace)
+        });
+        Ok(all)
     }
 
     /// All snapshots.
     pub(crate) async fn all_snapshots(&self) -> Result<Vec<ZfsSnapshot>, Failure> {
-        let snapshots: Api<ZfsSnapshot> = Api::all(self.client.clone());
+        self.all("ZfsSnapshots").await
+    }
+
+    /// All objects of a kind.
+    pub(crate) async fn all<K: Kept>(&self, what: &str) -> Result<Vec<K>, Failure> {
+        let objects: Api<K> = Api::all(self.client.clone());
         let mut all = Vec::new();
         let mut page = ListParams::default().limit(PAGE);
         loop {
-            let list = snapshots.list(&page).await.map_err(|error| Failure::api("ZfsSnapshots", &error))?;
+            let list = objects.list(&page).await.map_err(|error| Failure::api(what, &error))?;
             all.extend(list.items);
             match list.metadata.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => page = page.continue_token(&token),

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Client, ResourceExt as _};
 use serde_json::json;
+use tokio::time::error::Elapsed;
 use zpod_storage::catalog::{Catalog, CatalogError, Created, Page, Record};
 use zpod_storage::crash;
 
@@ -146,24 +147,25 @@ impl<K: Kept> KubeCatalog<K> {
     /// # Errors
     /// When the API server can't be asked or refuses.
     pub async fn discard(&self, object: &K) -> Result<bool, CatalogError> {
-        let preconditions = Some(Preconditions {
-            uid: object.meta().uid.clone(),
-            resource_version: object.meta().resource_version.clone(),
-        });
-        let params = DeleteParams { preconditions, ..DeleteParams::background() };
-        match tokio::time::timeout(PATIENCE, self.objects.delete(&object.name_any(), &params)).await {
+        match self.delete_as_of(object, object.meta().resource_version.clone()).await {
             Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => Ok(false),
             answer => flatten(K::REQUESTS.delete, answer).map(|_| true),
         }
     }
 
     async fn delete(&self, object: &K) -> Result<(), CatalogError> {
-        let preconditions = Some(Preconditions { uid: object.meta().uid.clone(), resource_version: None });
-        let params = DeleteParams { preconditions, ..DeleteParams::background() };
-        match tokio::time::timeout(PATIENCE, self.objects.delete(&object.name_any(), &params)).await {
+        match self.delete_as_of(object, None).await {
             Ok(Err(kube::Error::Api(status))) if status.code == 404 => Ok(()),
-            answer => flatten(K::REQUESTS.delete, answer).map(drop),
+            answer => flatten(K::REQUESTS.delete, answer),
         }
+    }
+
+    /// Deletes this object and none of its name, as of that version where one is given.
+    async fn delete_as_of(&self, object: &K, resource_version: Option<String>) -> Result<kube::Result<()>, Elapsed> {
+        let preconditions = Some(Preconditions { uid: object.meta().uid.clone(), resource_version });
+        let params = DeleteParams { preconditions, ..DeleteParams::background() };
+        let answer = tokio::time::timeout(PATIENCE, self.objects.delete(&object.name_any(), &params)).await?;
+        Ok(answer.map(drop))
     }
 
     /// Changes what is asked for. The node writes to the same object at any time, of which a caller would know nothing to

@@ -5,9 +5,10 @@ mod volume;
 
 pub use volume::CLAIM_UID;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use zpod_volume::{Origin, VolumeMode};
 
-use crate::crd::{Mode, OriginStatus};
+use crate::crd::{FINALIZER, Mode, OriginStatus};
 
 /// The condition that says whether the device or the copy is there.
 pub const READY: &str = "Ready";
@@ -32,6 +33,12 @@ fn origin_status(origin: &Origin) -> OriginStatus {
         initialized: origin.initialized,
         copy: origin.copy,
     }
+}
+
+/// What an object has that takes the place of this one.
+fn successor(of: &ObjectMeta) -> ObjectMeta {
+    let (name, labels) = (of.name.clone(), of.labels.clone());
+    ObjectMeta { name, labels, finalizers: Some(vec![FINALIZER.to_owned()]), ..ObjectMeta::default() }
 }
 
 fn mode_of(mode: Option<Mode>) -> VolumeMode {

@@ -111,11 +111,11 @@ async fn persistent_volumes(client: &Client) -> Result<HashSet<VolumeId>, kube::
 }
 
 fn is_orphan(object: &ZfsVolume, known: &HashSet<VolumeId>, now: Timestamp) -> bool {
-    // A volume is made before its PersistentVolume.
-    let by_hand = object.metadata.deletion_timestamp.is_some() && !object.spec.destroy;
+    let by_hand = !object.spec.destroy;
     let unknown = object.name_any().parse().is_ok_and(|id: VolumeId| !known.contains(&id));
-    let leaving = object.metadata.deletion_timestamp.is_some();
-    (by_hand || !leaving && unknown) && !object.spec.ephemeral && is_old(object, now)
+    let told_of = if object.metadata.deletion_timestamp.is_some() { by_hand } else { unknown };
+    // A volume is made before its PersistentVolume.
+    told_of && !object.spec.ephemeral && is_old(object, now)
 }
 
 #[cfg(test)]

@@ -118,13 +118,12 @@ async fn carry_out<K: Kept, W: Work<K>>(work: &W, object: &K, id: Id<K>) -> Resu
     if leaving && object.is_to_be_destroyed() {
         return destroy(work, id).await;
     }
-    if leaving && work.let_go(object, id).await? {
-        return Ok(Action::await_change());
-    }
     if leaving {
+        if work.let_go(object, id).await? {
+            return Ok(Action::await_change());
+        }
         say(work.catalog(), id, None, DESTROYED, "NotAskedFor", work.keeps(id)).await?;
-    }
-    if !leaving && object.is_to_be_adopted() {
+    } else if object.is_to_be_adopted() {
         return adopt(work, object, id).await;
     }
     let action = work.carry_out(object, id, leaving).await?;

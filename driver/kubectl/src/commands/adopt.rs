@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{DynamicObject, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Api, Resource as _, ResourceExt as _};
 use serde::Serialize;
@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use zpod_kubernetes::Kept;
 use zpod_kubernetes::crd::{FINALIZER, GROUP, Manager, ZfsNode, ZfsSnapshot, ZfsVolume};
 
-use crate::cluster::{Cluster, PAGE};
+use crate::cluster::Cluster;
 use crate::options::{Adopt, Format};
 use crate::output::show;
 use crate::{Failure, progress};
@@ -191,27 +191,21 @@ async fn deleted<K: Kept>(
     all: &mut Vec<Deleted>,
     left: &mut Vec<Made>,
 ) -> Result<(), Failure> {
-    let (api, mut page) = (Api::<K>::all(cluster.client.clone()), ListParams::default().limit(PAGE));
-    loop {
-        let list = api.list(&page).await.map_err(|error| Failure::api(&K::plural(&()), &error))?;
-        for object in list.items.iter().filter(|object| ids.is_empty() || ids.contains(&object.name_any())) {
-            match of::<K>(object)? {
-                Some(one) => all.push(one),
-                None if is_by_hand(object) => left.push(Made {
-                    kind: K::kind(&()).into(),
-                    id: object.name_any(),
-                    node: object.node().to_owned(),
-                    state: State::Left,
-                    message: "it was never made, or its node is at work on it".into(),
-                }),
-                None => {}
-            }
-        }
-        match list.metadata.continue_.filter(|token| !token.is_empty()) {
-            Some(token) => page = page.continue_token(&token),
-            None => return Ok(()),
+    let objects: Vec<K> = cluster.all(&K::plural(&())).await?;
+    for object in objects.iter().filter(|object| ids.is_empty() || ids.contains(&object.name_any())) {
+        match of::<K>(object)? {
+            Some(one) => all.push(one),
+            None if is_by_hand(object) => left.push(Made {
+                kind: K::kind(&()).into(),
+                id: object.name_any(),
+                node: object.node().to_owned(),
+                state: State::Left,
+                message: "it was never made, or its node is at work on it".into(),
+            }),
+            None => {}
         }
     }
+    Ok(())
 }
 
 /// Whether somebody has deleted it without a word on its data, and its node holds it.

@@ -3,7 +3,7 @@ use k8s_openapi::jiff::Timestamp;
 use zpod_storage::catalog::{CatalogError, Contents, GroupMember, Snapshot, SnapshotPhase as RecordPhase};
 use zpod_volume::{Encryption, SnapshotId};
 
-use super::{READY, mode_of, mode_status, origin_of, origin_status};
+use super::{READY, mode_of, mode_status, origin_of, origin_status, successor};
 use crate::Quantity;
 use crate::catalog::{Head, Kept, Requests};
 use crate::crd::{FINALIZER, GroupRef, SnapshotPhase, ZfsSnapshot, ZfsSnapshotSpec, ZfsSnapshotStatus};
@@ -137,11 +137,8 @@ impl Kept for ZfsSnapshot {
             }
             Some(_) => return Ok(None),
         };
-        let name = self.metadata.name.as_deref().unwrap_or_default();
-        let mut object = Self::new(name, ZfsSnapshotSpec { adopt, ..self.spec.clone() });
-        object.metadata.labels.clone_from(&self.metadata.labels);
-        object.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
-        Ok(Some(object))
+        let spec = ZfsSnapshotSpec { adopt, ..self.spec.clone() };
+        Ok(Some(Self { metadata: successor(&self.metadata), spec, status: None }))
     }
 
     fn is_unmade(&self) -> bool {

@@ -6,7 +6,7 @@ use zpod_storage::catalog::{
 };
 use zpod_volume::{ParameterError, VolumeAttributes, VolumeId};
 
-use super::{EXPANDED, HEALTHY, READY, mode_of, mode_status, origin_of, origin_status};
+use super::{EXPANDED, HEALTHY, READY, mode_of, mode_status, origin_of, origin_status, successor};
 use crate::Quantity;
 use crate::catalog::{Head, Kept, Requests};
 use crate::crd::{
@@ -126,11 +126,8 @@ impl Kept for ZfsVolume {
             }
             Some(Phase::Refused | Phase::Deleting) => return Ok(None),
         };
-        let name = self.metadata.name.as_deref().unwrap_or_default();
-        let mut object = Self::new(name, ZfsVolumeSpec { adopt, ..self.spec.clone() });
-        object.metadata.labels.clone_from(&self.metadata.labels);
-        object.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
-        Ok(Some(object))
+        let spec = ZfsVolumeSpec { adopt, ..self.spec.clone() };
+        Ok(Some(Self { metadata: successor(&self.metadata), spec, status: None }))
     }
 
     fn is_unmade(&self) -> bool {
