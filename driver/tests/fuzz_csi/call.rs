@@ -128,6 +128,16 @@ impl Call {
         }
     }
 
+    /// What is to be made by it, and its name.
+    pub(crate) fn name(&self) -> Option<(&'static str, &str)> {
+        match self {
+            Self::CreateVolume(request) => Some(("volume", &request.name)),
+            Self::CreateSnapshot(request) => Some(("snapshot", &request.name)),
+            Self::CreateGroup(request) => Some(("group", &request.name)),
+            _ => None,
+        }
+    }
+
     /// The call that an orchestrator makes which gives up on this one.
     pub(crate) fn given_up(&self, id: impl Fn(&str) -> String, snapshot: impl Fn(&str) -> String) -> Option<Self> {
         match self {

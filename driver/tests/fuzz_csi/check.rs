@@ -49,8 +49,22 @@ impl Baseline {
 }
 
 impl World {
-    /// All of it. What the kernel or a task of zpod is still at is waited for.
+    /// All of it, of a model that explains the answers. What is there tells which one.
     pub(crate) async fn check(&mut self) -> Judged {
+        loop {
+            match self.check_model().await {
+                Ok(()) => {
+                    self.settle_model();
+                    return Ok(());
+                }
+                Err(_) if self.try_next_model() => {}
+                Err(wrong) => return Err(wrong),
+            }
+        }
+    }
+
+    /// What the kernel or a task of zpod is still at is waited for.
+    async fn check_model(&mut self) -> Judged {
         self.check_answers().await?;
         self.check_records()?;
         self.check_targets()?;

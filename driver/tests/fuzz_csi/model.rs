@@ -85,7 +85,7 @@ pub(crate) struct Snapshot {
 }
 
 /// The state.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Model {
     /// Whether files share blocks here.
     pub(crate) shares: bool,
@@ -162,27 +162,30 @@ impl Model {
     }
 
     /// Judges the answers to calls that were made at once: there must be an order that explains them all. What was aborted
-    /// has not happened.
-    pub(crate) fn judge_at_once(&mut self, made: &[(Call, Answer)]) -> Judged {
-        self.offered = None;
-        let mut why = String::new();
+    /// has not happened, nor what met a name that another of them took and gave back. Gives the state after each order that
+    /// does: answers alone don't tell which one it was.
+    pub(crate) fn judge_at_once(&self, made: &[(Call, Answer)]) -> Result<Vec<Self>, String> {
+        // Another call may make room.
+        let before = Self { offered: None, refused: None, ..self.clone() };
+        let (mut explained, mut why) = (Vec::new(), String::new());
         for order in orders(made.len()) {
-            let mut state = self.clone();
+            let mut state = before.clone();
             let judged = order.iter().map(|at| &made[*at]).try_for_each(|(call, answer)| match answer {
                 Err(status) if status.code() == Code::Aborted => Ok(()),
+                Err(status) if status.code() == Code::AlreadyExists && was_taken(call, made) => Ok(()),
                 answer => state.judge(call, answer).map_err(|wrong| format!("{call:?}: {wrong}")),
             });
+            state.refused = None;
             match judged {
-                Ok(()) => {
-                    *self = state;
-                    // Another call may have made room since.
-                    self.refused = None;
-                    return Ok(());
-                }
+                Ok(()) if explained.contains(&state) => {}
+                Ok(()) => explained.push(state),
                 Err(wrong) => why = wrong,
             }
         }
-        Err(format!("no order explains these answers; in the last one tried: {why}"))
+        if explained.is_empty() {
+            return Err(format!("no order explains these answers; in the last one tried: {why}"));
+        }
+        Ok(explained)
     }
 
     /// zpod is another process: it has to find its guests anew.
@@ -241,6 +244,12 @@ fn done<'a>(answer: &'a Answer, reasons: &[Code]) -> Result<Option<&'a Reply>, S
         Err(status) if reasons.contains(&status.code()) => Ok(None),
         Err(status) => Err(format!("it was refused ({:?}): {}", status.code(), status.message())),
     }
+}
+
+/// Whether another one of the calls that were made at once wanted the same name and failed.
+fn was_taken(call: &Call, made: &[(Call, Answer)]) -> bool {
+    let name = call.name();
+    name.is_some() && made.iter().any(|(other, answer)| answer.is_err() && other != call && other.name() == name)
 }
 
 /// All orders of so many.

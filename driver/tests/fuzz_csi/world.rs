@@ -39,6 +39,8 @@ pub(crate) struct World {
     pub(crate) disk: Disk,
     pub(crate) node: Node,
     pub(crate) model: Model,
+    /// Others that explain the answers as well, until one is seen to be right.
+    others: Vec<Model>,
     pub(crate) random: Rng,
     pub(crate) baseline: Baseline,
     /// What GetCapacity offered at the beginning.
@@ -77,6 +79,7 @@ impl World {
             daemon: None,
             channel: None,
             model: Model::new(disk.shares(), overprovision),
+            others: Vec::new(),
             disk,
             node,
             random: Rng::with_seed(seed),
@@ -208,7 +211,29 @@ impl World {
             self.counts.refused += 1;
             self.note(format_args!("  {:?}: {}", status.code(), status.message()));
         }
-        self.model.judge(call, answer)
+        let judged = self.model.judge(call, answer);
+        self.others.retain_mut(|other| other.judge(call, answer).is_ok());
+        if judged.is_err() && self.try_next_model() { Ok(()) } else { judged }
+    }
+
+    /// Takes one of these, which all explain what was answered.
+    fn take_models(&mut self, explained: Vec<Model>) {
+        self.others = explained;
+        self.try_next_model();
+    }
+
+    /// Takes another one instead of one that was wrong. Whether there was one.
+    pub(crate) fn try_next_model(&mut self) -> bool {
+        if self.others.is_empty() {
+            return false;
+        }
+        self.model = self.others.remove(0);
+        true
+    }
+
+    /// The model is right.
+    pub(crate) fn settle_model(&mut self) {
+        self.others.clear();
     }
 
     /// SIGTERM, on which it ends well.

@@ -100,7 +100,8 @@ impl World {
             let said = answer.as_ref().map(|_| ()).map_err(|status| (status.code(), status.message()));
             self.trace.push(format!("       {said:?}"));
         }
-        self.model.judge_at_once(&made)?;
+        let explained = self.model.judge_at_once(&made)?;
+        self.take_models(explained);
         for (call, answer) in &made {
             self.take_back(call, answer).await?;
         }
