@@ -125,9 +125,12 @@ impl NodeVolumes {
 
     /// Destroys a volume whose pod has given it back.
     pub(super) async fn end_ephemeral(&self, id: VolumeId) -> Result<Outcome, VolumeError> {
-        // Waits for a virtual machine that is on its way out; whether it has gone is looked at again.
-        if let Some(volume) = self.context.catalog.get(id).await? {
-            let _ = self.prove_exclusive(&volume).await;
+        {
+            // Waits for a virtual machine that is on its way out; whether it has gone is looked at again.
+            let _lock = self.context.lock(id).await;
+            if let Some(volume) = self.context.catalog.get(id).await? {
+                let _ = self.prove_exclusive(&volume).await;
+            }
         }
         crash::point("unpublish: ephemeral volume ends");
         let ended = Provisioner::new(self.context.clone()).delete(id).await?;

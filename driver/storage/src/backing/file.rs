@@ -42,13 +42,12 @@ mod sharing;
 mod trial;
 mod upkeep;
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, Stat};
@@ -60,7 +59,7 @@ pub use self::abilities::{Abilities, Fencing};
 pub(crate) use self::image::disable_cow;
 use self::openings::Openings;
 use self::projects::Projects;
-use self::proof::Held;
+use self::proof::{Held, Proven};
 use self::sharing::Sharing;
 use self::trial::Trial;
 use self::upkeep::Freed;
@@ -100,7 +99,7 @@ pub struct FileBacking {
     /// How many calls that are to be refused look for room.
     looking_for_room: AtomicUsize,
     /// Images that the callers have proofs for.
-    held: Mutex<HashMap<VolumeId, Weak<Held>>>,
+    held: Arc<Proven>,
 }
 
 impl FileBacking {
@@ -133,7 +132,7 @@ impl FileBacking {
             openings: Openings::default(),
             freed: Arc::default(),
             looking_for_room: AtomicUsize::new(0),
-            held: Mutex::default(),
+            held: Arc::default(),
         };
         backing.try_at_start().map_err(|error| fail("try out the file system of", error))?;
         let volumes = backing.adopt_all().map_err(|error| fail("read the backing directory", error))?;
@@ -270,7 +269,7 @@ impl FileBacking {
     }
 
     fn held(&self, id: VolumeId) -> Option<Arc<Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner).get(&id).and_then(Weak::upgrade)
+        self.held.get(id)
     }
 
     fn fail(&self, what: &'static str, source: io::Error) -> BackingError {

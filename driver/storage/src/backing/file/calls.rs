@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags};
 use zpod_volume::{Bytes, DiskLayout, Provisioning, SnapshotId, VolumeId};
@@ -215,11 +215,12 @@ impl Backing for FileBacking {
     }
 
     fn exclusive(&self, id: VolumeId) -> Result<Box<dyn Exclusive>, BackingError> {
+        // A look at it that goes on now ends with its step. Another one who wants this gets the same proof: to open it beside
+        // him would break his lease.
+        let opening = self.openings.enter(id.into());
         let held = match self.image(id, OFlags::RDWR)? {
             Image::Held(held) => held,
             Image::Opened(file) => {
-                // A look at it that goes on now ends with its step.
-                let _opening = self.openings.enter(id.into());
                 let fencing = self.abilities().map_or_else(|| Fencing::of(&file), |abilities| Ok(abilities.fencing));
                 let fencing = fencing.map_err(|error| self.fail_on(id, "take a lease on", error))?;
                 let held = Held::take(file, fencing).map_err(|error| match error {
@@ -227,16 +228,15 @@ impl Backing for FileBacking {
                     TakeError::Io(error) => self.fail_on(id, "take a lease on", error),
                 })?;
                 let held = Arc::new(held);
-                let mut all = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-                all.retain(|_, held| held.strong_count() > 0);
-                all.insert(id, Arc::downgrade(&held));
+                self.held.put(id, &held);
                 held
             }
         };
+        drop(opening);
         if !held.holds().map_err(|error| self.fail_on(id, "look at the lease of", error))? {
             return Err(self.in_use(id, "somebody is opening it at this moment"));
         }
-        Ok(Box::new(Proof(held)))
+        Ok(Box::new(Proof::new(held, &self.held)))
     }
 
     fn write_table(&self, spec: &DeviceSpec, _proof: &dyn Exclusive) -> Result<(), BackingError> {

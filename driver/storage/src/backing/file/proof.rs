@@ -1,10 +1,13 @@
 //! Proof that nobody else has an image open.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
+
+use zpod_volume::VolumeId;
 
 use super::{Fencing, fcntl};
 use crate::backing::Exclusive;
@@ -78,10 +81,45 @@ impl Drop for Held {
     }
 }
 
+/// The images that this process has for itself, while it does.
+#[derive(Debug, Default)]
+pub(super) struct Proven(Mutex<HashMap<VolumeId, Weak<Held>>>);
+
+impl Proven {
+    fn all(&self) -> MutexGuard<'_, HashMap<VolumeId, Weak<Held>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn get(&self, id: VolumeId) -> Option<Arc<Held>> {
+        self.all().get(&id).and_then(Weak::upgrade)
+    }
+
+    pub(super) fn put(&self, id: VolumeId, held: &Arc<Held>) {
+        let mut all = self.all();
+        all.retain(|_, held| held.strong_count() > 0);
+        all.insert(id, Arc::downgrade(held));
+    }
+}
+
 /// What the caller holds.
 #[derive(Debug)]
-pub(super) struct Proof(
-    #[expect(dead_code, reason = "held, not read: what counts is that it lives")] pub(super) Arc<Held>,
-);
+pub(super) struct Proof {
+    held: Option<Arc<Held>>,
+    all: Arc<Proven>,
+}
+
+impl Proof {
+    pub(super) fn new(held: Arc<Held>, all: &Arc<Proven>) -> Self {
+        Self { held: Some(held), all: Arc::clone(all) }
+    }
+}
+
+impl Drop for Proof {
+    fn drop(&mut self) {
+        // Whoever looks for it meanwhile finds it, or finds it closed.
+        let _all = self.all.all();
+        self.held = None;
+    }
+}
 
 impl Exclusive for Proof {}

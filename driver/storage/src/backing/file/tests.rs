@@ -250,6 +250,25 @@ fn a_process_that_opens_a_device_while_its_table_is_written_waits_and_kills_nobo
 }
 
 #[test]
+fn who_wants_the_same_proof_at_the_same_time_gets_it() {
+    let files = Files::new();
+    let spec = thin("a", 16);
+    files.backing.create(&spec).unwrap();
+    for _ in 0..200 {
+        let together = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            let prove = || {
+                together.wait();
+                files.backing.exclusive(spec.id).map(drop)
+            };
+            let other = scope.spawn(prove);
+            prove().unwrap();
+            other.join().unwrap().unwrap();
+        });
+    }
+}
+
+#[test]
 fn a_lock_of_qemu_is_named() {
     let files = Files::new();
     let spec = thin("a", 16);
