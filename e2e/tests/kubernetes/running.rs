@@ -61,7 +61,14 @@ pub(crate) async fn a_record_that_was_deleted_by_hand_is_adopted(cluster: &Clust
     cluster.apply(CLAIM).await?;
     cluster.apply(WRITER).await?;
     cluster.wait_for_pod("default", "writer", "Running").await?;
-    health(cluster, "Online").await?;
+    // The guest's word is in the status at once; that it is recorded comes behind.
+    cluster
+        .wait("its pool is recorded", async || {
+            let volume = volume(cluster).await?;
+            ensure!(volume["status"]["initialized"] == true, "status: {}", volume["status"]);
+            Ok(())
+        })
+        .await?;
     let name = volume(cluster).await?["metadata"]["name"].as_str().context("no name")?.to_owned();
     let (object, definition) =
         (["delete", "zfsvolume", &name, "--wait=false"], ["delete", "crd", KIND, "--wait=false"]);
