@@ -168,13 +168,13 @@ pub struct Volumes<M> {
     machine: M,
     bases: PathBuf,
     table: Mutex<BTreeMap<VolumeId, Arc<Volume>>>,
-    copies: restore::Copies,
+    imports: restore::Imports,
 }
 
 impl<M: Machine> Volumes<M> {
     /// Volumes of a machine, with our own mounts of them below `bases`.
     pub fn new(machine: M, bases: impl Into<PathBuf>) -> Arc<Self> {
-        Arc::new(Self { machine, bases: bases.into(), table: Mutex::default(), copies: Default::default() })
+        Arc::new(Self { machine, bases: bases.into(), table: Mutex::default(), imports: Default::default() })
     }
 
     /// The machine.
@@ -379,7 +379,7 @@ impl<M: Machine> Volumes<M> {
             request: &request,
             progress: &volume.progress,
             arc_max: arc.max(request.spec.arc_max),
-            copies: &self.copies,
+            imports: &self.imports,
             place: place.as_ref(),
             used: !volume.state().uses.is_empty(),
         };

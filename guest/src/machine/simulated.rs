@@ -149,6 +149,8 @@ struct Kernel {
     /// Pool to disk and its sequence.
     imported: BTreeMap<String, (usize, u64)>,
     links: BTreeMap<PathBuf, usize>,
+    /// GUIDs of pools that are being imported.
+    importing: BTreeSet<u64>,
     /// Pools that are imported read-only.
     read_only: BTreeSet<String>,
     mounts: BTreeMap<PathBuf, (String, MountFlags)>,
@@ -169,6 +171,15 @@ pub(crate) struct SimMachine {
     pub(crate) held: Mutex<BTreeSet<PathBuf>>,
     /// How long an import takes.
     pub(crate) import_time: Mutex<std::time::Duration>,
+}
+
+/// Pools that are being imported.
+struct Importing<'a>(&'a SimMachine, BTreeSet<u64>);
+
+impl Drop for Importing<'_> {
+    fn drop(&mut self) {
+        self.0.kernel().importing.retain(|guid| !self.1.contains(guid));
+    }
 }
 
 impl SimMachine {
@@ -235,6 +246,18 @@ impl SimMachine {
         data.clone_into(&mut on.data);
         on.txg += 1;
         mirror(&kernel, &mut disks, index);
+    }
+
+    /// From now on the GUID of what is on these disks is taken, though nobody sees the pool yet.
+    fn begin_import(&self, devices: &[PathBuf]) -> Result<Importing<'_>, Fault> {
+        let (mut kernel, disks) = (self.kernel(), self.disks.lock().unwrap());
+        let on = devices.iter().filter_map(|device| disks[image(&disks, kernel.links[device])].pool.as_ref());
+        let guids: BTreeSet<_> = on.map(|pool| pool.guid).collect();
+        if kernel.importing.iter().any(|guid| guids.contains(guid)) {
+            return Err(Fault::new("no such pool available"));
+        }
+        kernel.importing.extend(&guids);
+        Ok(Importing(self, guids))
     }
 
     /// A step with an effect. Killed before, it has none; killed after, nobody learns of it.
@@ -489,6 +512,7 @@ impl Machine for SimMachine {
         read_only: bool,
     ) -> Result<(), Fault> {
         let time = *self.import_time.lock().unwrap();
+        let _importing = self.begin_import(devices)?;
         tokio::time::sleep(time).await;
         self.step("import", |kernel, disks| {
             let named =

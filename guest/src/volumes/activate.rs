@@ -8,7 +8,7 @@ use super::bounds::Bounds;
 use super::device;
 use super::marks::remove_marks;
 use super::mirror::Halves;
-use super::restore::Copies;
+use super::restore::Imports;
 use super::{Active, Request, Volume, progress::Progress};
 use crate::disk;
 use crate::error::VolumeError;
@@ -24,8 +24,8 @@ pub(super) struct Activation<'a, M> {
     pub(super) progress: &'a Progress,
     /// The largest of the pod's volumes.
     pub(super) arc_max: Option<Bytes>,
-    /// Copies of this guest that get a GUID of their own.
-    pub(super) copies: &'a Copies,
+    /// Imports that must not meet.
+    pub(super) imports: &'a Imports,
     /// Where the request says that its disk is.
     pub(super) place: Option<&'a Place>,
     /// Containers use its pool now.
@@ -269,13 +269,8 @@ impl<M: Machine> Activation<'_, M> {
     pub(super) async fn import(&self, devices: &[PathBuf]) -> Result<(), Fault> {
         self.progress.stage("importing its pool");
         let pool = &self.request.spec.pool;
-        let copies = self.copies.done();
-        let Err(fault) = self.machine.import(pool, pool, devices, false).await else { return Ok(()) };
-        // A copy of this very pool may have been in the way.
-        match self.copies.since(copies).await {
-            Some(_alone) => self.machine.import(pool, pool, devices, false).await,
-            None => Err(fault),
-        }
+        let _alone = self.imports.alone(self.id).await;
+        self.machine.import(pool, pool, devices, false).await
     }
 
     pub(super) async fn make(&self, devices: &[PathBuf], force: bool) -> Result<(), VolumeError> {

@@ -166,6 +166,7 @@ impl<M: Machine> Activation<'_, M> {
                 return refused(NOT_EXPORTED);
             }
             self.progress.stage("importing its pool read-only");
+            let _alone = self.imports.alone(self.id).await;
             let imported = self.machine.import(&spec.pool, &spec.pool, &[device], true).await;
             imported.map_err(|cause| VolumeError::Import {
                 id: self.id,

@@ -13,41 +13,41 @@
 //! Until the fourth step is done no container has seen the volume, and each step before it can be repeated: a start that
 //! is cut short anywhere is begun again. From then on the disk is like any other, and nothing is ever rolled back again.
 //!
-//! The kernel has no two pools with one GUID (`spa_guid_exists`, spa_misc.c). So copies get theirs one at a time, and where the
-//! origin itself is in use in the same guest, it is the origin's pool whose GUID is changed first: that can be done at
-//! any time, and nobody here knows a pool by its GUID.
+//! The kernel has no two pools with one GUID (`spa_guid_exists`, spa_misc.c). So copies get theirs one at a time, and not
+//! while their origin is being imported; where the origin itself is in use in the same guest, it is the origin's pool
+//! whose GUID is changed first: that can be done at any time, and nobody here knows a pool by its GUID.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, Weak};
 
-use tokio::sync::{Mutex, MutexGuard};
-use zpod_volume::{Origin, PoolName};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use zpod_volume::{Origin, PoolName, VolumeId};
 
 use super::activate::Activation;
 use crate::error::VolumeError;
 use crate::journal::Journal;
 use crate::machine::{Disk, Fault, Machine};
 
-/// Copies, which get a GUID of their own one at a time.
+/// Imports of pools that have one GUID, or may have it: a volume's own, and those of copies of it. One at a time: one that
+/// meets another finds no pool, and one that is under way is seen by nobody.
 #[derive(Debug, Default)]
-pub(super) struct Copies {
-    lock: Mutex<()>,
-    done: AtomicU64,
-}
+pub(super) struct Imports(std::sync::Mutex<BTreeMap<VolumeId, Weak<Mutex<()>>>>);
 
-impl Copies {
-    /// How many there were.
-    pub(super) fn done(&self) -> u64 {
-        self.done.load(Ordering::SeqCst)
-    }
-
-    /// The right to be the next one, if one had, or has, its origin's GUID since there were so many.
-    pub(super) async fn since(&self, done: u64) -> Option<MutexGuard<'_, ()>> {
-        match self.lock.try_lock() {
-            Ok(_) if self.done() == done => None,
-            Ok(alone) => Some(alone),
-            Err(_) => Some(self.lock.lock().await),
-        }
+impl Imports {
+    /// Waits until nobody else imports what may have the GUID of this volume's pool.
+    pub(super) async fn alone(&self, origin: VolumeId) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            locks.retain(|_, lock| lock.strong_count() > 0);
+            let known = locks.get(&origin).and_then(Weak::upgrade);
+            known.unwrap_or_else(|| {
+                let lock = Arc::new(Mutex::new(()));
+                locks.insert(origin, Arc::downgrade(&lock));
+                lock
+            })
+        };
+        lock.lock_owned().await
     }
 }
 
@@ -61,25 +61,18 @@ impl<M: Machine> Activation<'_, M> {
         imported: bool,
     ) -> Result<(), VolumeError> {
         let pool = &self.request.spec.pool;
-        self.progress.stage("waiting for another copy to get a GUID of its own");
-        let _alone = self.copies.lock.lock().await;
+        self.progress.stage("waiting for its origin, or another copy, to be imported");
+        let _alone = self.imports.alone(origin.volume).await;
         if !imported {
             self.progress.stage("importing the pool it is a copy of");
-            let result = match self.import_copy(devices, origin).await {
-                // The origin may have come up in between.
-                Err(_) => self.import_copy(devices, origin).await,
-                done => done,
-            };
-            result.map_err(|cause| VolumeError::Import {
+            self.import_copy(devices, origin).await.map_err(|cause| VolumeError::Import {
                 id: self.id,
                 pool: pool.to_string(),
                 disk: disk.name.clone(),
                 cause,
             })?;
         }
-        let result = self.machine.reguid(pool).await;
-        self.copies.done.fetch_add(1, Ordering::SeqCst);
-        result.map_err(self.failed("giving its pool a GUID of its own"))
+        self.machine.reguid(pool).await.map_err(self.failed("giving its pool a GUID of its own"))
     }
 
     async fn import_copy(&self, devices: &[PathBuf], origin: &Origin) -> Result<(), Fault> {
