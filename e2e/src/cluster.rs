@@ -15,7 +15,6 @@ mod authority;
 pub mod chart;
 mod claim;
 mod control_plane;
-mod disk;
 pub mod images;
 mod isolation;
 mod kata;
@@ -33,7 +32,7 @@ use tokio::time::Instant;
 
 use crate::process::Process;
 use crate::workdir::Workdir;
-use crate::{PATIENCE, console};
+use crate::{PATIENCE, console, disk};
 use authority::Authority;
 pub use claim::Written;
 use control_plane::ControlPlane;
@@ -43,6 +42,9 @@ use kubectl::Kubectl;
 use worker::Worker;
 
 const KATA_LABEL: &str = "katacontainers.io/kata-runtime=true";
+/// Where a node's disk for volumes is: a hundred of the smallest, twice.
+const DISK: &str = "var/lib/zpod";
+const DISK_SIZE: u64 = 64 << 30;
 /// So many lines of each log in a diagnosis.
 const TAIL: usize = 15;
 /// So many lines of each answer in a diagnosis.
@@ -121,7 +123,10 @@ impl Cluster {
         let root = self.node_dir(name);
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
         kata::deploy(&root)?;
-        disk::mount(&root)?;
+        // Somebody may have given the node another.
+        if !root.join(DISK).exists() {
+            disk::mount_xfs(&root.join(DISK), DISK_SIZE)?;
+        }
         let user = format!("system:node:{name}");
         let kubeconfig = self.authority.kubeconfig(&format!("{name}.conf"), &user, Some("system:nodes"))?;
         let log = self.workdir.path().join("logs").join(format!("{name}.log"));

@@ -13,7 +13,7 @@ use tower::service_fn;
 use zpod_proto::csi::controller_client::ControllerClient;
 use zpod_proto::csi::identity_client::IdentityClient;
 use zpod_proto::csi::node_client::NodeClient;
-use zpod_proto::csi::{self, volume_capability};
+use zpod_proto::csi::{self, volume_capability, volume_content_source};
 use zpod_volume::Bytes;
 
 use crate::PATIENCE;
@@ -80,6 +80,32 @@ impl Csi {
         size: Bytes,
         parameters: &[(&str, &str)],
     ) -> Result<csi::Volume, Status> {
+        self.create_from(name, size, parameters, None).await
+    }
+
+    /// CreateVolume from a snapshot.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    pub async fn restore(
+        &mut self,
+        name: &str,
+        size: Bytes,
+        parameters: &[(&str, &str)],
+        snapshot: &csi::Snapshot,
+    ) -> Result<csi::Volume, Status> {
+        let snapshot_id = snapshot.snapshot_id.clone();
+        let source = volume_content_source::Type::Snapshot(volume_content_source::SnapshotSource { snapshot_id });
+        self.create_from(name, size, parameters, Some(csi::VolumeContentSource { r#type: Some(source) })).await
+    }
+
+    async fn create_from(
+        &mut self,
+        name: &str,
+        size: Bytes,
+        parameters: &[(&str, &str)],
+        source: Option<csi::VolumeContentSource>,
+    ) -> Result<csi::Volume, Status> {
         let parameters: HashMap<_, _> =
             parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
         let request = csi::CreateVolumeRequest {
@@ -87,6 +113,7 @@ impl Csi {
             capacity_range: Some(range(size)),
             volume_capabilities: vec![capability(None)],
             parameters,
+            volume_content_source: source,
             ..Default::default()
         };
         let answer = self.controller.create_volume(request).await?.into_inner();
@@ -100,6 +127,39 @@ impl Csi {
     pub async fn delete(&mut self, volume: &csi::Volume) -> Result<(), Status> {
         let request = csi::DeleteVolumeRequest { volume_id: volume.volume_id.clone(), ..Default::default() };
         self.controller.delete_volume(request).await.map(|_| ())
+    }
+
+    /// CreateSnapshot, repeated until the copy is whole, as the external-snapshotter does.
+    ///
+    /// # Errors
+    /// What the driver answers, or that it goes on for too long.
+    pub async fn snapshot(&mut self, volume: &csi::Volume, name: &str) -> Result<csi::Snapshot, Status> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let request = csi::CreateSnapshotRequest {
+                source_volume_id: volume.volume_id.clone(),
+                name: name.into(),
+                ..Default::default()
+            };
+            let made = self.controller.create_snapshot(request).await?.into_inner().snapshot;
+            let made = made.ok_or_else(|| Status::internal("CreateSnapshot gave no snapshot"))?;
+            if made.ready_to_use {
+                return Ok(made);
+            }
+            if Instant::now() >= end {
+                return Err(Status::deadline_exceeded("the snapshot is not ready"));
+            }
+            sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// DeleteSnapshot.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    pub async fn delete_snapshot(&mut self, snapshot: &csi::Snapshot) -> Result<(), Status> {
+        let request = csi::DeleteSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone(), ..Default::default() };
+        self.controller.delete_snapshot(request).await.map(|_| ())
     }
 
     /// ControllerExpandVolume; gives the new size.

@@ -14,7 +14,10 @@ use crate::csi::Csi;
 use crate::direct_volume::{self, DirectVolume};
 use crate::process::Process;
 use crate::workdir::{self, Workdir};
-use crate::{console, zpod};
+use crate::{console, disk, zpod};
+
+/// Sparse.
+const XFS_SIZE: u64 = 16 << 30;
 
 /// A node in a temporary directory. Dropping it ends zpod and removes everything.
 #[derive(Debug)]
@@ -33,6 +36,17 @@ impl Node {
     /// When zpod doesn't start.
     pub async fn start() -> Result<Self> {
         let mut node = Self::idle()?;
+        node.restart_zpod().await?;
+        Ok(node)
+    }
+
+    /// A fresh node with zpod running, whose volumes are on a file system that shares blocks.
+    ///
+    /// # Errors
+    /// When the file system can't be made, or zpod doesn't start.
+    pub async fn start_on_xfs() -> Result<Self> {
+        let mut node = Self::idle()?;
+        disk::mount_xfs(&node.backing_dir(), XFS_SIZE)?;
         node.restart_zpod().await?;
         Ok(node)
     }
@@ -155,7 +169,8 @@ impl Node {
                 bail!("{left:?} is left in {}", dir.display());
             }
         }
-        if let Some(mount) = workdir::mounts_below(self.dir.path()).first() {
+        let own = self.backing_dir();
+        if let Some(mount) = workdir::mounts_below(self.dir.path()).iter().find(|mount| **mount != own) {
             bail!("{} is still mounted", mount.display());
         }
         Ok(())

@@ -18,7 +18,7 @@ use crate::process::Process;
 use crate::qmp::Qmp;
 use crate::slot::Slot;
 use crate::workdir::Workdir;
-use crate::{PATIENCE, base_initrd, console, inputs, vsock};
+use crate::{PATIENCE, base_initrd, console, inputs, postgresql, vsock};
 
 mod faults;
 
@@ -36,6 +36,8 @@ const MEMORY_MIB: u32 = 512;
 pub enum Boot {
     /// zpod-guest, which starts the agent: what a node is set up for.
     Zpod,
+    /// The same, with PostgreSQL for the containers.
+    PostgreSql,
     /// The agent alone, with ZFS in the kernel but nothing of ours before it.
     Bare,
     /// An initramfs with nothing in it: the kernel comes up and gives up. For comparison.
@@ -45,7 +47,9 @@ pub enum Boot {
 impl Boot {
     fn command_line(self) -> String {
         let start = match self {
-            Self::Zpod => "rdinit=/zpod/init agent.server_addr=unix:///run/kata-agent.sock".to_owned(),
+            Self::Zpod | Self::PostgreSql => {
+                "rdinit=/zpod/init agent.server_addr=unix:///run/kata-agent.sock".to_owned()
+            }
             Self::Bare => format!("rdinit={} agent.server_addr=vsock://-1:1024", base_initrd::BARE_INIT),
             Self::Empty => String::new(),
         };
@@ -59,7 +63,7 @@ impl Boot {
     /// guest's driver was there: seen in one boot of some sixty.
     fn ready_line(self) -> &'static str {
         match self {
-            Self::Zpod => "zpod-guest: proxy ready",
+            Self::Zpod | Self::PostgreSql => "zpod-guest: proxy ready",
             Self::Bare => "ZFS: Loaded module",
             Self::Empty => "Kernel panic",
         }
@@ -72,7 +76,16 @@ impl Boot {
         let base = to.with_extension("base");
         base_initrd::write(&base)?;
         zpod_image::initrd::append(&base, &image.overlay, to)?;
+        if self == Self::PostgreSql {
+            fs::rename(to, &base).context("take the initrd as the base")?;
+            zpod_image::initrd::append(&base, &postgresql::archive()?, to)?;
+        }
         fs::remove_file(&base).context("remove the base initrd")
+    }
+
+    /// What it needs: its files are in memory.
+    fn memory_mib(self) -> u32 {
+        if self == Self::PostgreSql { 2 * MEMORY_MIB } else { MEMORY_MIB }
     }
 }
 
@@ -141,7 +154,7 @@ impl Guest {
         let initrd = dir.path().join("initrd");
         write_initrd(&initrd)?;
         let vsock_device = start_vsock_device(dir.path())?;
-        let accel = Accel::detect().await?;
+        let (accel, memory) = (Accel::detect().await?, boot.memory_mib());
         let place = |name: &str| dir.path().join(name).display().to_string();
         let mut arguments: Vec<String> = vec![
             "-nodefaults".into(),
@@ -158,10 +171,10 @@ impl Guest {
             "-smp".into(),
             processors(accel),
             "-m".into(),
-            MEMORY_MIB.to_string(),
+            memory.to_string(),
             "-object".into(),
             // vhost-user: the device process maps the guest's memory.
-            format!("memory-backend-memfd,id=mem,size={MEMORY_MIB}M,share=on"),
+            format!("memory-backend-memfd,id=mem,size={memory}M,share=on"),
             "-chardev".into(),
             format!("socket,id=vsock,path={}", place("vhost.sock")),
             "-device".into(),

@@ -4,6 +4,7 @@ mod attributes;
 mod block;
 mod busy;
 mod clones;
+mod database;
 mod disk;
 mod encryption;
 mod fail_closed;

@@ -1,10 +1,8 @@
 //! Nodes with more and with less room.
 
-use std::path::Path;
-use std::process::Command;
-
 use anyhow::{Context as _, Result, ensure};
 use zpod_e2e::cluster::Cluster;
+use zpod_e2e::disk;
 
 const SMALL: &str = "node-b";
 /// More than the small node has.
@@ -15,11 +13,11 @@ const CLAIMS: usize = 3;
 pub(crate) async fn the_scheduler_goes_where_the_room_is(cluster: &Cluster) -> Result<()> {
     cluster.install_chart().await?;
     let backing = cluster.node_dir(SMALL).join("var/lib/zpod");
-    small_file_system(&backing)?;
+    disk::mount_xfs(&backing, 1 << 30)?;
     cluster.add_node(SMALL).await?;
     let result = claims_go_where_the_room_is(cluster).await;
     cluster.remove_node(SMALL).await?;
-    run("umount", &["--lazy", &backing.display().to_string()])?;
+    disk::unmount(&backing)?;
     result
 }
 
@@ -77,18 +75,4 @@ fn claim_and_pod(name: &str, size: &str) -> String {
          'busybox:1.37', command: [sleep, '1000000'], volumeMounts: [{{name: data, mountPath: /data}}]}}\n  volumes:\n  - \
          {{name: data, persistentVolumeClaim: {{claimName: {name}}}}}\n"
     )
-}
-
-fn small_file_system(at: &Path) -> Result<()> {
-    std::fs::create_dir_all(at).with_context(|| format!("create {}", at.display()))?;
-    let (image, at) = (at.with_extension("xfs").display().to_string(), at.display().to_string());
-    run("truncate", &["--size", "1G", &image])?;
-    run("mkfs.xfs", &["-q", &image])?;
-    run("mount", &["-o", "loop", &image, &at])
-}
-
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
-    let output = Command::new(program).args(arguments).output().with_context(|| format!("run {program}"))?;
-    ensure!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
 }
