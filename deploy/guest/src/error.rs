@@ -120,7 +120,6 @@ pub enum Error {
 
 impl Error {
     /// Names the file and the action an I/O error happened on.
-    #[must_use]
     pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { action, path, source }
