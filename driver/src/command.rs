@@ -58,6 +58,18 @@ pub struct NodeOptions {
     /// What pods may have inline.
     #[command(flatten)]
     pub inline: InlineOptions,
+    /// What containers may have of ZFS.
+    #[command(flatten)]
+    pub access: AccessOptions,
+}
+
+/// What containers may have of ZFS.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct AccessOptions {
+    /// Allow volumes of classes with `zfsAccess: volume`: their pods' containers get /dev/zfs of their own guest's kernel,
+    /// and its tools. Forbidden, if it is not given.
+    #[arg(long)]
+    pub allow_zfs_access: bool,
 }
 
 /// What pods may have inline.

@@ -10,6 +10,7 @@
 //! work as here: see [`crate::cluster`].
 
 mod abandoned;
+mod access;
 mod block;
 mod capacity_range;
 mod clone;
@@ -38,6 +39,8 @@ mod stats;
 mod unheard;
 mod withdraw;
 
+#[allow(unused_imports, reason = "for the cluster's provisioner")]
+pub(crate) use access::check_access;
 pub use capacity_range::{CapacityRange, DEFAULT_CAPACITY};
 #[allow(unused_imports, reason = "for the cluster's provisioner")]
 pub(crate) use clone::Bounds;

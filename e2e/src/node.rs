@@ -27,6 +27,8 @@ pub struct Node {
     /// The CSI socket's client.
     pub csi: Csi,
     dir: Workdir,
+    /// More arguments of zpod's.
+    pub arguments: Vec<String>,
 }
 
 impl Node {
@@ -51,6 +53,17 @@ impl Node {
         Ok(node)
     }
 
+    /// The same, with more arguments for zpod.
+    ///
+    /// # Errors
+    /// When zpod doesn't start.
+    pub async fn start_with(arguments: &[&str]) -> Result<Self> {
+        let mut node = Self::idle()?;
+        node.arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        node.restart_zpod().await?;
+        Ok(node)
+    }
+
     /// A fresh node without zpod.
     ///
     /// # Errors
@@ -61,7 +74,7 @@ impl Node {
             dir.subdirectory(name)?;
         }
         let csi = Csi::new(&dir.path().join("csi.sock"));
-        Ok(Self { zpod: None, csi, dir })
+        Ok(Self { zpod: None, csi, dir, arguments: Vec::new() })
     }
 
     /// SIGKILL to zpod, then a new one.
@@ -70,7 +83,7 @@ impl Node {
     /// When the new one doesn't start.
     pub async fn restart_zpod(&mut self) -> Result<()> {
         drop(self.zpod.take());
-        self.zpod = Some(zpod::start(self.dir.path(), &mut self.csi).await?);
+        self.zpod = Some(zpod::start(self.dir.path(), &mut self.csi, &self.arguments).await?);
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use crate::{PATIENCE, inputs};
 ///
 /// # Errors
 /// When it doesn't.
-pub(crate) async fn start(dir: &Path, csi: &mut Csi) -> Result<Process> {
+pub(crate) async fn start(dir: &Path, csi: &mut Csi, more: &[String]) -> Result<Process> {
     let place = |name: &str| dir.join(name).display().to_string();
     let arguments = [
         "--standalone".to_owned(),
@@ -37,6 +37,7 @@ pub(crate) async fn start(dir: &Path, csi: &mut Csi) -> Result<Process> {
         "--metrics-address".to_owned(),
         "127.0.0.1:0".to_owned(),
     ];
+    let arguments: Vec<_> = arguments.into_iter().chain(more.iter().cloned()).collect();
     let filter = std::env::var("ZPOD_E2E_LOG").unwrap_or_else(|_| "info".to_owned());
     let mut process = Process::start(&inputs::zpod()?, arguments, &[("RUST_LOG", &filter)], &dir.join("zpod.log"))?;
     let deadline = Instant::now() + PATIENCE;

@@ -1,7 +1,7 @@
 //! What zpod runs inside the guest: `/zpod/init`.
 //!
 //! # Design
-//! Three roles in one static binary. [`init`] starts the machine, [`proxy`] stands in front of the unmodified kata-agent
+//! Three roles in one static binary, and a fourth in containers ([`launcher`]). [`init`] starts the machine, [`proxy`] stands in front of the unmodified kata-agent
 //! and mounts volumes before the agent hears of a container, [`control`] answers the node. Both work on [`volumes`], which
 //! knows nothing of either, and which reaches disks, ZFS and mounts through the trait [`machine::Machine`], so that its
 //! logic is tested against a simulated machine that can be killed between any two steps.
@@ -22,6 +22,7 @@ pub mod init;
 pub mod journal;
 pub mod key;
 pub mod kmsg;
+pub mod launcher;
 pub mod machine;
 pub mod modules;
 pub mod mounts;

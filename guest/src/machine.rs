@@ -73,6 +73,27 @@ pub struct DeviceNumber {
     pub minor: u32,
 }
 
+/// The property of a dataset in which is noted to whom rights over it were given.
+pub const DELEGATED: &str = "storage.zpod:delegated";
+
+/// Whom rights over a dataset are given to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grantee {
+    /// User 0, in a container without CAP_SYS_ADMIN.
+    Root,
+    /// Whoever is in this group.
+    Group(u32),
+}
+
+/// What a container has that may use ZFS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerZfs {
+    /// ZFS's device.
+    pub device: DeviceNumber,
+    /// The directory with the tools.
+    pub tools: PathBuf,
+}
+
 /// Whether a step had to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -346,6 +367,12 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
 
     /// Sets properties of a dataset.
     async fn set_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault>;
+
+    /// Gives somebody rights over a dataset and all below it, or takes them away. The set of rights is always the same one.
+    async fn allow(&self, dataset: &str, grantee: Grantee, allowed: bool) -> Result<(), Fault>;
+
+    /// What containers have that may use ZFS.
+    async fn container_zfs(&self) -> Result<ContainerZfs, Fault>;
 
     /// Sets a property of a pool.
     async fn set_pool(&self, pool: &PoolName, key: &str, value: &str) -> Result<(), Fault>;

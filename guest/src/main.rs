@@ -1,10 +1,15 @@
-//! `/zpod/init`: the guest's first process, and with `daemon` the proxy and control service.
+//! `/zpod/init`: the guest's first process, and with `daemon` the proxy and control service. In containers that may use
+//! ZFS, under their names, what starts `zfs` and `zpool`.
 
 use std::process::ExitCode;
 
-use zpod_guest::{daemon, init};
+use zpod_guest::{daemon, init, launcher};
 
 fn main() -> ExitCode {
+    // First: a container's first process has this number too.
+    if let Some(tool) = launcher::called(std::env::args_os().next().as_deref()) {
+        return launcher::run(tool, std::env::args_os().skip(1));
+    }
     if std::process::id() == 1 {
         init::run(std::env::args_os().skip(1));
     }

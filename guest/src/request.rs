@@ -12,8 +12,10 @@ use zpod_volume::{DecodeSpecError, OPTION_PREFIX, VolumeSpec};
 use crate::place::Place;
 use crate::wire::{self, Edit, Field, Value, WireError};
 
+mod access;
 mod devices;
 
+pub use access::give_zfs;
 pub use devices::{Node, hand_out};
 
 /// The type by which our volumes are known among a request's storages.
@@ -144,6 +146,9 @@ pub enum RequestError {
     /// A device that the OCI spec does not have, or has twice, or not as a block device.
     #[error("the device {0:?} is not once among the OCI spec's block devices")]
     NoDevice(String),
+    /// A container that is to have ZFS's device and can have none.
+    #[error("the request has no OCI spec with a part for Linux, which /dev/zfs would go into")]
+    NoLinux,
 }
 
 /// The envelope of a request.

@@ -28,6 +28,7 @@ use crate::place::Place;
 mod activate;
 pub mod attributes;
 mod bounds;
+mod delegation;
 mod device;
 mod grow;
 mod keyring;

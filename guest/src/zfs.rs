@@ -15,7 +15,7 @@ use tokio::process::Command;
 use zpod_volume::{Bytes, DiskLayout, Encryption, PoolName, Property, PropertyKind};
 
 use crate::key::Key;
-use crate::machine::{Fault, PoolReport, PoolState, Properties, Scrub};
+use crate::machine::{DELEGATED, Fault, Grantee, PoolReport, PoolState, Properties, Scrub};
 
 mod json;
 pub mod label;
@@ -37,6 +37,57 @@ const ERROR_TEXT: usize = 600;
 /// with them (zpoolprops(7)).
 const POOL: [&str; 4] = ["-o", "cachefile=none", "-o", "failmode=continue"];
 
+/// The name of the set of rights that containers are given.
+const SET: &str = "@zpod";
+
+/// What containers may do with a volume's dataset and with what they make below it, without CAP_SYS_ADMIN: what needs no
+/// mount, and the properties that are theirs to choose. `mount` is asked for by `create`, `clone`, `destroy`, `receive` and
+/// `rename` (zfs-allow(8)), and mounts nothing without the capability. Not among them is what would change who may do what
+/// (`allow`, `zoned`), what files may do (`exec`, `setuid`, `devices`), and the key (`change-key`), which is the node's.
+const RIGHTS: [&str; 35] = [
+    "bookmark",
+    "clone",
+    "create",
+    "destroy",
+    "diff",
+    "hold",
+    "mount",
+    "promote",
+    "receive",
+    "release",
+    "rename",
+    "rollback",
+    "send",
+    "snapshot",
+    "userprop",
+    "acltype",
+    "atime",
+    "canmount",
+    "checksum",
+    "compression",
+    "copies",
+    "dedup",
+    "logbias",
+    "mountpoint",
+    "primarycache",
+    "quota",
+    "readonly",
+    "recordsize",
+    "refquota",
+    "refreservation",
+    "reservation",
+    "snapdir",
+    "sync",
+    "volsize",
+    "xattr",
+];
+
+/// The loader among the libraries of the tools, where they have their own.
+pub fn loader(libraries: &Path) -> Option<PathBuf> {
+    let names = ["ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "ld64.so.2", "ld64.so.1"];
+    names.into_iter().map(|name| libraries.join(name)).find(|path| path.exists())
+}
+
 /// The tools and how they are run.
 #[derive(Debug, Clone)]
 pub struct Tools {
@@ -49,9 +100,7 @@ impl Tools {
     /// The tools of the guest image, below `root` (`/zpod`).
     pub fn below(root: &Path) -> Self {
         let libraries = root.join("lib");
-        let names = ["ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "ld64.so.2", "ld64.so.1"];
-        let loader = names.into_iter().map(|name| libraries.join(name)).find(|path| path.exists());
-        Self { loader: loader.map(|loader| (loader, libraries)), directory: root.join("bin") }
+        Self { loader: loader(&libraries).map(|loader| (loader, libraries)), directory: root.join("bin") }
     }
 
     async fn run<S: AsRef<OsStr>>(&self, tool: &str, arguments: &[S], deadline: Duration) -> Result<Vec<u8>, Fault> {
@@ -233,6 +282,7 @@ impl Tools {
             "readonly",
             "usedbysnapshots",
             "snapshots_changed",
+            DELEGATED,
         ];
         let keys: Vec<_> = more.into_iter().chain(keys(PropertyKind::Dataset)).collect();
         let pool = dataset.split('/').next().unwrap_or_default();
@@ -248,6 +298,23 @@ impl Tools {
         arguments.extend(settings.iter().map(String::as_str));
         arguments.push(dataset);
         self.run("zfs", &arguments, DEADLINE).await.map(drop)
+    }
+
+    /// Gives somebody [`RIGHTS`] over a dataset and all below it, as a set by a name of ours, or takes them away.
+    pub async fn allow(&self, dataset: &str, grantee: Grantee, allowed: bool) -> Result<(), Fault> {
+        let group;
+        let (kind, who) = match grantee {
+            Grantee::Root => ("-u", "0"),
+            Grantee::Group(number) => {
+                group = number.to_string();
+                ("-g", group.as_str())
+            }
+        };
+        if !allowed {
+            return self.run("zfs", &["unallow", kind, who, SET, dataset], DEADLINE).await.map(drop);
+        }
+        self.run("zfs", &["allow", "-s", SET, &RIGHTS.join(","), dataset], DEADLINE).await?;
+        self.run("zfs", &["allow", kind, who, SET, dataset], DEADLINE).await.map(drop)
     }
 
     /// Sets a property of a pool.

@@ -126,6 +126,7 @@ mod tests {
         for (key, value, want) in [
             ("ashift", "12", "\"ashift\" can't be changed; what can: atime, autotrim, compression"),
             ("encryption", "off", "\"encryption\" can't be changed"),
+            ("zfsAccess", "volume", "\"zfsAccess\" can't be changed"),
             ("speed", "fast", "\"speed\" is not known; allowed are: atime, autotrim, compression"),
             ("compression", "best", "lz4"),
             ("quota", "yes", "refquota, quota, none"),

@@ -29,7 +29,7 @@ pub use id::{GroupId, Mark, ParseNameError, PoolName, SnapshotId, VolumeId};
 pub use layout::{DiskLayout, Headroom, ParseHeadroomError, SECTOR};
 pub use mirror::{Half, Mirror};
 pub use parameters::{
-    Backing, Encryption, ParameterError, Provisioning, QuotaMode, ScrubInterval, Vdevs, VolumeParameters,
+    Backing, Encryption, ParameterError, Provisioning, QuotaMode, ScrubInterval, Vdevs, VolumeParameters, ZfsAccess,
 };
 pub use property::{Property, PropertyKind};
 pub use spec::{Create, DecodeSpecError, MountFlag, OPTION_PREFIX, Origin, Version, VolumeMode, VolumeSpec};

@@ -57,6 +57,24 @@ impl Vdevs {
     }
 }
 
+/// What the containers of a volume's pod get of ZFS itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ZfsAccess {
+    /// Nothing: a directory.
+    #[default]
+    None,
+    /// Each container that mounts the volume gets `/dev/zfs`, the tools, and rights over the volume's dataset.
+    Volume,
+}
+
+impl ZfsAccess {
+    /// Whether they get nothing.
+    pub const fn is_none(&self) -> bool {
+        matches!(self, Self::None)
+    }
+}
+
 /// How a volume's contents are encrypted. ZFS's own encryption, in the guest: the host sees ciphertext.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Encryption {
@@ -131,6 +149,10 @@ impl Word for Vdevs {
     const WORDS: &'static [(&'static str, Self)] = &[("single", Self::Single), ("mirror-2", Self::Mirror2)];
 }
 
+impl Word for ZfsAccess {
+    const WORDS: &'static [(&'static str, Self)] = &[("none", Self::None), ("volume", Self::Volume)];
+}
+
 impl Word for bool {
     const WORDS: &'static [(&'static str, Self)] = &[("true", true), ("false", false)];
 }
@@ -166,6 +188,9 @@ pub struct VolumeParameters {
     /// How often its guest scrubs it; never by itself where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scrub_interval: Option<ScrubInterval>,
+    /// What the containers that mount it get of ZFS itself.
+    #[serde(default, skip_serializing_if = "ZfsAccess::is_none")]
+    pub zfs_access: ZfsAccess,
     /// ZFS properties that differ from the defaults, by name. Always valid: see [`Property`].
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub properties: BTreeMap<String, String>,
@@ -214,8 +239,21 @@ impl ParameterError {
 const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
 
 impl VolumeParameters {
-    const OWN_KEYS: [&str; 9] =
-        ["allowCopy", "arcMax", "backing", "encryption", "headroom", "provisioning", "quota", "scrubInterval", "vdevs"];
+    /// The key of [`ZfsAccess`].
+    pub const ZFS_ACCESS: &str = "zfsAccess";
+
+    const OWN_KEYS: [&str; 10] = [
+        "allowCopy",
+        "arcMax",
+        "backing",
+        "encryption",
+        "headroom",
+        "provisioning",
+        "quota",
+        "scrubInterval",
+        "vdevs",
+        Self::ZFS_ACCESS,
+    ];
 
     /// Every key a StorageClass may use, sorted.
     pub fn keys() -> Vec<&'static str> {
@@ -245,6 +283,7 @@ impl VolumeParameters {
                 "provisioning" => parameters.provisioning = Word::parse(key, value)?,
                 "vdevs" => parameters.vdevs = Word::parse(key, value)?,
                 "quota" => parameters.quota = Word::parse(key, value)?,
+                Self::ZFS_ACCESS => parameters.zfs_access = Word::parse(key, value)?,
                 "headroom" => {
                     parameters.headroom = value
                         .parse()
@@ -328,14 +367,17 @@ mod tests {
             ("encryption", "aes-256-gcm"),
             ("scrubInterval", "7d"),
             ("vdevs", "mirror-2"),
+            ("zfsAccess", "volume"),
             ("csi.storage.k8s.io/pvc/name", "data"),
         ])
         .unwrap();
         assert_eq!(all.properties.len(), 14);
         assert_eq!(all.scrub_interval.unwrap().duration().as_secs(), 7 * 86400);
         assert_eq!((all.arc_max, all.vdevs), (Some(Bytes::mib(256)), Vdevs::Mirror2));
+        assert_eq!(all.zfs_access, ZfsAccess::Volume);
         let before = serde_json::to_string(&VolumeParameters::default()).unwrap();
         assert!(!before.contains("vdevs"), "what is recorded of volumes with one device stays as it was");
+        assert!(!before.contains("zfsAccess"), "and of those whose containers get nothing of ZFS");
         assert_eq!(all.properties_of(PropertyKind::Pool)["autotrim"], "off");
         let json = serde_json::to_string(&all).unwrap();
         assert_eq!(serde_json::from_str::<VolumeParameters>(&json).unwrap(), all);
@@ -348,6 +390,7 @@ mod tests {
             ("backing", "nfs", "backing: \"nfs\" is not allowed; allowed is: file"),
             ("quota", "yes", "refquota, quota, none"),
             ("vdevs", "mirror", "single, mirror-2"),
+            ("zfsAccess", "pool", "zfsAccess: \"pool\" is not allowed; allowed is: none, volume"),
             ("headroom", "0x", "1x (none) to 1000x"),
             ("arcMax", "1Mi", "at least 64 MiB"),
             ("recordsize", "3K", "a power of two from 512 to 16M"),

@@ -5,7 +5,10 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Bytes, DiskLayout, Encryption, Mark, Mirror, PoolName, Property, PropertyKind, QuotaMode, VolumeId};
+use crate::{
+    Bytes, DiskLayout, Encryption, Mark, Mirror, PoolName, Property, PropertyKind, QuotaMode, VolumeId,
+    VolumeParameters, ZfsAccess,
+};
 
 /// What the option begins with that carries a [`VolumeSpec`].
 pub const OPTION_PREFIX: &str = "zpod=";
@@ -90,6 +93,10 @@ pub struct VolumeSpec {
     /// The disk is two halves, and the pool a mirror of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mirror: Option<Mirror>,
+    /// What the containers that mount it get of ZFS itself. Guests of earlier versions know nothing of it, and refuse a
+    /// spec that asks for it.
+    #[serde(default, skip_serializing_if = "ZfsAccess::is_none")]
+    pub zfs_access: ZfsAccess,
 }
 
 /// What a container gets.
@@ -226,6 +233,7 @@ impl VolumeSpec {
             encryption: None,
             origin: None,
             mirror: None,
+            zfs_access: ZfsAccess::None,
         }
     }
 
@@ -268,6 +276,10 @@ impl VolumeSpec {
             (PropertyKind::Dataset, &self.dataset_properties),
             (PropertyKind::VolumeAtCreation, &self.volume_creation_properties),
         ];
+        if !self.zfs_access.is_none() && !self.mode.is_filesystem() {
+            let (key, value) = (VolumeParameters::ZFS_ACCESS.to_owned(), "volume".to_owned());
+            return Err(DecodeSpecError::Property(key, value));
+        }
         for (kind, properties) in kinds {
             for (key, value) in properties {
                 let fits = |known: &&Property| known.kind == kind && (known.block || self.mode.is_filesystem());
@@ -337,6 +349,18 @@ mod tests {
             assert!(error.contains(want), "{error}");
         }
         assert!(matches!(VolumeSpec::decode(&"A".repeat(MAX_ENCODED + 1)), Err(DecodeSpecError::TooLong(_))));
+    }
+
+    #[test]
+    fn access_to_zfs_survives_the_journey_and_is_of_file_systems_only() {
+        let asked = VolumeSpec { zfs_access: ZfsAccess::Volume, ..spec() };
+        let option = asked.to_option();
+        assert_eq!(VolumeSpec::decode(option.strip_prefix(OPTION_PREFIX).unwrap()).unwrap(), asked);
+        let without = String::from_utf8(spec().to_json()).unwrap();
+        assert!(!without.contains("zfsAccess"), "guests of earlier versions refuse what they don't know: {without}");
+        let block = VolumeSpec { mode: VolumeMode::Block, dataset_properties: BTreeMap::new(), ..asked };
+        let error = VolumeSpec::from_json(&block.to_json()).unwrap_err().to_string();
+        assert!(error.contains("zfsAccess=volume"), "{error}");
     }
 
     #[test]

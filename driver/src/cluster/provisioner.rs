@@ -18,7 +18,7 @@ use super::answers::{ANY_NODE, Wanted, condition, refusal, said_now, said_since,
 use super::reasons::TOO_LARGE;
 use crate::volumes::{
     Bounds, CLAIM_NAME, CLAIM_NAMESPACE, CapacityRange, CreateRequest, Probe, Provision, Room, VolumeError, VolumePage,
-    check_attributes, same,
+    check_access, check_attributes, same,
 };
 
 /// Makes, deletes, grows and lists volumes by their objects, which the nodes carry out.
@@ -30,6 +30,8 @@ pub struct ClusterProvisioner {
     nodes: Arc<Nodes>,
     /// How long a node is waited for. Less than the sidecars' deadline, so that they hear why.
     patience: Duration,
+    /// Whether containers may have ZFS itself.
+    access: bool,
 }
 
 impl fmt::Debug for ClusterProvisioner {
@@ -42,7 +44,13 @@ impl ClusterProvisioner {
     /// A provisioner of this cluster.
     pub fn new(client: Client, nodes: Arc<Nodes>, patience: Duration) -> Self {
         let (catalog, snapshots) = (KubeCatalog::of_cluster(client.clone()), KubeCatalog::of_cluster(client.clone()));
-        Self { catalog, snapshots, client, nodes, patience }
+        Self { catalog, snapshots, client, nodes, patience, access: false }
+    }
+
+    /// Allows volumes with `zfsAccess: volume`, or forbids them, as it is at first.
+    #[must_use]
+    pub fn allowing_zfs_access(self, allowed: bool) -> Self {
+        Self { access: allowed, ..self }
     }
 
     /// The object of a volume that exists.
@@ -161,6 +169,7 @@ impl ClusterProvisioner {
 impl Provision for ClusterProvisioner {
     async fn create(&self, request: CreateRequest) -> Result<Volume, VolumeError> {
         check_attributes(request.mode, &request.attributes)?;
+        check_access(&request.parameters, request.mode, self.access, || format!("volume {:?}", request.name))?;
         let volume = self.record(&request).await?;
         if volume.phase == RecordPhase::Ready {
             return Ok(volume);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use kube::Client;
 
-use super::{EndpointOptions, Failure, MetricsOptions, main_of, told_to_end};
+use super::{AccessOptions, EndpointOptions, Failure, MetricsOptions, main_of, told_to_end};
 use crate::cluster::{ClusterProvisioner, ClusterSnapshotter, Election, Groups, Nodes, Orphans};
 use crate::csi::{ControllerService, GroupControllerService, IdentityService};
 use crate::metrics;
@@ -24,6 +24,8 @@ struct Options {
     endpoint: EndpointOptions,
     #[command(flatten)]
     metrics: MetricsOptions,
+    #[command(flatten)]
+    access: AccessOptions,
     /// The namespace of the Lease by which controllers choose a leader.
     #[arg(long, env = "POD_NAMESPACE", default_value = "default")]
     namespace: String,
@@ -50,7 +52,8 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let nodes = Arc::new(Nodes::watch(client.clone()));
     let patience = Duration::from_secs(options.node_timeout);
     let snapshots = Arc::new(ClusterSnapshotter::new(client.clone(), patience));
-    let provisioner = ClusterProvisioner::new(client, nodes, patience);
+    let provisioner =
+        ClusterProvisioner::new(client, nodes, patience).allowing_zfs_access(options.access.allow_zfs_access);
     let endpoint = options.endpoint.endpoint;
     let socket = Socket::bind(&endpoint).map_err(|e| format!("{}: {e}", endpoint.display()))?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), endpoint = %endpoint.display(), "serving");

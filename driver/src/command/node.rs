@@ -82,6 +82,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let (mirrors, boot) = (node.mirrors(&backing), boot_id.clone());
     let (catalog, snapshots) = (Arc::new(catalog), Arc::new(snapshots));
     let context = Context::with_mirrors(node.node_name, boot, catalog, snapshots, backing.clone(), mirrors);
+    context.allow_zfs_access(node.access.allow_zfs_access);
     if let Some(uid) = node_uid(&client, context.node()).await? {
         context.set_node_uid(uid);
     }

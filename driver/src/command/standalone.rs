@@ -59,6 +59,7 @@ async fn run_until_signal(options: Options) -> Result<(), Failure> {
     let (mirrors, boot) = (node.mirrors(&backing), Context::boot_id()?);
     let (catalog, snapshots) = (Arc::new(catalog), Arc::new(snapshots));
     let context = Context::with_mirrors(node.node_name, boot, catalog, snapshots, backing.clone(), mirrors);
+    context.allow_zfs_access(node.access.allow_zfs_access);
     let mut registry = metrics::registry();
     NodeMetrics::register(&mut registry, context.node(), backing);
     let told = VolumeMetrics::register(&mut registry, context.node());

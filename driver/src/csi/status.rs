@@ -68,6 +68,7 @@ fn code(error: &VolumeError) -> Code {
         | VolumeError::NoCopyWhileRunning { .. }
         | VolumeError::NoMirrors { .. }
         | VolumeError::HalfLost { .. }
+        | VolumeError::AccessForbidden { .. }
         | VolumeError::PodRefused { .. } => Code::FailedPrecondition,
         // Whatever it was: not final for kubelet, which then calls again or unpublishes.
         VolumeError::StillPublished { .. } => Code::Unavailable,
@@ -282,6 +283,7 @@ mod tests {
             ),
             (VolumeError::NoMirrors { node: s("n"), reason: s("x") }, Code::FailedPrecondition),
             (VolumeError::HalfLost { id, half: zpod_volume::Half::First, node: s("n") }, Code::FailedPrecondition),
+            (VolumeError::AccessForbidden { what: s("x") }, Code::FailedPrecondition),
             (VolumeError::CutShort(s("x")), Code::Unavailable),
             (VolumeError::SnapshotNotFound { id: s("x"), node: s("n1") }, Code::NotFound),
             (VolumeError::SnapshotExists { name: s("x"), id: snapshot, difference: s("d") }, Code::AlreadyExists),
@@ -318,7 +320,7 @@ mod tests {
         OtherNode NotReady Published PublishedOtherwise StillPublished TargetTaken BeyondHeadroom BoundReached GuestSilent NoNode NodeSilent
         NodeRefused NodeAtWork PodRefused PodUnknown SnapshotNotFound SnapshotExists SnapshotNotReady InGroup GroupNotFound
         GroupExists GroupMember SourceElsewhere NoCopyWhileRunning JustRestored MarkLost Copying BeingCopied NoMirrors
-        HalfLost Guest Backing Catalog Kata CutShort);
+        HalfLost AccessForbidden Guest Backing Catalog Kata CutShort);
     variants!(GUEST, guest_error, GuestError: Unreachable Timeout Refused DiskTooSmall);
     variants!(BACKING, backing_error, BackingError: NoRoom Restricted TooLarge Gone HalfMade InUse Missing Mismatch CannotShare SnapshotMissing
         Stopped Io);

@@ -1,6 +1,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
@@ -38,6 +39,8 @@ pub struct Context {
     ending: watch::Sender<bool>,
     /// The UID of this node in the cluster.
     node_uid: OnceLock<Uuid>,
+    /// Whether containers may have ZFS itself.
+    access: AtomicBool,
 }
 
 impl Context {
@@ -63,7 +66,7 @@ impl Context {
     ) -> Arc<Self> {
         let (published, locks) = (Published::default(), VolumeLocks::default());
         let (copies, marks, ending) = (Copies::default(), Marks::default(), watch::Sender::default());
-        let (node_uid, mark_bounds) = (OnceLock::new(), MarkBounds::default());
+        let (node_uid, mark_bounds, access) = (OnceLock::new(), MarkBounds::default(), AtomicBool::default());
         Arc::new(Self {
             node,
             boot_id,
@@ -78,6 +81,7 @@ impl Context {
             locks,
             ending,
             node_uid,
+            access,
         })
     }
 
@@ -92,6 +96,16 @@ impl Context {
     /// Gives guests another time for marks than [`MarkBounds::default`]. Before it is shared with anybody.
     pub fn bound_marks(&mut self, bounds: MarkBounds) {
         self.mark_bounds = bounds;
+    }
+
+    /// Allows volumes with `zfsAccess: volume`, or forbids them, as it is at first.
+    pub fn allow_zfs_access(&self, allowed: bool) {
+        self.access.store(allowed, Ordering::Relaxed);
+    }
+
+    /// Whether they are allowed.
+    pub(super) fn allows_zfs_access(&self) -> bool {
+        self.access.load(Ordering::Relaxed)
     }
 
     /// Says which UID this node has in the cluster: inline volumes are named after it.

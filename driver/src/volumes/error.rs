@@ -406,6 +406,15 @@ pub enum VolumeError {
         /// The node.
         node: String,
     },
+    /// Its StorageClass asks for ZFS itself in the containers, and that is not allowed here.
+    #[error(
+        "{what}: parameter zfsAccess: \"volume\" is forbidden here; allowed is: none; who operates the cluster allows it with \
+         the chart's value zfsAccess.allowed (--allow-zfs-access of zpod-controller, zpod-node and zpod)"
+    )]
+    AccessForbidden {
+        /// The volume, and the node where that is known.
+        what: String,
+    },
     /// The guest did not do what it was asked.
     #[error("volume {id}: {source}")]
     Guest {
@@ -454,6 +463,7 @@ impl VolumeError {
             | Self::NoCopyWhileRunning { .. }
             | Self::MarkLost { .. }
             | Self::NoMirrors { .. }
+            | Self::AccessForbidden { .. }
             | Self::Backing { source: BackingError::CannotShare { .. } | BackingError::TooLarge { .. }, .. } => true,
             Self::GroupMember { source, .. } => source.is_refusal(),
             error => error.is_no_room(),

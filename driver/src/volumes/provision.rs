@@ -10,6 +10,7 @@ use zpod_storage::catalog::{CatalogError, Condition, Created, Phase, Source, Vol
 use zpod_storage::crash;
 use zpod_volume::{Bytes, DiskLayout, Vdevs, VolumeAttributes, VolumeId, VolumeMode, VolumeParameters};
 
+use super::access::check_access;
 use super::context::{deleting, device_spec, to_the_end};
 use super::copies::Target;
 use super::lock::VolumeLock;
@@ -275,6 +276,9 @@ async fn create(context: &Arc<Context>, request: CreateRequest) -> Result<Volume
     let id = request.id();
     check(request.mode, &request.attributes)?;
     check_vdevs(&request)?;
+    check_access(&request.parameters, request.mode, context.allows_zfs_access(), || {
+        format!("volume {:?} on node {}", request.name, context.node)
+    })?;
     let target = Target::Volume(id);
     match create_now(context, &request).await {
         Err(error) if error.is_under_way() && context.copies.wait(target, COPY_PATIENCE).await => {

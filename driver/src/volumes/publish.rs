@@ -9,6 +9,7 @@ use zpod_storage::catalog::{ClaimRef, PodRef, Publication, Volume};
 use zpod_storage::crash;
 use zpod_volume::{MountFlag, TokenDigest, VolumeId, VolumeMode, VolumeSpec};
 
+use super::access::check_access;
 use super::block::check_mode;
 use super::context::{blocking, device_spec, to_the_end};
 use super::inline::{InlineLimits, InlineVolumes};
@@ -270,6 +271,9 @@ impl NodeVolumes {
         request: PublishRequest,
     ) -> Result<Outcome, VolumeError> {
         let id = volume.id;
+        check_access(&volume.parameters, volume.mode, self.context.allows_zfs_access(), || {
+            format!("volume {id} on node {}", self.context.node)
+        })?;
         // Once: what it depends on does not change in the life of a pod, and kubelet repeats its calls when it restarts.
         let claim = self.pods.check(request.pod.as_ref(), &volume, &request.target).await?;
         // What was left of an earlier publication belongs to it.

@@ -85,6 +85,8 @@ pub struct Container {
     pub process: Option<agent::Process>,
     /// Whether its root is read-only.
     pub read_only_root: bool,
+    /// Capabilities beside containerd's defaults, such as `CAP_SYS_ADMIN`.
+    pub capabilities: Vec<&'static str>,
 }
 
 impl Container {
@@ -92,7 +94,8 @@ impl Container {
     pub fn new(id: &str, mounts: impl IntoIterator<Item = Mount>) -> Self {
         let mounts = mounts.into_iter().collect();
         let (id, devices) = (id.to_owned(), Vec::new());
-        Self { id, mounts, devices, guest_mounts: Vec::new(), tmpfs: Vec::new(), process: None, read_only_root: false }
+        let (guest_mounts, tmpfs, capabilities) = (Vec::new(), Vec::new(), Vec::new());
+        Self { id, mounts, devices, guest_mounts, tmpfs, process: None, read_only_root: false, capabilities }
     }
 
     /// One that can see the guest's pools: its devices, its processes and zpod's tools are bound in.
@@ -106,7 +109,8 @@ impl Container {
         // zpool(8) asks the kernel through /dev/zfs as an administrator; the namespaces of the guest's init can be
         // entered only by who may trace it.
         let extra: &[&str] = if self.guest_mounts.is_empty() { &[] } else { &["CAP_SYS_ADMIN", "CAP_SYS_PTRACE"] };
-        let all: Vec<String> = CAPABILITIES.iter().chain(extra).map(|&name| name.to_owned()).collect();
+        let all: Vec<String> =
+            CAPABILITIES.iter().chain(extra).chain(&self.capabilities).map(|&name| name.to_owned()).collect();
         agent::LinuxCapabilities {
             bounding: all.clone(),
             effective: all.clone(),

@@ -1,5 +1,6 @@
 //! Scenarios in real guests. One program, so that two guests can run at any time: see `zpod_e2e::slot`.
 
+mod access;
 mod attributes;
 mod block;
 mod busy;

@@ -15,10 +15,11 @@ use tokio::sync::watch;
 use zpod_volume::{Bytes, Encryption, PoolName, SECTOR, VolumeId, gpt};
 
 use super::{
-    DeviceNumber, Disk, Fault, Health, Label, Machine, MountFlags, PoolReport, PoolState, Properties, Scrub, Step,
-    Usage,
+    ContainerZfs, DeviceNumber, Disk, Fault, Grantee, Health, Label, Machine, MountFlags, PoolReport, PoolState,
+    Properties, Scrub, Step, Usage,
 };
 use crate::key::Key;
+use crate::launcher;
 use crate::sys::{PartitionChange, change_partition, dataset_of};
 use crate::zfs::{Tools, label};
 use crate::{mounts, ownership};
@@ -32,6 +33,8 @@ const OWN_DEADLINE: Duration = Duration::from_secs(600);
 const NOT_DISKS: [&str; 11] = ["loop", "ram", "zram", "zd", "dm-", "md", "sr", "fd", "nbd", "mtd", "drbd"];
 
 const BLOCK: &str = "/sys/class/block";
+/// The numbers of ZFS's device, whatever /dev has at that moment.
+const ZFS_DEVICE: &str = "/sys/class/misc/zfs/dev";
 const ARC_MAX: &str = "/sys/module/zfs/parameters/zfs_arc_max";
 /// OpenZFS ignores a smaller one (`zfs_arc_max` in zfs(4)).
 const ARC_FLOOR: u64 = 64 << 20;
@@ -42,6 +45,7 @@ pub type ZfsLoaded = watch::Receiver<Option<Result<(), String>>>;
 /// The machine as it is.
 #[derive(Debug)]
 pub struct LinuxMachine {
+    root: PathBuf,
     tools: Tools,
     links: PathBuf,
     zfs: ZfsLoaded,
@@ -52,7 +56,8 @@ pub struct LinuxMachine {
 impl LinuxMachine {
     /// The machine, with our files below `root` (`/zpod`).
     pub fn new(root: &Path, zfs: ZfsLoaded) -> Self {
-        Self { tools: Tools::below(root), links: root.join("disks"), zfs, made: Arc::default() }
+        let (root, tools, links) = (root.to_owned(), Tools::below(root), root.join("disks"));
+        Self { root, tools, links, zfs, made: Arc::default() }
     }
 }
 
@@ -145,13 +150,16 @@ fn volume_node(dataset: &str) -> io::Result<Option<(PathBuf, DeviceNumber)>> {
             continue;
         };
         if dataset_of(&file).is_ok_and(|owner| owner == dataset) {
-            let numbers = numbers.trim().split_once(':').and_then(|(major, minor)| {
-                Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
-            });
-            return Ok(numbers.map(|numbers| (device(&name), numbers)));
+            return Ok(device_number(&numbers).map(|numbers| (device(&name), numbers)));
         }
     }
     Ok(None)
+}
+
+/// Reads numbers as sysfs writes them: `230:16`.
+fn device_number(text: &str) -> Option<DeviceNumber> {
+    let (major, minor) = text.trim().split_once(':')?;
+    Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
 }
 
 fn tell_partition(disk: &str, number: u32, start: u64, size: Bytes) -> io::Result<Step> {
@@ -334,6 +342,20 @@ impl Machine for LinuxMachine {
 
     async fn set_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
         self.tools.set_dataset(dataset, properties).await
+    }
+
+    async fn allow(&self, dataset: &str, grantee: Grantee, allowed: bool) -> Result<(), Fault> {
+        self.tools.allow(dataset, grantee, allowed).await
+    }
+
+    async fn container_zfs(&self) -> Result<ContainerZfs, Fault> {
+        let root = self.root.clone();
+        blocking("getting ZFS's device and tools ready for containers", DEADLINE, move || {
+            let numbers = fs::read_to_string(ZFS_DEVICE)?;
+            let device = device_number(&numbers).ok_or_else(|| io::Error::other(format!("{ZFS_DEVICE}: {numbers}")))?;
+            Ok(ContainerZfs { device, tools: launcher::assemble(&root)? })
+        })
+        .await
     }
 
     async fn set_pool(&self, pool: &PoolName, key: &str, value: &str) -> Result<(), Fault> {

@@ -682,6 +682,15 @@ impl Machine for SimMachine {
         })
     }
 
+    async fn allow(&self, dataset: &str, grantee: Grantee, allowed: bool) -> Result<(), Fault> {
+        let word = if allowed { "allow" } else { "unallow" };
+        self.pool_step(format!("{word} {grantee:?}"), pool_of(dataset), |_, _| Ok(()))
+    }
+
+    async fn container_zfs(&self) -> Result<ContainerZfs, Fault> {
+        Ok(ContainerZfs { device: DeviceNumber { major: 10, minor: 249 }, tools: "/zpod/container".into() })
+    }
+
     async fn set_pool(&self, pool: &PoolName, key: &str, value: &str) -> Result<(), Fault> {
         self.pool_step(format!("set pool {key}"), pool.as_str(), |pool, _| {
             pool.properties.insert(key.into(), value.into());

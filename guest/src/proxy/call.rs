@@ -152,7 +152,8 @@ impl<M: Machine> Connection<M> {
         };
         let millis = call.received.elapsed().as_millis();
         tracing::info!(container = %call.container, "{} volumes ready after {millis} ms", call.wanted.len());
-        let rewritten = match self.handed_out(frame, &devices).await {
+        let access = call.wanted.iter().any(|wanted| !wanted.spec.zfs_access.is_none());
+        let rewritten = match self.handed_out(frame, &devices, access).await {
             Ok(rewritten) => rewritten,
             Err((code, text)) => {
                 volumes.undo(added).await;
@@ -174,8 +175,15 @@ impl<M: Machine> Connection<M> {
         }
     }
 
-    /// The request with the numbers of the volumes' own block devices; `None` where there are none.
-    async fn handed_out(&self, frame: &[u8], devices: &[Wanted]) -> Result<Option<Vec<u8>>, (Code, String)> {
+    /// The request with the numbers of the volumes' own block devices, and with ZFS itself where a volume gives access to it;
+    /// `None` where there is nothing of both.
+    async fn handed_out(
+        &self,
+        frame: &[u8],
+        devices: &[Wanted],
+        access: bool,
+    ) -> Result<Option<Vec<u8>>, (Code, String)> {
+        let malformed = |error: request::RequestError| (Code::InvalidArgument, error.to_string());
         let mut nodes = BTreeMap::new();
         for wanted in devices {
             let device = self.proxy.volumes.block_device(wanted.spec.id).await;
@@ -183,10 +191,17 @@ impl<M: Machine> Connection<M> {
             let node = Node { major: device.major, minor: device.minor, read_only: wanted.flags.read_only };
             nodes.insert(wanted.mount_point.to_string_lossy().into_owned(), node);
         }
-        if nodes.is_empty() {
-            return Ok(None);
+        let with_devices = match nodes.is_empty() {
+            true => None,
+            false => Some(request::hand_out(frame, &nodes).map_err(malformed)?),
+        };
+        if !access {
+            return Ok(with_devices);
         }
-        request::hand_out(frame, &nodes).map(Some).map_err(|error| (Code::InvalidArgument, error.to_string()))
+        let zfs = self.proxy.volumes.machine().container_zfs().await;
+        let zfs = zfs.map_err(|fault| (Code::Internal, format!("zfsAccess: {fault}")))?;
+        let frame = with_devices.as_deref().unwrap_or(frame);
+        request::give_zfs(frame, zfs.device, &zfs.tools.to_string_lossy()).map(Some).map_err(malformed)
     }
 
     async fn remove(self: &Arc<Self>, header: Header, frame: &[u8], container: &str, mut turn: Turn) {

@@ -93,7 +93,10 @@ impl<M: Machine> Activation<'_, M> {
         };
         let Pool { disk, partition, devices, opened, mirror } = pool;
         let quota = match opened {
-            Opened::Made => Bounds::of(spec).bound(),
+            Opened::Made => {
+                self.delegate(&Properties::new()).await;
+                Bounds::of(spec).bound()
+            }
             Opened::Found => {
                 self.end_swap().await?;
                 let now = self.dataset().await?;
@@ -101,6 +104,7 @@ impl<M: Machine> Activation<'_, M> {
                 let quota = self.settle(&devices, &now).await?;
                 self.remove_leftover_marks(&now).await;
                 self.keep(&now).await;
+                self.delegate(&now).await;
                 quota
             }
             Opened::Copied => self.adopt(&disk, &devices).await?,

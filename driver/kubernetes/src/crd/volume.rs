@@ -388,6 +388,7 @@ fn parameters(_: &mut SchemaGenerator) -> Schema {
             "allowCopy": {"type": "boolean", "description": "snapshots may be full copies where blocks can't be shared"},
             "encryption": {"type": "string", "description": "aes-256-gcm, or absent"},
             "scrubInterval": {"type": "integer", "format": "int64", "description": "seconds between scrubs"},
+            "zfsAccess": {"type": "string", "description": "volume, or absent where containers get nothing of ZFS"},
             "arcMax": {"type": "integer", "format": "int64", "description": "upper bound of the guest's ARC in bytes"},
             "properties": {
                 "type": "object", "maxProperties": 64, "description": "ZFS properties that differ from the defaults",

@@ -10,8 +10,10 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
-use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod, umask};
 use nix::unistd::{Gid, Uid, chdir, chown, chroot, setgroups, setresgid, setresuid};
+use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, CapabilitySets, remove_capability_from_bounding_set, set_capabilities};
 use serde::{Deserialize, Serialize};
 use zpod_proto::agent;
 
@@ -60,6 +62,15 @@ pub(crate) struct Program {
     uid: u32,
     gid: u32,
     groups: Vec<u32>,
+    /// By name: `CAP_CHOWN`. Absent, it keeps what the agent has.
+    capabilities: Option<Capabilities>,
+}
+
+/// Of the process of the OCI spec.
+#[derive(Debug, Serialize, Deserialize)]
+struct Capabilities {
+    bounding: Vec<String>,
+    permitted: Vec<String>,
 }
 
 impl From<agent::Process> for Program {
@@ -72,6 +83,9 @@ impl From<agent::Process> for Program {
             uid: user.uid,
             gid: user.gid,
             groups: user.additional_gids,
+            capabilities: process
+                .capabilities
+                .map(|given| Capabilities { bounding: given.bounding, permitted: given.permitted }),
         }
     }
 }
@@ -146,9 +160,12 @@ fn enter_new(spec: &ContainerSpec) -> Result<()> {
     for mount in &spec.mounts {
         mount_into(&spec.rootfs, mount).with_context(|| format!("mount {}", mount.destination))?;
     }
+    // rustjail's `create_devices`: their modes are those of the spec.
+    let mask = umask(Mode::empty());
     for device in &spec.devices {
         make_device(&spec.rootfs, device).with_context(|| format!("Creating container device {}", device.path))?;
     }
+    umask(mask);
     if spec.read_only_root {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
         mount(None::<&str>, &spec.rootfs, None::<&str>, flags, None::<&str>).context("make the root read-only")?;
@@ -218,12 +235,47 @@ fn bind_devices(dev: &Path) -> Result<()> {
 fn become_program(program: &Program) -> Result<()> {
     let groups: Vec<_> = program.groups.iter().copied().map(Gid::from_raw).collect();
     let (uid, gid) = (Uid::from_raw(program.uid), Gid::from_raw(program.gid));
+    if let Some(capabilities) = &program.capabilities {
+        bound(&set_of(&capabilities.bounding)?).context("bound the capabilities")?;
+    }
     setgroups(&groups).context("set groups")?;
     setresgid(gid, gid, gid).context("set group")?;
     setresuid(uid, uid, uid).context("set user")?;
+    // Whoever is not root has lost all by now.
+    if let Some(capabilities) = program.capabilities.as_ref().filter(|_| program.uid == 0) {
+        let kept = set_of(&capabilities.permitted)?;
+        let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+        set_capabilities(None, sets).context("set the capabilities")?;
+    }
     let Some((name, args)) = program.args.split_first() else { bail!("no program") };
     let env: BTreeMap<_, _> = program.env.iter().filter_map(|pair| pair.split_once('=')).collect();
     let cwd = if program.cwd.is_empty() { "/" } else { &program.cwd };
     let error = Command::new(name).args(args).env_clear().envs(env).current_dir(cwd).exec();
     Err(error).with_context(|| format!("execute {name}"))
+}
+
+/// Capabilities by their names.
+fn set_of(names: &[String]) -> Result<CapabilitySet> {
+    let parse = |name: &String| {
+        let known = name.strip_prefix("CAP_").and_then(CapabilitySet::from_name);
+        known.with_context(|| format!("{name:?} is no capability"))
+    };
+    names.iter().map(parse).collect()
+}
+
+/// Nothing that is executed from here on gets any other: rustjail's `drop_privileges` does so first.
+fn bound(kept: &CapabilitySet) -> Result<()> {
+    for bit in 0..u64::BITS {
+        let one = CapabilitySet::from_bits_retain(1 << bit);
+        if kept.contains(one) {
+            continue;
+        }
+        match remove_capability_from_bounding_set(one) {
+            Ok(()) => {}
+            // The last one has been seen.
+            Err(Errno::INVAL) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
