@@ -22,7 +22,7 @@ mod transfer;
 
 use std::sync::Arc;
 
-use zpod_admin::{Check, Properties, Removed, SendName, SendPoints};
+use zpod_admin::{Check, PoolSnapshots, Properties, Removed, SendName, SendPoints, SnapshotName, Taken};
 use zpod_volume::VolumeId;
 
 pub use answer::AdminError;
@@ -62,6 +62,22 @@ impl Admin {
         self.guest(id).await?.remove_send_point(id, point).await?;
         tracing::info!(volume = %id, %point, "send point removed, as was asked for");
         Ok(Removed { snapshot: point.to_string() })
+    }
+
+    async fn snapshots(&self, id: VolumeId) -> Result<PoolSnapshots, AdminError> {
+        Ok(self.guest(id).await?.snapshots(id).await?)
+    }
+
+    async fn take_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<Taken, AdminError> {
+        self.guest(id).await?.take_snapshot(id, name).await?;
+        tracing::info!(volume = %id, snapshot = %name, "snapshot taken, as was asked for");
+        Ok(Taken { snapshot: name.to_string() })
+    }
+
+    async fn destroy_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<Removed, AdminError> {
+        self.guest(id).await?.destroy_snapshot(id, name).await?;
+        tracing::info!(volume = %id, snapshot = %name, "snapshot destroyed, as was asked for");
+        Ok(Removed { snapshot: name.to_string() })
     }
 
     /// The guest that runs a volume.

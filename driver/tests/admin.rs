@@ -126,6 +126,25 @@ async fn the_socket_is_roots_alone_and_answers_what_its_paths_say() {
     }
     assert_eq!(*world.guest.state.passed.removed.lock().unwrap(), ["zpod-send-a"]);
     assert_eq!(world.text("remove-send-point").await.0, 405, "what only looks removes nothing");
+    for (call, code, why) in [
+        ("take-snapshot?snapshot=before.1", 200, "before.1"),
+        ("take-snapshot?snapshot=after", 200, "after"),
+        ("take-snapshot?snapshot=a%40b", 400, "is not the name of a snapshot"),
+        ("take-snapshot?snapshot=", 400, "is not the name of a snapshot"),
+        ("take-snapshot", 400, "snapshot=NAME is needed"),
+        ("destroy-snapshot?snapshot=before.1", 200, "before.1"),
+        ("destroy-snapshot?snapshot=before.1", 422, "it has no snapshot before.1"),
+    ] {
+        let answer = world.ask("POST", &world.path(call), Full::<Bytes>::default()).await;
+        assert_eq!(answer.status(), code, "{call}");
+        let text = answer.into_body().collect().await.unwrap().to_bytes();
+        assert!(String::from_utf8_lossy(&text).contains(why), "{call}: {text:?}");
+    }
+    let (_, left) = world.text("snapshots").await;
+    assert_eq!((&left["snapshots"][0]["name"], &left["leftOut"]), (&Value::from("after"), &Value::from(7)));
+    for call in ["take-snapshot", "destroy-snapshot"] {
+        assert_eq!(world.text(call).await.0, 405, "what only looks changes nothing");
+    }
     *world.guest.state.passed.resume_token.lock().unwrap() = "not one; rm -rf /".into();
     assert!(world.text("send-points").await.1.get("resumeToken").is_none());
     let doctor = world.get("/v1/doctor").await.into_body().collect().await.unwrap().to_bytes();

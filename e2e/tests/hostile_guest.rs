@@ -302,6 +302,21 @@ impl Guest for Liar {
         Err(Status::unimplemented(""))
     }
 
+    async fn snapshots(&self, _: Request<SnapshotsRequest>) -> Result<Response<SnapshotsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn take_snapshot(&self, _: Request<TakeSnapshotRequest>) -> Result<Response<TakeSnapshotResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn destroy_snapshot(
+        &self,
+        _: Request<DestroySnapshotRequest>,
+    ) -> Result<Response<DestroySnapshotResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn send(&self, _: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
         Err(Status::unimplemented(""))
     }

@@ -13,11 +13,12 @@ use tonic::{Request, Response, Status, Streaming};
 use zpod_proto::guest::guest_server::{Guest, GuestServer};
 use zpod_proto::guest::scrub_request::Action;
 use zpod_proto::guest::{
-    GrowRequest, GrowResponse, MarkRequest, MarkResponse, PropertiesRequest, PropertiesResponse, ProvideKeyRequest,
-    ProvideKeyResponse, QuotaMode, ReceiveRequest, ReceiveResponse, RemoveSendPointRequest, RemoveSendPointResponse,
-    ScrubRequest, ScrubResponse, SendPointsRequest, SendPointsResponse, SendRequest, SendResponse,
-    SetPropertiesRequest, SetPropertiesResponse, StatusRequest, StatusResponse, SyncRequest, SyncResponse,
-    UnmarkRequest, UnmarkResponse, WatchRequest,
+    DestroySnapshotRequest, DestroySnapshotResponse, GrowRequest, GrowResponse, MarkRequest, MarkResponse,
+    PropertiesRequest, PropertiesResponse, ProvideKeyRequest, ProvideKeyResponse, QuotaMode, ReceiveRequest,
+    ReceiveResponse, RemoveSendPointRequest, RemoveSendPointResponse, ScrubRequest, ScrubResponse, SendPointsRequest,
+    SendPointsResponse, SendRequest, SendResponse, SetPropertiesRequest, SetPropertiesResponse, SnapshotsRequest,
+    SnapshotsResponse, StatusRequest, StatusResponse, SyncRequest, SyncResponse, TakeSnapshotRequest,
+    TakeSnapshotResponse, UnmarkRequest, UnmarkResponse, WatchRequest,
 };
 use zpod_volume::{Bytes, Mark, VolumeId};
 
@@ -178,6 +179,28 @@ impl<M: Machine> Guest for Control<M> {
         let request = request.into_inner();
         self.volumes.remove_send_point(id(&request.volume_id)?, &request.snapshot).await?;
         Ok(Response::new(RemoveSendPointResponse {}))
+    }
+
+    async fn snapshots(&self, request: Request<SnapshotsRequest>) -> Result<Response<SnapshotsResponse>, Status> {
+        transfer::snapshots(&self.volumes, id(&request.into_inner().volume_id)?).await.map(Response::new)
+    }
+
+    async fn take_snapshot(
+        &self,
+        request: Request<TakeSnapshotRequest>,
+    ) -> Result<Response<TakeSnapshotResponse>, Status> {
+        let request = request.into_inner();
+        self.volumes.take_snapshot(id(&request.volume_id)?, &request.snapshot).await?;
+        Ok(Response::new(TakeSnapshotResponse {}))
+    }
+
+    async fn destroy_snapshot(
+        &self,
+        request: Request<DestroySnapshotRequest>,
+    ) -> Result<Response<DestroySnapshotResponse>, Status> {
+        let request = request.into_inner();
+        self.volumes.destroy_snapshot(id(&request.volume_id)?, &request.snapshot).await?;
+        Ok(Response::new(DestroySnapshotResponse {}))
     }
 
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {

@@ -39,6 +39,7 @@ mod read_only;
 mod release;
 mod restore;
 mod resume;
+mod snapshots;
 pub mod status;
 pub mod stream;
 #[cfg(test)]

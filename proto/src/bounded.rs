@@ -20,6 +20,8 @@ const CONTAINERS: usize = 256;
 const PROPERTIES: usize = 1024;
 /// Send points of a volume: no guest tells more.
 const SEND_POINTS: usize = 1024;
+/// Snapshots of a volume: with names of 234 bytes they have as much room as send points and a token.
+pub const SNAPSHOTS: usize = 512;
 
 /// An answer that says no more than that something is done.
 const SHORT: usize = 4 << 10;
@@ -48,7 +50,8 @@ macro_rules! without_lists {
 without_lists! {
     StatusRequest WatchRequest GrowRequest GrowResponse SetPropertiesResponse SyncRequest SyncResponse ScrubRequest
     ScrubResponse MarkRequest MarkResponse UnmarkRequest UnmarkResponse ProvideKeyRequest ProvideKeyResponse
-    PropertiesRequest SendPointsRequest RemoveSendPointRequest RemoveSendPointResponse SendRequest ReceiveRequest ReceiveResponse
+    PropertiesRequest SendPointsRequest RemoveSendPointRequest RemoveSendPointResponse SnapshotsRequest
+    TakeSnapshotRequest TakeSnapshotResponse DestroySnapshotRequest DestroySnapshotResponse SendRequest ReceiveRequest ReceiveResponse
 }
 
 impl Bounded for SendResponse {
@@ -72,6 +75,11 @@ impl Bounded for PropertiesResponse {
 impl Bounded for SendPointsResponse {
     const BYTES: usize = POINTS;
     const LISTS: &'static [List] = &[List(1, SEND_POINTS, &[])];
+}
+
+impl Bounded for SnapshotsResponse {
+    const BYTES: usize = POINTS;
+    const LISTS: &'static [List] = &[List(1, SNAPSHOTS, &[])];
 }
 
 /// Prost's codec, with [`Bounded`] asked before it decodes.
@@ -199,6 +207,9 @@ mod tests {
         let point = SendPoint { name: "n".repeat(74), guid, created, referenced_bytes, used_bytes };
         let all = SendPointsResponse { points: vec![point; SEND_POINTS], resume_token: "f".repeat(16 << 10) };
         assert!(walked(&all) && all.encoded_len() <= SendPointsResponse::BYTES, "{}", all.encoded_len());
+        let snapshot = SendPoint { name: "n".repeat(234), guid, created, referenced_bytes, used_bytes };
+        let all = SnapshotsResponse { snapshots: vec![snapshot; SNAPSHOTS], left_out: u64::MAX };
+        assert!(walked(&all) && all.encoded_len() <= SnapshotsResponse::BYTES, "{}", all.encoded_len());
         let chunk = SendResponse { data: vec![0; CHUNK], estimated_bytes: u64::MAX };
         assert!(chunk.encoded_len() <= SendResponse::BYTES);
     }

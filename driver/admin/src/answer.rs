@@ -83,6 +83,24 @@ pub struct SendPoint {
     pub used_bytes: u64,
 }
 
+/// The snapshots in a volume's pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolSnapshots {
+    /// The latest, oldest first.
+    pub snapshots: Vec<SendPoint>,
+    /// How many earlier ones there are.
+    pub left_out: u64,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Taken {
+    /// Its name.
+    pub snapshot: String,
+}
+
 /// What was removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

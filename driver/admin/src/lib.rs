@@ -9,9 +9,9 @@ mod answer;
 mod name;
 mod route;
 
-pub use answer::{Check, Failed, Level, Properties, Received, Removed, SendPoint, SendPoints};
-pub use name::{ParseTokenError, ResumeToken, SendName};
-pub use route::{Route, SendQuery, snapshot};
+pub use answer::{Check, Failed, Level, PoolSnapshots, Properties, Received, Removed, SendPoint, SendPoints, Taken};
+pub use name::{ParseTokenError, ResumeToken, SendName, SnapshotName};
+pub use route::{Route, SendQuery, snapshot, snapshot_name};
 
 /// The port of zpod-node.
 pub const PORT: u16 = 9812;

@@ -3,6 +3,7 @@ use std::str::FromStr;
 
 const PREFIX: &str = "zpod-send-";
 const MAX_NAME: usize = 64;
+const MAX_SNAPSHOT: usize = 255;
 /// ZFS's tokens are some hundred characters long.
 const MAX_TOKEN: usize = 16 << 10;
 
@@ -10,6 +11,10 @@ const MAX_TOKEN: usize = 16 << 10;
 /// its prefix.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SendName(String);
+
+/// The name of a ZFS snapshot, what stands behind the `@`: 1 to 255 of `A-Z`, `a-z`, `0-9`, `_`, `.`, `:` and `-`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SnapshotName(String);
 
 /// Where a receive broke off, as ZFS writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +26,9 @@ pub enum ParseTokenError {
     /// The name.
     #[error("{0:?} is not the name of a sent snapshot: 1 to 64 of a-z, 0-9 and - are allowed, after zpod-send-")]
     Name(String),
+    /// The name of any snapshot.
+    #[error("{0:?} is not the name of a snapshot: 1 to 255 of A-Z, a-z, 0-9, _, ., : and - are allowed")]
+    Snapshot(String),
     /// The token.
     #[error(
         "that is not a token to go on with: copy it whole, as `kubectl zpod receive` showed it (1-..., hexadecimal)"
@@ -55,6 +63,25 @@ impl fmt::Display for SendName {
     }
 }
 
+impl FromStr for SnapshotName {
+    type Err = ParseTokenError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let sound = text.bytes().all(|c| c.is_ascii_alphanumeric() || b"_.:-".contains(&c));
+        if sound && (1..=MAX_SNAPSHOT).contains(&text.len()) {
+            Ok(Self(text.into()))
+        } else {
+            Err(ParseTokenError::Snapshot(text.chars().take(2 * MAX_NAME).collect()))
+        }
+    }
+}
+
+impl fmt::Display for SnapshotName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 impl ResumeToken {
     /// As ZFS takes it.
     pub fn as_str(&self) -> &str {
@@ -80,6 +107,18 @@ impl fmt::Display for ResumeToken {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_name_of_a_snapshot_is_one_name_and_needs_no_escape_in_an_address() {
+        for text in ["a", "before_upgrade.1", "zpod-auto-hourly-20261130T120000Z", "12:00"] {
+            assert_eq!(text.parse::<SnapshotName>().unwrap().to_string(), text);
+        }
+        let long = "x".repeat(256);
+        for text in ["", "a@b", "a%b", "a,b", "a b", "a/b", "a&b=c", "ü", long.as_str()] {
+            let error = text.parse::<SnapshotName>().unwrap_err().to_string();
+            assert!(error.contains("are allowed") && error.len() < 250, "{error}");
+        }
+    }
 
     #[test]
     fn names_are_the_same_with_and_without_their_prefix_and_nothing_else_is_one() {

@@ -2,7 +2,7 @@ use std::fmt;
 
 use zpod_volume::VolumeId;
 
-use crate::{AUDIENCE, ParseTokenError, ResumeToken, SendName};
+use crate::{AUDIENCE, ParseTokenError, ResumeToken, SendName, SnapshotName};
 
 /// What can be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +15,12 @@ pub enum Route {
     SendPoints(VolumeId),
     /// `POST /v1/volumes/<id>/remove-send-point?snapshot=NAME` ([`snapshot`]): answers [`crate::Removed`].
     RemoveSendPoint(VolumeId),
+    /// `GET /v1/volumes/<id>/snapshots`: [`crate::PoolSnapshots`].
+    Snapshots(VolumeId),
+    /// `POST /v1/volumes/<id>/take-snapshot?snapshot=NAME` ([`snapshot_name`]): answers [`crate::Taken`].
+    TakeSnapshot(VolumeId),
+    /// `POST /v1/volumes/<id>/destroy-snapshot?snapshot=NAME` ([`snapshot_name`]): answers [`crate::Removed`].
+    DestroySnapshot(VolumeId),
     /// `GET /v1/volumes/<id>/send?...`: a ZFS stream ([`SendQuery`]).
     Send(VolumeId),
     /// `POST /v1/volumes/<id>/receive`: reads one, and answers [`crate::Received`].
@@ -34,6 +40,9 @@ impl Route {
             "properties" => Some(Self::Properties(id)),
             "send-points" => Some(Self::SendPoints(id)),
             "remove-send-point" => Some(Self::RemoveSendPoint(id)),
+            "snapshots" => Some(Self::Snapshots(id)),
+            "take-snapshot" => Some(Self::TakeSnapshot(id)),
+            "destroy-snapshot" => Some(Self::DestroySnapshot(id)),
             "send" => Some(Self::Send(id)),
             "receive" => Some(Self::Receive(id)),
             _ => None,
@@ -48,6 +57,9 @@ impl Route {
             Self::Properties(id) => ("properties", id),
             Self::SendPoints(id) => ("send-points", id),
             Self::RemoveSendPoint(id) => ("remove-send-point", id),
+            Self::Snapshots(id) => ("snapshots", id),
+            Self::TakeSnapshot(id) => ("take-snapshot", id),
+            Self::DestroySnapshot(id) => ("destroy-snapshot", id),
             Self::Send(id) => ("send", id),
             Self::Receive(id) => ("receive", id),
         };
@@ -56,7 +68,10 @@ impl Route {
 
     /// The method it is asked with.
     pub fn method(self) -> &'static str {
-        if matches!(self, Self::Receive(_) | Self::RemoveSendPoint(_)) { "POST" } else { "GET" }
+        match self {
+            Self::Receive(_) | Self::RemoveSendPoint(_) | Self::TakeSnapshot(_) | Self::DestroySnapshot(_) => "POST",
+            Self::Doctor | Self::Properties(_) | Self::SendPoints(_) | Self::Snapshots(_) | Self::Send(_) => "GET",
+        }
     }
 }
 
@@ -67,6 +82,9 @@ impl fmt::Display for Route {
             Self::Properties(id) => write!(f, "/v1/volumes/{id}/properties"),
             Self::SendPoints(id) => write!(f, "/v1/volumes/{id}/send-points"),
             Self::RemoveSendPoint(id) => write!(f, "/v1/volumes/{id}/remove-send-point"),
+            Self::Snapshots(id) => write!(f, "/v1/volumes/{id}/snapshots"),
+            Self::TakeSnapshot(id) => write!(f, "/v1/volumes/{id}/take-snapshot"),
+            Self::DestroySnapshot(id) => write!(f, "/v1/volumes/{id}/destroy-snapshot"),
             Self::Send(id) => write!(f, "/v1/volumes/{id}/send"),
             Self::Receive(id) => write!(f, "/v1/volumes/{id}/receive"),
         }
@@ -82,6 +100,15 @@ pub fn snapshot(query: &str) -> Result<SendName, String> {
         SendQuery::Snapshot { snapshot, from: None } => Ok(snapshot),
         _ => Err("only snapshot is known here".into()),
     }
+}
+
+/// Reads which snapshot is meant: `snapshot=NAME`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn snapshot_name(query: &str) -> Result<SnapshotName, String> {
+    let name = query.strip_prefix("snapshot=").ok_or("snapshot=NAME is needed, and nothing else")?;
+    name.parse().map_err(|error: ParseTokenError| error.to_string())
 }
 
 /// What is to be sent.
@@ -149,7 +176,8 @@ mod tests {
     fn paths_are_read_as_they_are_written_and_no_others_are_read() {
         let id = VolumeId::from_name("a");
         let transfers = [Route::SendPoints(id), Route::RemoveSendPoint(id), Route::Send(id), Route::Receive(id)];
-        for route in transfers.into_iter().chain([Route::Doctor, Route::Properties(id)]) {
+        let snapshots = [Route::Snapshots(id), Route::TakeSnapshot(id), Route::DestroySnapshot(id)];
+        for route in transfers.into_iter().chain(snapshots).chain([Route::Doctor, Route::Properties(id)]) {
             assert_eq!(Route::parse(&route.to_string()), Some(route));
         }
         let upper = format!("/v1/volumes/{}/send", id.to_string().to_uppercase());
@@ -167,11 +195,12 @@ mod tests {
         let (a, b) = (VolumeId::from_name("a"), VolumeId::from_name("b"));
         let of = |id| {
             let transfers = [Route::SendPoints(id), Route::RemoveSendPoint(id), Route::Send(id), Route::Receive(id)];
-            transfers.into_iter().chain([Route::Properties(id)])
+            let snapshots = [Route::Snapshots(id), Route::TakeSnapshot(id), Route::DestroySnapshot(id)];
+            transfers.into_iter().chain(snapshots).chain([Route::Properties(id)])
         };
         let routes = || of(a).chain(of(b)).chain([Route::Doctor]);
         let all = ["n1", "n2"].iter().flat_map(|node| routes().map(|route| route.audience(node)));
-        assert_eq!(all.collect::<std::collections::HashSet<_>>().len(), 22);
+        assert_eq!(all.collect::<std::collections::HashSet<_>>().len(), 34);
         assert_eq!(Route::Doctor.audience("n1"), "zpod.storage/n1/doctor");
         assert_eq!(Route::Send(a).audience("n1"), format!("zpod.storage/n1/send/{a}"));
     }
@@ -185,6 +214,10 @@ mod tests {
         assert_eq!(snapshot("snapshot=b").unwrap().as_str(), "zpod-send-b");
         for query in ["", "snapshot=b&from=a", "resume=1-ab", "snapshot=..%2f"] {
             assert!(snapshot(query).is_err(), "{query}");
+        }
+        assert_eq!(snapshot_name("snapshot=Before.1").unwrap().to_string(), "Before.1");
+        for query in ["", "from=a", "snapshot=", "snapshot=a&snapshot=b", "snapshot=a%25b"] {
+            assert!(snapshot_name(query).is_err(), "{query}");
         }
         for (query, why) in [
             ("", "snapshot is missing"),

@@ -10,7 +10,8 @@ use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use zpod_admin::{
-    Check, ESTIMATE_HEADER, Failed, Properties, Received, Removed, Route, STREAM_TYPE, SendName, SendPoints, SendQuery,
+    Check, ESTIMATE_HEADER, Failed, PoolSnapshots, Properties, Received, Removed, Route, STREAM_TYPE, SendName,
+    SendPoints, SendQuery, SnapshotName, Taken,
 };
 use zpod_volume::VolumeId;
 
@@ -64,10 +65,21 @@ impl Admin {
 
     /// Destroys a send point.
     pub(crate) async fn remove_send_point(&self, id: VolumeId, point: &SendName) -> Result<Removed, Failure> {
-        let route = Route::RemoveSendPoint(id);
-        let request = request(route, Some(&format!("snapshot={point}")), line::nothing())?;
-        let answer = within(BEGIN, self.line.ask(route, request).map_err(Trouble::Other)).await?;
-        read(good(answer).await?).await
+        self.change(Route::RemoveSendPoint(id), &format!("snapshot={point}")).await
+    }
+
+    pub(crate) async fn snapshots(&self, id: VolumeId) -> Result<PoolSnapshots, Trouble> {
+        self.get(Route::Snapshots(id)).await
+    }
+
+    /// Takes a snapshot in the pool.
+    pub(crate) async fn take_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<Taken, Failure> {
+        self.change(Route::TakeSnapshot(id), &format!("snapshot={name}")).await
+    }
+
+    /// Destroys one.
+    pub(crate) async fn destroy_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<Removed, Failure> {
+        self.change(Route::DestroySnapshot(id), &format!("snapshot={name}")).await
     }
 
     /// Begins to send: the stream, and how long it will be by ZFS's estimate.
@@ -84,6 +96,12 @@ impl Admin {
         let mut request = request(Route::Receive(id), None, stream)?;
         request.headers_mut().insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(STREAM_TYPE));
         let answer = self.line.ask(Route::Receive(id), request).await?;
+        read(good(answer).await?).await
+    }
+
+    async fn change<T: DeserializeOwned>(&self, route: Route, query: &str) -> Result<T, Failure> {
+        let request = request(route, Some(query), line::nothing())?;
+        let answer = within(BEGIN, self.line.ask(route, request).map_err(Trouble::Other)).await?;
         read(good(answer).await?).await
     }
 

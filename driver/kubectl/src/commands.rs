@@ -9,6 +9,7 @@ mod props;
 mod receive;
 mod scrub;
 mod send;
+mod snapshot;
 mod snapshots;
 mod status;
 mod top;
@@ -29,11 +30,13 @@ pub(crate) async fn run(options: Options) -> Result<(), Failure> {
         return match command {
             Command::Doctor(options) => doctor::of_socket(&Admin::new(line), &options, format).await,
             Command::Props(Props::Get(options)) => props::of_socket(&Admin::new(line), &options, format).await,
+            Command::Snapshot(options) => snapshot::run(Way::Socket(line), &options, format).await,
+            Command::Snapshots(options) => snapshots::of_socket(line, &options, format).await,
             Command::Send(options) => send::run(Way::Socket(line), &options, format).await,
             Command::Receive(options) => receive::run(Way::Socket(line), &options, format).await,
             _ => Err(Failure::usage(
                 "this command reads and writes objects, and a zpod without a cluster has none",
-                "on one machine there are doctor, props get, send and receive",
+                "on one machine there are doctor, props get, snapshot, snapshots, send and receive",
             )),
         };
     }
@@ -44,6 +47,7 @@ pub(crate) async fn run(options: Options) -> Result<(), Failure> {
         Command::Scrub(options) => scrub::run(&cluster, &options, format).await,
         Command::Props(Props::Get(options)) => props::get(&cluster, &options, format).await,
         Command::Props(Props::Set(options)) => props::set(&cluster, &options, format).await,
+        Command::Snapshot(options) => snapshot::run(Way::Cluster(&cluster), &options, format).await,
         Command::Snapshots(options) => snapshots::run(&cluster, &options, format).await,
         Command::Adopt(options) => adopt::run(&cluster, &options, format).await,
         Command::Doctor(options) => doctor::run(&cluster, &options, format).await,

@@ -46,6 +46,11 @@ impl Failure {
         Self { kind, what: what.into(), remedy: remedy.into() }
     }
 
+    /// What went wrong, without what to do.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
     /// It failed.
     pub fn failed(what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::new(Kind::Failed, what, remedy)

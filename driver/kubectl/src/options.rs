@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use zpod_admin::{ResumeToken, SendName};
+use zpod_admin::{ResumeToken, SendName, SnapshotName};
 use zpod_volume::VolumeId;
 
 use crate::Failure;
@@ -61,7 +61,9 @@ pub(crate) enum Command {
     /// Look at properties of a volume, or change them.
     #[command(subcommand)]
     Props(Props),
-    /// The snapshots of a volume.
+    /// Take a snapshot in a volume's pool: at once, browsable in the pod, and gone with the volume.
+    Snapshot(Snapshot),
+    /// The snapshots of a volume: copies of it on its node, and those in its pool.
     Snapshots(Snapshots),
     /// Undo the deletion of ZfsVolumes and ZfsSnapshots whose data nobody asked to destroy.
     Adopt(Adopt),
@@ -233,9 +235,40 @@ pub(crate) struct PropsSet {
 }
 
 #[derive(Debug, Clone, Args)]
+pub(crate) struct Snapshot {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// What stands behind the @: A-Z, a-z, 0-9, _, ., : and -, and not zpod- at its beginning. Named after the time, if it is
+    /// not given.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    #[command(flatten)]
+    pub(crate) helper: HelperOptions,
+}
+
+#[derive(Debug, Clone, Args)]
 pub(crate) struct Snapshots {
     #[command(flatten)]
     pub(crate) target: Target,
+    /// Destroy this snapshot in the volume's pool, and list none. More than once for more of them. Copies on the node are
+    /// destroyed by the deletion of their VolumeSnapshots.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) remove: Vec<SnapshotName>,
+    #[command(flatten)]
+    pub(crate) helper: HelperOptions,
+}
+
+impl Snapshot {
+    /// The volume that is meant, and the name, if one is given.
+    pub(crate) fn meant(&self) -> Result<(Named, Option<SnapshotName>), Failure> {
+        let (named, first) = self.target.and_more()?;
+        if let (Some(first), Some(second)) = (&first, &self.name) {
+            return Err(Failure::usage(format!("two names are given: {first} and {second}"), "give one"));
+        }
+        let name = first.as_ref().or(self.name.as_ref()).map(|name| name.parse()).transpose();
+        let name = name.map_err(|error: zpod_admin::ParseTokenError| Failure::usage(error.to_string(), ""))?;
+        Ok((named, name))
+    }
 }
 
 #[derive(Debug, Clone, Args)]
@@ -402,7 +435,10 @@ mod tests {
             "scrub data-db-0 --wait --timeout 30m",
             "props get data-db-0 compression atime --live",
             "props set data-db-0 compression=zstd atime=off",
+            "snapshot data-db-0",
+            "snapshot data-db-0 before-upgrade",
             "snapshots data-db-0",
+            "snapshots data-db-0 --remove before-upgrade --remove zpod-auto-hourly-20261130T120000Z",
             "doctor n1 --all",
             "send data-db-0 --from monday --snapshot tuesday",
             "send data-db-0 --resume 1-ab-cd",

@@ -285,6 +285,34 @@ impl Guest for Service {
         Ok(Response::new(RemoveSendPointResponse {}))
     }
 
+    async fn snapshots(&self, _: Request<SnapshotsRequest>) -> Result<Response<SnapshotsResponse>, Status> {
+        let taken = self.state.passed.taken.lock().unwrap().clone();
+        let snapshots = taken.into_iter().map(|name| SendPoint { name, ..SendPoint::default() }).collect();
+        Ok(Response::new(SnapshotsResponse { snapshots, left_out: 7 }))
+    }
+
+    async fn take_snapshot(
+        &self,
+        request: Request<TakeSnapshotRequest>,
+    ) -> Result<Response<TakeSnapshotResponse>, Status> {
+        self.state.passed.taken.lock().unwrap().push(request.into_inner().snapshot);
+        Ok(Response::new(TakeSnapshotResponse {}))
+    }
+
+    async fn destroy_snapshot(
+        &self,
+        request: Request<DestroySnapshotRequest>,
+    ) -> Result<Response<DestroySnapshotResponse>, Status> {
+        let DestroySnapshotRequest { snapshot, .. } = request.into_inner();
+        let mut taken = self.state.passed.taken.lock().unwrap();
+        let before = taken.len();
+        taken.retain(|name| *name != snapshot);
+        if taken.len() == before {
+            return Err(Status::failed_precondition(format!("it has no snapshot {snapshot}")));
+        }
+        Ok(Response::new(DestroySnapshotResponse {}))
+    }
+
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
         streams::send(&self.state, request.get_ref())
     }

@@ -15,6 +15,8 @@ const CHUNK: usize = 256 << 10;
 pub(crate) struct Passed {
     /// Send points that were removed.
     pub(crate) removed: Mutex<Vec<String>>,
+    /// Snapshots that were taken.
+    pub(crate) taken: Mutex<Vec<String>>,
     /// Bytes that were taken from the guest's sends.
     pub(crate) sent: AtomicU64,
     /// Bytes that have come in by now.

@@ -10,10 +10,10 @@ use tonic::Code;
 use zpod_e2e::workdir::Workdir;
 use zpod_e2e::{Container, Sandbox};
 use zpod_proto::guest::{
-    ProvideKeyRequest, ReceiveRequest, ReceiveResponse, RemoveSendPointRequest, SendPointsRequest, SendPointsResponse,
-    SendRequest,
+    DestroySnapshotRequest, MarkRequest, ProvideKeyRequest, ReceiveRequest, ReceiveResponse, RemoveSendPointRequest,
+    SendPointsRequest, SendPointsResponse, SendRequest, SnapshotsRequest, TakeSnapshotRequest, UnmarkRequest,
 };
-use zpod_volume::{Bytes, Encryption, VolumeId};
+use zpod_volume::{Bytes, Encryption, Mark, SnapshotId, VolumeId};
 
 use crate::disk::{Disk, pod};
 
@@ -137,6 +137,7 @@ async fn a_volume_is_sent_to_another_guest_in_full_and_then_what_has_changed_als
     assert!(here.iter().zip(&there).all(|(a, b)| (&a.name, a.guid) == (&b.name, b.guid)), "{here:?} {there:?}");
 
     remove_send_points(&sender, source).await?;
+    take_and_destroy_snapshots(&mut sender, source).await?;
 
     // One that nobody reads to its end takes nothing but its place; and a name that is none is none.
     drop(sender.control().await?.send(SendRequest {
@@ -182,6 +183,43 @@ async fn remove_send_points(pod: &Sandbox, id: VolumeId) -> Result<()> {
     }
     let names: Vec<_> = points(pod, id).await?.points.into_iter().map(|point| point.name).collect();
     ensure!(names == ["zpod-send-2"], "{names:?}");
+    Ok(())
+}
+
+/// Snapshots by hand: each name once, none of zpod's own taken, and what the node marks neither shown nor destroyed.
+async fn take_and_destroy_snapshots(pod: &mut Sandbox, id: VolumeId) -> Result<()> {
+    let volume_id = id.to_string();
+    let take = async |snapshot: &str| {
+        let request = TakeSnapshotRequest { volume_id: volume_id.clone(), snapshot: snapshot.into() };
+        let mut control = pod.control().await.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+        control.take_snapshot(request).await
+    };
+    let destroy = async |snapshot: &str| {
+        let request = DestroySnapshotRequest { volume_id: volume_id.clone(), snapshot: snapshot.into() };
+        let mut control = pod.control().await.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+        control.destroy_snapshot(request).await
+    };
+    let mark = Mark::for_snapshot(SnapshotId::from_name("s")).to_string();
+    let request = MarkRequest { volume_id: volume_id.clone(), mark: mark.clone() };
+    pod.control().await?.mark(request).await?;
+    take("Before_1.2:3").await?;
+    let twice = take("Before_1.2:3").await.err().context("it is there")?;
+    assert!(twice.code() == Code::FailedPrecondition && twice.message().contains("already"), "{twice}");
+    for name in ["", "zpod-auto-hourly-20261130T120000Z", "zpod-send-2", "a@b", "a%b", "a,b", "a b"] {
+        assert_eq!(take(name).await.err().context(name.to_owned())?.code(), Code::InvalidArgument, "{name}");
+    }
+    for name in [mark.as_str(), "", "a,b", "zpod-send-2%Before_1.2:3"] {
+        assert_eq!(destroy(name).await.err().context(name.to_owned())?.code(), Code::InvalidArgument, "{name}");
+    }
+    let unknown = destroy("unknown").await.err().context("it is not there")?;
+    assert!(unknown.code() == Code::FailedPrecondition && unknown.message().contains("no snapshot"), "{unknown}");
+    let request = SnapshotsRequest { volume_id: volume_id.clone() };
+    let listed = pod.control().await?.snapshots(request).await?.into_inner();
+    let names: Vec<_> = listed.snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
+    assert_eq!((names, listed.left_out), (vec!["zpod-send-2", "Before_1.2:3"], 0));
+    destroy("Before_1.2:3").await?;
+    let request = UnmarkRequest { volume_id, mark };
+    pod.control().await?.unmark(request).await?;
     Ok(())
 }
 

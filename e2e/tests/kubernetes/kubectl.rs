@@ -77,6 +77,12 @@ pub(crate) async fn a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl(clust
     let left = json(cluster, &["send", "data", "--list"]).await?;
     let names: Vec<_> = left["points"].as_array().into_iter().flatten().map(|point| &point["name"]).collect();
     ensure!(removed["snapshot"] == "zpod-send-two" && names == ["zpod-send-one"], "{removed} {left}");
+    let taken = json(cluster, &["snapshot", "data", "before.1"]).await?;
+    let listed = json(cluster, &["snapshots", "data"]).await?;
+    let names: Vec<_> = listed["pool"]["snapshots"].as_array().into_iter().flatten().map(|one| &one["name"]).collect();
+    ensure!(taken["snapshot"] == "before.1" && names == ["zpod-send-one", "before.1"], "{taken} {listed}");
+    let destroyed = json(cluster, &["snapshots", "data", "--remove", "before.1"]).await?;
+    ensure!(destroyed["snapshot"] == "before.1", "{destroyed}");
     let bytes = fs::metadata(&file)?.len();
     ensure!(bytes > 1 << 20, "a stream of {bytes} bytes with a file of 1 MiB in it");
 

@@ -7,10 +7,13 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
-use zpod_proto::guest::{ReceiveRequest, ReceiveResponse, SendPoint, SendPointsResponse, SendRequest, SendResponse};
+use zpod_proto::bounded::SNAPSHOTS;
+use zpod_proto::guest::{
+    ReceiveRequest, ReceiveResponse, SendPoint, SendPointsResponse, SendRequest, SendResponse, SnapshotsResponse,
+};
 use zpod_volume::VolumeId;
 
-use crate::machine::Machine;
+use crate::machine::{Machine, streams};
 use crate::volumes::{Volumes, stream};
 
 /// Send points that are told.
@@ -18,14 +21,25 @@ const POINTS: usize = 1024;
 
 pub(super) async fn send_points<M: Machine>(volumes: &Volumes<M>, id: VolumeId) -> Result<SendPointsResponse, Status> {
     let (points, token) = volumes.send_points(id).await?;
-    let points = points.into_iter().take(POINTS).map(|point| SendPoint {
-        name: point.name,
-        guid: point.guid,
-        created: point.created,
-        referenced_bytes: point.referenced,
-        used_bytes: point.used,
-    });
-    Ok(SendPointsResponse { points: points.collect(), resume_token: token.unwrap_or_default() })
+    let points = points.into_iter().take(POINTS).map(told).collect();
+    Ok(SendPointsResponse { points, resume_token: token.unwrap_or_default() })
+}
+
+pub(super) async fn snapshots<M: Machine>(volumes: &Volumes<M>, id: VolumeId) -> Result<SnapshotsResponse, Status> {
+    let all = volumes.snapshots(id).await?;
+    let left_out = all.len().saturating_sub(SNAPSHOTS);
+    let snapshots = all.into_iter().skip(left_out).map(told).collect();
+    Ok(SnapshotsResponse { snapshots, left_out: left_out as u64 })
+}
+
+fn told(snapshot: streams::SendPoint) -> SendPoint {
+    SendPoint {
+        name: snapshot.name,
+        guid: snapshot.guid,
+        created: snapshot.created,
+        referenced_bytes: snapshot.referenced,
+        used_bytes: snapshot.used,
+    }
 }
 
 pub(super) async fn send<M: Machine>(

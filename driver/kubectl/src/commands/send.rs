@@ -5,7 +5,7 @@ use hyper::body::Incoming;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use tokio::io::AsyncWriteExt as _;
-use zpod_admin::{SendName, SendPoints, SendQuery};
+use zpod_admin::{SendName, SendPoint, SendPoints, SendQuery};
 
 use super::transfer::{Reached, Way, with_guest};
 use crate::failure::with_causes;
@@ -104,18 +104,23 @@ async fn list(reached: &Reached, format: Format) -> Result<(), Failure> {
     show(format, &points, || text(&points))
 }
 
-fn text(points: &SendPoints) -> String {
-    let row = |point: &zpod_admin::SendPoint| {
-        let taken = i64::try_from(point.created).ok().and_then(|seconds| Timestamp::from_second(seconds).ok());
+/// Snapshots in a pool.
+pub(super) fn in_pool(snapshots: &[SendPoint]) -> String {
+    let row = |snapshot: &SendPoint| {
+        let taken = i64::try_from(snapshot.created).ok().and_then(|seconds| Timestamp::from_second(seconds).ok());
         vec![
-            point.name.clone(),
+            snapshot.name.clone(),
             taken.map_or_else(|| "-".into(), |taken| when(&Time(taken))),
-            size(point.referenced_bytes),
-            size(point.used_bytes),
-            point.guid.clone(),
+            size(snapshot.referenced_bytes),
+            size(snapshot.used_bytes),
+            snapshot.guid.clone(),
         ]
     };
-    let mut text = table(&["SNAPSHOT", "TAKEN", "REFERS", "USED", "GUID"], points.points.iter().map(row));
+    table(&["SNAPSHOT", "TAKEN", "REFERS", "USED", "GUID"], snapshots.iter().map(row))
+}
+
+fn text(points: &SendPoints) -> String {
+    let mut text = in_pool(&points.points);
     if let Some(token) = &points.resume_token {
         text.push_str(&format!("\na receive broke off; go on with `kubectl zpod send SOURCE --resume {token}`\n"));
     }
@@ -125,7 +130,6 @@ fn text(points: &SendPoints) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use zpod_admin::SendPoint;
 
     #[test]
     fn what_was_sent_before_is_listed_with_what_to_go_on_with() {

@@ -3,11 +3,12 @@ use std::time::Duration;
 
 use futures_util::Stream;
 use tonic::Streaming;
-use zpod_admin::{Properties, Received, SendName, SendPoint, SendPoints, SendQuery};
+use zpod_admin::{PoolSnapshots, Properties, Received, SendName, SendPoint, SendPoints, SendQuery, SnapshotName};
 use zpod_proto::bounded::CHUNK;
 use zpod_proto::guest::{
-    PropertiesRequest, PropertiesResponse, ReceiveRequest, ReceiveResponse, RemoveSendPointRequest,
-    RemoveSendPointResponse, SendPointsRequest, SendPointsResponse, SendRequest, SendResponse,
+    DestroySnapshotRequest, DestroySnapshotResponse, PropertiesRequest, PropertiesResponse, ReceiveRequest,
+    ReceiveResponse, RemoveSendPointRequest, RemoveSendPointResponse, SendPointsRequest, SendPointsResponse,
+    SendRequest, SendResponse, SnapshotsRequest, SnapshotsResponse, TakeSnapshotRequest, TakeSnapshotResponse,
 };
 use zpod_volume::VolumeId;
 
@@ -50,13 +51,7 @@ impl GuestClient {
         let mut stub = self.stub::<SendPointsResponse>();
         let request = SendPointsRequest { volume_id: id.to_string() };
         let answer = self.call("SendPoints", CALL_DEADLINE, stub.send_points(request)).await?;
-        let points = answer.points.into_iter().take(MAX_POINTS).map(|point| SendPoint {
-            name: clean(&point.name, 128),
-            guid: point.guid.to_string(),
-            created: point.created,
-            referenced_bytes: point.referenced_bytes,
-            used_bytes: point.used_bytes,
-        });
+        let points = answer.points.into_iter().take(MAX_POINTS).map(snapshot);
         // A token that is none is none: it would be shown to people, and copied.
         let token = Some(answer.resume_token).filter(|token| token.parse::<zpod_admin::ResumeToken>().is_ok());
         Ok(SendPoints { points: points.collect(), resume_token: token })
@@ -70,6 +65,38 @@ impl GuestClient {
         let mut stub = self.stub::<RemoveSendPointResponse>();
         let request = RemoveSendPointRequest { volume_id: id.to_string(), snapshot: point.to_string() };
         self.call("RemoveSendPoint", BEGIN_DEADLINE, stub.remove_send_point(request)).await.map(drop)
+    }
+
+    /// The snapshots in a volume's pool.
+    ///
+    /// # Errors
+    /// When it does not answer in time, or refuses.
+    pub async fn snapshots(&self, id: VolumeId) -> Result<PoolSnapshots, GuestError> {
+        let mut stub = self.stub::<SnapshotsResponse>();
+        let request = SnapshotsRequest { volume_id: id.to_string() };
+        let answer = self.call("Snapshots", CALL_DEADLINE, stub.snapshots(request)).await?;
+        let snapshots = answer.snapshots.into_iter().map(snapshot).collect();
+        Ok(PoolSnapshots { snapshots, left_out: answer.left_out })
+    }
+
+    /// Takes a snapshot in a volume's pool.
+    ///
+    /// # Errors
+    /// When it does not answer in time, or refuses.
+    pub async fn take_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<(), GuestError> {
+        let mut stub = self.stub::<TakeSnapshotResponse>();
+        let request = TakeSnapshotRequest { volume_id: id.to_string(), snapshot: name.to_string() };
+        self.call("TakeSnapshot", BEGIN_DEADLINE, stub.take_snapshot(request)).await.map(drop)
+    }
+
+    /// Destroys a snapshot in a volume's pool.
+    ///
+    /// # Errors
+    /// When it does not answer in time, or refuses.
+    pub async fn destroy_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<(), GuestError> {
+        let mut stub = self.stub::<DestroySnapshotResponse>();
+        let request = DestroySnapshotRequest { volume_id: id.to_string(), snapshot: name.to_string() };
+        self.call("DestroySnapshot", BEGIN_DEADLINE, stub.destroy_snapshot(request)).await.map(drop)
     }
 
     /// Begins to write a volume out. Gives the stream once its first message is there, so that a refusal is one.
@@ -142,6 +169,17 @@ impl Sending {
                 Err(GuestError::Timeout { sandbox, call: "Send", deadline: patience })
             }
         }
+    }
+}
+
+/// What a guest says of one, as it may be shown.
+fn snapshot(told: zpod_proto::guest::SendPoint) -> SendPoint {
+    SendPoint {
+        name: clean(&told.name, 256),
+        guid: told.guid.to_string(),
+        created: told.created,
+        referenced_bytes: told.referenced_bytes,
+        used_bytes: told.used_bytes,
     }
 }
 
