@@ -20,7 +20,7 @@ use zpod_proto::guest::{
     SnapshotsResponse, StatusRequest, StatusResponse, SyncRequest, SyncResponse, TakeSnapshotRequest,
     TakeSnapshotResponse, UnmarkRequest, UnmarkResponse, WatchRequest,
 };
-use zpod_volume::{Bytes, Mark, VolumeId};
+use zpod_volume::{Bytes, Mark, SnapshotSchedule, VolumeId};
 
 use crate::key::{Key, KeyError, Keys};
 use crate::machine::{Machine, Scrub, Step};
@@ -61,6 +61,10 @@ fn quota_mode(number: i32) -> Result<zpod_volume::QuotaMode, Status> {
         Ok(QuotaMode::None) => Ok(zpod_volume::QuotaMode::None),
         Ok(QuotaMode::Unspecified) | Err(_) => Err(Status::invalid_argument(format!("quota: {number} is not known"))),
     }
+}
+
+fn schedule(text: &str) -> Result<Option<SnapshotSchedule>, Status> {
+    SnapshotSchedule::parse(text).map_err(|allowed| Status::invalid_argument(format!("snapshot_schedule: {allowed}")))
 }
 
 fn mark(text: &str) -> Result<Mark, Status> {
@@ -113,6 +117,7 @@ impl<M: Machine> Guest for Control<M> {
             dataset: request.dataset_properties.into_iter().collect(),
             quota: request.quota.map(quota_mode).transpose()?,
             reservation: request.reservation_bytes.map(Bytes),
+            schedule: request.snapshot_schedule.as_deref().map(schedule).transpose()?,
         };
         self.volumes.change(id(&request.volume_id)?, &attributes).await?;
         Ok(Response::new(SetPropertiesResponse {}))

@@ -82,6 +82,7 @@ async fn serve(agent: &str) -> io::Result<()> {
     let volumes = Volumes::new(LinuxMachine::new(root, zfs), bases);
     announce()?;
     tokio::spawn(Arc::clone(&volumes).keep_resuming());
+    tokio::spawn(Arc::clone(&volumes).keep_snapshots());
     std::thread::spawn(move || loaded.send_replace(Some(load_zfs(root))));
 
     let (sender, streams) = mpsc::channel(CONNECTIONS);

@@ -9,6 +9,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
+use jiff::Timestamp;
 use zpod_volume::{Bytes, Encryption, Half, PoolName, SECTOR, VolumeId, gpt};
 
 use crate::key::Key;
@@ -281,6 +282,9 @@ impl Fault {
 /// The machine.
 #[async_trait]
 pub trait Machine: streams::Streams + Send + Sync + 'static {
+    /// What time it is.
+    fn now(&self) -> Timestamp;
+
     /// Returns once ZFS can be used.
     async fn zfs_ready(&self) -> Result<(), Fault>;
 

@@ -39,6 +39,7 @@ mod read_only;
 mod release;
 mod restore;
 mod resume;
+pub mod schedule;
 mod snapshots;
 pub mod status;
 pub mod stream;
@@ -121,6 +122,8 @@ struct State {
     details: Option<status::Cached>,
     /// Its pool is suspended, and since when.
     suspended: Option<resume::Suspension>,
+    /// What is known of its automatic snapshots.
+    kept: schedule::Kept,
     /// Why the last container that asked for it did not get it. Stays while another try runs: that may take as long.
     refusal: Option<status::Refusal>,
 }
@@ -171,12 +174,20 @@ pub struct Volumes<M> {
     bases: PathBuf,
     table: Mutex<BTreeMap<VolumeId, Arc<Volume>>>,
     imports: restore::Imports,
+    /// A volume may have a snapshot that is due.
+    scheduled: tokio::sync::Notify,
 }
 
 impl<M: Machine> Volumes<M> {
     /// Volumes of a machine, with our own mounts of them below `bases`.
     pub fn new(machine: M, bases: impl Into<PathBuf>) -> Arc<Self> {
-        Arc::new(Self { machine, bases: bases.into(), table: Mutex::default(), imports: Default::default() })
+        Arc::new(Self {
+            machine,
+            bases: bases.into(),
+            table: Mutex::default(),
+            imports: Default::default(),
+            scheduled: Default::default(),
+        })
     }
 
     /// The machine.
@@ -394,7 +405,11 @@ impl<M: Machine> Volumes<M> {
             }
             result => result?,
         };
-        volume.state().active = Some(active);
+        {
+            let mut state = volume.state();
+            (state.active, state.kept) = (Some(active), schedule::Kept::default());
+        }
+        self.scheduled.notify_one();
         if !known {
             tracing::info!(volume = %volume.id, "pool up: {}", volume.progress.timings());
         }

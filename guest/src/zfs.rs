@@ -278,6 +278,7 @@ impl Tools {
             "volsize",
             "used",
             "referenced",
+            "available",
             "compressratio",
             "readonly",
             "usedbysnapshots",
@@ -337,7 +338,7 @@ impl Tools {
         json::snapshots(&self.run("zfs", &arguments, DEADLINE).await?, dataset)
     }
 
-    /// Takes a snapshot of a dataset; it is on the disk when this returns.
+    /// Takes a snapshot of a dataset; it is on the disk when this returns. One: ZFS takes no two of a dataset at once.
     pub async fn snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
         self.run("zfs", &["snapshot", &format!("{dataset}@{name}")], DEADLINE).await.map(drop)
     }

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::parameters::Word as _;
-use crate::{Bytes, ParameterError, Property, PropertyKind, QuotaMode, VolumeParameters};
+use crate::{Bytes, ParameterError, Property, PropertyKind, QuotaMode, SnapshotSchedule, VolumeParameters};
 
 /// What a VolumeAttributesClass says: what of a volume can change while it lives. It overrides the StorageClass.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,12 +14,14 @@ pub struct VolumeAttributes(BTreeMap<String, String>);
 const QUOTA: &str = "quota";
 /// The key of the space that is kept for the volume's own files.
 const RESERVATION: &str = "reservation";
+/// The key of the automatic snapshots.
+pub(crate) const SNAPSHOT_SCHEDULE: &str = "snapshotSchedule";
 
 impl VolumeAttributes {
     /// Every key a VolumeAttributesClass may use, sorted.
     pub fn keys() -> Vec<&'static str> {
         let properties = Property::all().iter().filter(|property| property.mutable).map(|property| property.key);
-        let mut keys: Vec<_> = [QUOTA, RESERVATION].into_iter().chain(properties).collect();
+        let mut keys: Vec<_> = [QUOTA, RESERVATION, SNAPSHOT_SCHEDULE].into_iter().chain(properties).collect();
         keys.sort_unstable();
         keys
     }
@@ -34,6 +36,7 @@ impl VolumeAttributes {
             match *key {
                 QUOTA => drop(QuotaMode::parse(key, value)?),
                 RESERVATION => drop(reservation(value)?),
+                SNAPSHOT_SCHEDULE => drop(schedule(value)?),
                 _ => {
                     let property = Property::named(key).filter(|property| property.mutable);
                     let property = property.ok_or_else(|| refused(key))?;
@@ -75,6 +78,14 @@ impl VolumeAttributes {
         Some(wanted.min(capacity))
     }
 
+    /// The snapshots that its guest takes by itself; `None` where it takes none.
+    pub fn snapshot_schedule(&self, parameters: &VolumeParameters) -> Option<SnapshotSchedule> {
+        match self.0.get(SNAPSHOT_SCHEDULE).map(|value| SnapshotSchedule::parse(value)) {
+            Some(Ok(schedule)) => schedule,
+            _ => parameters.snapshot_schedule.clone(),
+        }
+    }
+
     /// The properties of one kind: those of the class with these on top.
     pub fn properties_of(&self, parameters: &VolumeParameters, kind: PropertyKind) -> BTreeMap<String, String> {
         let mut properties = parameters.properties_of(kind);
@@ -92,6 +103,10 @@ fn refused(key: &str) -> ParameterError {
     } else {
         ParameterError::UnknownMutable { key }
     }
+}
+
+pub(crate) fn schedule(value: &str) -> Result<Option<SnapshotSchedule>, ParameterError> {
+    SnapshotSchedule::parse(value).map_err(|allowed| ParameterError::bad(SNAPSHOT_SCHEDULE, value, allowed.to_string()))
 }
 
 fn reservation(value: &str) -> Result<Option<Bytes>, ParameterError> {
@@ -122,6 +137,19 @@ mod tests {
     }
 
     #[test]
+    fn a_schedule_can_be_changed_turned_off_and_left_to_the_class() {
+        let class = VolumeParameters::parse([("snapshotSchedule", "hourly=24")]).unwrap();
+        let of = |pairs: &[(&str, &str)]| {
+            let schedule = parse(pairs).unwrap().snapshot_schedule(&class);
+            schedule.map(|schedule| schedule.to_string())
+        };
+        assert_eq!(of(&[("atime", "on")]), Some("hourly=24".into()));
+        assert_eq!(of(&[("snapshotSchedule", "weekly=4  daily=7")]), Some("daily=7 weekly=4".into()));
+        assert_eq!(of(&[("snapshotSchedule", "none")]), None);
+        assert_eq!(of(&[("snapshotSchedule", "")]), None);
+    }
+
+    #[test]
     fn what_cannot_change_is_refused_with_what_can() {
         for (key, value, want) in [
             ("ashift", "12", "\"ashift\" can't be changed; what can: atime, autotrim, compression"),
@@ -131,6 +159,12 @@ mod tests {
             ("compression", "best", "lz4"),
             ("quota", "yes", "refquota, quota, none"),
             ("reservation", "lots", "none, or a size"),
+            (
+                "snapshotSchedule",
+                "yearly=1",
+                "snapshotSchedule: \"yearly=1\" is not allowed; allowed is: none, or each of",
+            ),
+            ("snapdir", "disabled", "hidden, visible"),
         ] {
             let error = parse(&[(key, value)]).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");

@@ -3,6 +3,7 @@
 //! * [`VolumeId`], [`PoolName`], [`Bytes`]: typed ids and sizes.
 //! * [`VolumeParameters`]: what a StorageClass may say, parsed at the edge.
 //! * [`VolumeAttributes`]: what a VolumeAttributesClass may change later.
+//! * [`SnapshotSchedule`]: which snapshots the guest takes by itself.
 //! * [`DiskLayout`] and [`gpt`]: what the virtual disk looks like.
 //! * [`Half`] and [`Mirror`]: a virtual disk of two halves.
 //! * [`VolumeSpec`]: what the node tells the guest about one volume, in the `zpod=` mount option, or in a [`note`] on the
@@ -16,6 +17,7 @@ mod layout;
 mod mirror;
 mod parameters;
 mod property;
+mod schedule;
 mod spec;
 mod token;
 
@@ -32,5 +34,6 @@ pub use parameters::{
     Backing, Encryption, ParameterError, Provisioning, QuotaMode, ScrubInterval, Vdevs, VolumeParameters, ZfsAccess,
 };
 pub use property::{Property, PropertyKind};
+pub use schedule::{ParseScheduleError, SnapshotKind, SnapshotSchedule};
 pub use spec::{Create, DecodeSpecError, MountFlag, OPTION_PREFIX, Origin, Version, VolumeMode, VolumeSpec};
 pub use token::{ParseTokenError, TokenDigest};

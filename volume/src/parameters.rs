@@ -3,7 +3,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Excerpt, Headroom, Property, PropertyKind};
+use crate::attributes::{SNAPSHOT_SCHEDULE, schedule};
+use crate::{Bytes, Excerpt, Headroom, Property, PropertyKind, SnapshotSchedule};
 
 /// Which provider makes the volume's block device on its node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -191,6 +192,9 @@ pub struct VolumeParameters {
     /// What the containers that mount it get of ZFS itself.
     #[serde(default, skip_serializing_if = "ZfsAccess::is_none")]
     pub zfs_access: ZfsAccess,
+    /// The snapshots that its guest takes by itself; none where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_schedule: Option<SnapshotSchedule>,
     /// ZFS properties that differ from the defaults, by name. Always valid: see [`Property`].
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub properties: BTreeMap<String, String>,
@@ -242,7 +246,7 @@ impl VolumeParameters {
     /// The key of [`ZfsAccess`].
     pub const ZFS_ACCESS: &str = "zfsAccess";
 
-    const OWN_KEYS: [&str; 10] = [
+    const OWN_KEYS: [&str; 11] = [
         "allowCopy",
         "arcMax",
         "backing",
@@ -251,6 +255,7 @@ impl VolumeParameters {
         "provisioning",
         "quota",
         "scrubInterval",
+        SNAPSHOT_SCHEDULE,
         "vdevs",
         Self::ZFS_ACCESS,
     ];
@@ -279,6 +284,7 @@ impl VolumeParameters {
                     let interval = ScrubInterval::parse(value);
                     parameters.scrub_interval = Some(interval.ok_or_else(|| ParameterError::bad(key, value, allowed))?);
                 }
+                SNAPSHOT_SCHEDULE => parameters.snapshot_schedule = schedule(value)?,
                 "backing" => parameters.backing = Word::parse(key, value)?,
                 "provisioning" => parameters.provisioning = Word::parse(key, value)?,
                 "vdevs" => parameters.vdevs = Word::parse(key, value)?,
@@ -368,16 +374,20 @@ mod tests {
             ("scrubInterval", "7d"),
             ("vdevs", "mirror-2"),
             ("zfsAccess", "volume"),
+            ("snapshotSchedule", "hourly=24 daily=7"),
+            ("snapdir", "visible"),
             ("csi.storage.k8s.io/pvc/name", "data"),
         ])
         .unwrap();
-        assert_eq!(all.properties.len(), 14);
+        assert_eq!(all.properties.len(), 15);
+        assert_eq!(all.snapshot_schedule.as_ref().unwrap().to_string(), "hourly=24 daily=7");
         assert_eq!(all.scrub_interval.unwrap().duration().as_secs(), 7 * 86400);
         assert_eq!((all.arc_max, all.vdevs), (Some(Bytes::mib(256)), Vdevs::Mirror2));
         assert_eq!(all.zfs_access, ZfsAccess::Volume);
         let before = serde_json::to_string(&VolumeParameters::default()).unwrap();
         assert!(!before.contains("vdevs"), "what is recorded of volumes with one device stays as it was");
         assert!(!before.contains("zfsAccess"), "and of those whose containers get nothing of ZFS");
+        assert!(!before.contains("snapshotSchedule"), "and of those that take no snapshots by themselves");
         assert_eq!(all.properties_of(PropertyKind::Pool)["autotrim"], "off");
         let json = serde_json::to_string(&all).unwrap();
         assert_eq!(serde_json::from_str::<VolumeParameters>(&json).unwrap(), all);
@@ -400,6 +410,12 @@ mod tests {
             ("scrubInterval", "-1d", "at least 1m"),
             ("allowCopy", "yes", "true, false"),
             ("volblocksize", "1M", "from 4K to 128K"),
+            (
+                "snapshotSchedule",
+                "hourly=0",
+                "snapshotSchedule: \"hourly=0\" is not allowed; allowed is: none, or each of",
+            ),
+            ("snapshotSchedule", "hourly=999 daily=2", "all together at most 1000"),
         ] {
             let error = parse(&[(key, value)]).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");

@@ -43,7 +43,7 @@ enum Values {
 const ON_OFF: Values = Values::OneOf(&["on", "off"]);
 
 /// Every property, in alphabetical order.
-const ALL: [Property; 14] = [
+const ALL: [Property; 15] = [
     fixed("acltype", Some("posix"), Values::OneOf(&["off", "nfsv4", "posix"])),
     Property {
         key: "ashift",
@@ -86,6 +86,7 @@ const ALL: [Property; 14] = [
     any("logbias", None, Values::OneOf(&["latency", "throughput"])),
     any("primarycache", None, Values::OneOf(&["all", "none", "metadata"])),
     files("recordsize", None, Values::PowerOfTwo(512, 16 << 20)),
+    files("snapdir", None, Values::OneOf(&["hidden", "visible"])),
     any("sync", None, Values::OneOf(&["standard", "always", "disabled"])),
     Property {
         key: "volblocksize",

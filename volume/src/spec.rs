@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    Bytes, DiskLayout, Encryption, Mark, Mirror, PoolName, Property, PropertyKind, QuotaMode, VolumeId,
-    VolumeParameters, ZfsAccess,
+    Bytes, DiskLayout, Encryption, Mark, Mirror, PoolName, Property, PropertyKind, QuotaMode, SnapshotSchedule,
+    VolumeId, VolumeParameters, ZfsAccess,
 };
 
 /// What the option begins with that carries a [`VolumeSpec`].
@@ -97,6 +97,9 @@ pub struct VolumeSpec {
     /// spec that asks for it.
     #[serde(default, skip_serializing_if = "ZfsAccess::is_none")]
     pub zfs_access: ZfsAccess,
+    /// The snapshots that the guest takes by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_schedule: Option<SnapshotSchedule>,
 }
 
 /// What a container gets.
@@ -234,6 +237,7 @@ impl VolumeSpec {
             origin: None,
             mirror: None,
             zfs_access: ZfsAccess::None,
+            snapshot_schedule: None,
         }
     }
 
@@ -314,6 +318,7 @@ mod tests {
             dataset_properties: [("compression".into(), "lz4".into())].into(),
             fs_group: Some(2000),
             mount_flags: vec![MountFlag::Nosuid],
+            snapshot_schedule: Some("hourly=24 daily=7".parse().unwrap()),
             ..VolumeSpec::new(id, Uuid::from_u128(7), Create::Fresh, Bytes::gib(1))
         }
     }
@@ -340,6 +345,8 @@ mod tests {
             ("\"create\":\"fresh\"", "\"create\":\"always\"", "unknown variant"),
             ("\"compression\":\"lz4\"", "\"mountpoint\":\"/\"", "mountpoint=/"),
             ("\"compression\":\"lz4\"", "\"compression\":\"lz4 -f\"", "not allowed"),
+            ("hourly=24 daily=7", "hourly=24 -r", "none, or each of"),
+            ("hourly=24 daily=7", "none", "none, or each of"),
             ("zpod-3addcb024c3d", "-f", "not a pool name"),
             ("1073741824", "1024", "don't belong together"),
             ("\"create\":\"fresh\"", "\"create\":\"fresh\",\"mirror\":{\"behind\":\"third\"}", "unknown variant"),

@@ -1,6 +1,6 @@
 use uuid::Uuid;
 use zpod_proto::guest::last_scrub::State as WireState;
-use zpod_proto::guest::{Health as WireHealth, LastScrub, StatusResponse, VolumeStatus};
+use zpod_proto::guest::{Health as WireHealth, LastScrub, SnapshotsPaused, StatusResponse, VolumeStatus};
 use zpod_volume::{Bytes, Half, TokenDigest, VolumeId};
 
 /// No pod has more volumes; what a guest says beyond is passed over.
@@ -68,8 +68,29 @@ pub struct VolumeReport {
     pub snapshots: Bytes,
     /// Of a mirror: the half that lacks some of what the other one has.
     pub behind: Option<Half>,
+    /// It is to take snapshots by itself, and takes none.
+    pub paused: Option<Paused>,
     /// What this node itself knows to be wrong with it. Never the guest's word.
     pub trouble: Option<String>,
+}
+
+/// Why a volume with a schedule takes no snapshots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Paused {
+    /// Too little room would be left beside them.
+    NoRoom,
+    /// ZFS fails to take them.
+    Failing,
+}
+
+impl Paused {
+    /// For a person.
+    pub const fn cause(self) -> &'static str {
+        match self {
+            Self::NoRoom => "less than a tenth of its room is free, or what is kept for it (reservation) leaves none",
+            Self::Failing => "ZFS fails to take them, and the log of its guest says why",
+        }
+    }
 }
 
 /// How often the device of a pool failed.
@@ -212,6 +233,11 @@ impl VolumeReport {
                 1 => Some(Half::First),
                 2 => Some(Half::Second),
                 _ => None,
+            },
+            paused: match status.snapshots_paused() {
+                SnapshotsPaused::Not => None,
+                SnapshotsPaused::NoRoom => Some(Paused::NoRoom),
+                SnapshotsPaused::Failing => Some(Paused::Failing),
             },
             trouble: None,
         })

@@ -93,6 +93,7 @@ impl NodeVolumes {
             pool: properties(volume, PropertyKind::Pool),
             quota: (volume.mode == VolumeMode::Filesystem).then(|| volume.attributes.quota(&volume.parameters)),
             reservation: volume.attributes.reservation(volume.capacity).unwrap_or_default(),
+            schedule: volume.attributes.snapshot_schedule(&volume.parameters),
         };
         let set = heard.guest.set_properties(id, changes).await;
         if matches!(set, Ok(()) | Err(GuestError::Refused { .. })) {
@@ -114,6 +115,8 @@ mod tests {
             ("recordsize", "16K", false),
             ("compression", "zstd", true),
             ("reservation", "1Gi", true),
+            ("snapshotSchedule", "hourly=24", true),
+            ("snapdir", "visible", false),
         ] {
             assert!(check(VolumeMode::Filesystem, key, value).is_ok(), "{key}");
             match check(VolumeMode::Block, key, value) {

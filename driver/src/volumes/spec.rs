@@ -29,6 +29,7 @@ pub(super) fn volume_spec(volume: &Volume, publication: &Publication, token: Uui
         // Until its guest has made it its own: then the record says so, and what it was made from may be long gone.
         origin: volume.origin.clone().filter(|_| !volume.initialized),
         zfs_access: volume.parameters.zfs_access,
+        snapshot_schedule: volume.attributes.snapshot_schedule(&volume.parameters),
         mirror: volume.is_mirrored().then_some(Mirror { behind: volume.behind }),
         ..VolumeSpec::new(volume.id, token, create(volume), volume.capacity)
     }

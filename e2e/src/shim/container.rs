@@ -108,7 +108,8 @@ impl Container {
     pub(super) fn capabilities(&self) -> agent::LinuxCapabilities {
         // zpool(8) asks the kernel through /dev/zfs as an administrator; the namespaces of the guest's init can be
         // entered only by who may trace it.
-        let extra: &[&str] = if self.guest_mounts.is_empty() { &[] } else { &["CAP_SYS_ADMIN", "CAP_SYS_PTRACE"] };
+        let extra: &[&str] =
+            if self.guest_mounts.is_empty() { &[] } else { &["CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_SYS_TIME"] };
         let all: Vec<String> =
             CAPABILITIES.iter().chain(extra).chain(&self.capabilities).map(|&name| name.to_owned()).collect();
         agent::LinuxCapabilities {

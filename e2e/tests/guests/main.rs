@@ -16,4 +16,5 @@ mod mirror;
 mod pod;
 mod refusals;
 mod runtimes;
+mod schedule;
 mod send;

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use zpod_proto::guest::last_scrub::State;
-use zpod_proto::guest::{Health, LastScrub, StatusResponse, VolumeStatus};
+use zpod_proto::guest::{Health, LastScrub, SnapshotsPaused, StatusResponse, VolumeStatus};
 
 use crate::machine::{self, Machine};
 use crate::volumes::Volumes;
+use crate::volumes::schedule::Paused;
 use crate::volumes::status::Snapshot;
 
 /// Volumes that are told of. No pod has more.
@@ -67,6 +68,12 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
         encrypted: snapshot.encrypted,
         block: snapshot.block,
         snapshot_bytes: details.snapshot_bytes,
+        snapshots_paused: match snapshot.paused {
+            None => SnapshotsPaused::Not,
+            Some(Paused::NoRoom) => SnapshotsPaused::NoRoom,
+            Some(Paused::Failing) => SnapshotsPaused::Failing,
+        }
+        .into(),
         behind: snapshot.behind.map_or(0, |half| half.index() as u32 + 1),
     }
 }
@@ -144,6 +151,7 @@ mod tests {
             block: true,
             behind: Some(Half::Second),
             details: Details { report, compress_ratio: 1.5, snapshot_bytes: most, device: usage },
+            paused: Some(Paused::Failing),
             refusal: Some("é".repeat(10_000)),
         };
         let status = volume_status(snapshot);

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use jiff::Timestamp;
 use tokio::sync::watch;
 use zpod_volume::{Bytes, Encryption, PoolName, SECTOR, VolumeId, gpt};
 
@@ -186,6 +187,10 @@ fn quarter_of_memory() -> io::Result<u64> {
 
 #[async_trait]
 impl Machine for LinuxMachine {
+    fn now(&self) -> Timestamp {
+        Timestamp::now()
+    }
+
     async fn zfs_ready(&self) -> Result<(), Fault> {
         let mut zfs = self.zfs.clone();
         match zfs.wait_for(Option::is_some).await.map(|loaded| loaded.clone()) {

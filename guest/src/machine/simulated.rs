@@ -171,6 +171,12 @@ pub(crate) struct SimMachine {
     pub(crate) held: Mutex<BTreeSet<PathBuf>>,
     /// How long an import takes.
     pub(crate) import_time: Mutex<std::time::Duration>,
+    /// What time it is.
+    pub(crate) clock: Mutex<Timestamp>,
+    /// What is free in each file system.
+    pub(crate) free: Mutex<u64>,
+    /// Snapshots that have a hold or a clone.
+    pub(crate) pinned: Mutex<BTreeSet<String>>,
 }
 
 /// Pools that are being imported.
@@ -191,6 +197,9 @@ impl SimMachine {
             failing: Mutex::default(),
             held: Mutex::default(),
             import_time: Mutex::default(),
+            clock: Mutex::default(),
+            free: Mutex::new(60),
+            pinned: Mutex::default(),
         }
     }
 
@@ -386,6 +395,10 @@ fn pool_of(dataset: &str) -> &str {
 
 #[async_trait]
 impl Machine for SimMachine {
+    fn now(&self) -> Timestamp {
+        *self.clock.lock().unwrap()
+    }
+
     async fn zfs_ready(&self) -> Result<(), Fault> {
         self.look(|_, _| Ok(()))
     }
@@ -736,6 +749,9 @@ impl Machine for SimMachine {
     }
 
     async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        if self.pinned.lock().unwrap().contains(name) {
+            return Err(Fault { text: "dataset is busy".into(), busy: true });
+        }
         self.pool_step("destroy snapshot".into(), pool_of(dataset), |pool, _| {
             let before = pool.snapshots.len();
             pool.snapshots.retain(|(there, _)| there != name);
@@ -850,7 +866,8 @@ impl Machine for SimMachine {
     }
 
     async fn usage(&self, _target: &Path) -> Result<Usage, Fault> {
-        Ok(Usage { total_bytes: 100, available_bytes: 60, used_bytes: 40, ..Usage::default() })
+        let available_bytes = *self.free.lock().unwrap();
+        Ok(Usage { total_bytes: 40 + available_bytes, available_bytes, used_bytes: 40, ..Usage::default() })
     }
 
     async fn own(&self, target: &Path, group: u32) -> Result<Step, Fault> {

@@ -20,7 +20,7 @@ pub enum What {
     Rest(String),
 }
 
-/// A snapshot that a send or a receive left.
+/// A snapshot of a dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SendPoint {
     /// What stands behind the @.
@@ -33,6 +33,8 @@ pub struct SendPoint {
     pub referenced: u64,
     /// Bytes it alone holds.
     pub used: u64,
+    /// It has a hold or a clone, and can't be destroyed.
+    pub pinned: bool,
 }
 
 /// A stream that comes out of a program, or goes into one, and how the program ends. Dropping it kills the program.

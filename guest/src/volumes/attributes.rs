@@ -1,6 +1,6 @@
 //! What changes of a running volume: properties, what its capacity limits, what is kept for it.
 
-use zpod_volume::{Bytes, Property, PropertyKind, QuotaMode, VolumeId, VolumeMode, VolumeSpec};
+use zpod_volume::{Bytes, Property, PropertyKind, QuotaMode, SnapshotSchedule, VolumeId, VolumeMode, VolumeSpec};
 
 use super::Volumes;
 use super::bounds::Bounds;
@@ -18,6 +18,8 @@ pub struct Attributes {
     pub quota: Option<QuotaMode>,
     /// What is kept for the volume's own contents; zero for nothing.
     pub reservation: Option<Bytes>,
+    /// The snapshots that are taken by themselves; `Some(None)` for none.
+    pub schedule: Option<Option<SnapshotSchedule>>,
 }
 
 impl Attributes {
@@ -31,6 +33,9 @@ impl Attributes {
             Some(bytes) => Some(bytes).filter(|bytes| bytes.0 > 0),
             None => spec.reservation,
         };
+        if let Some(schedule) = &self.schedule {
+            spec.snapshot_schedule.clone_from(schedule);
+        }
         spec
     }
 
@@ -90,6 +95,7 @@ impl<M: Machine> Volumes<M> {
             state.active = Some(active);
             state.details = None;
         }
+        self.scheduled.notify_one();
         if let Some(kept) = kept {
             let set = self.machine.set_dataset(&dataset, &[kept]).await;
             let reason = |fault| format!("the space that is to be kept for it is not there: {fault}");
@@ -136,6 +142,7 @@ mod tests {
             dataset: one("compression", "zstd"),
             quota: Some(QuotaMode::Quota),
             reservation: Some(Bytes::mib(512)),
+            schedule: Some(Some("hourly=24".parse().unwrap())),
         };
         for _ in 0..2 {
             volumes.change(id, &all).await.unwrap();

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use zpod_volume::{Bytes, Half, PoolName, VolumeId, VolumeSpec};
 
+use super::schedule::Paused;
 use super::{Active, Volume, Volumes, device};
 use crate::error::VolumeError;
 use crate::machine::{Health, Machine, PoolReport, Usage};
@@ -52,6 +53,8 @@ pub struct Snapshot {
     pub behind: Option<Half>,
     /// What takes the ZFS tools to find out.
     pub details: Details,
+    /// It has a schedule of snapshots, and takes none.
+    pub paused: Option<Paused>,
     /// Why the last container that asked for it did not get it.
     pub refusal: Option<String>,
 }
@@ -92,6 +95,7 @@ impl Refusal {
             block: self.block,
             behind: None,
             details: Details { compress_ratio: 1.0, ..Details::default() },
+            paused: None,
             refusal: Some(self.message),
         }
     }
@@ -168,6 +172,10 @@ impl<M: Machine> Volumes<M> {
         let behind = active.mirror.as_ref().and_then(|halves| halves.behind);
         // ZFS itself calls a pool ONLINE whose half it has given up.
         let health = health.map(|health| if behind.is_some() { health.max(Health::Degraded) } else { health });
+        let (containers, paused) = {
+            let state = volume.state();
+            (state.uses.iter().map(|usage| usage.container.clone()).collect(), state.kept.paused)
+        };
         Snapshot {
             id: volume.id,
             token: spec.token,
@@ -181,8 +189,9 @@ impl<M: Machine> Volumes<M> {
             encrypted: spec.encryption.is_some(),
             block: !spec.mode.is_filesystem(),
             behind,
-            containers: volume.state().uses.iter().map(|usage| usage.container.clone()).collect(),
+            containers,
             details,
+            paused,
             refusal: None,
         }
     }

@@ -163,8 +163,15 @@ pub(super) fn send_points(output: &[u8], dataset: &str) -> Result<Vec<SendPoint>
         let name = full.strip_prefix(dataset)?.strip_prefix('@')?.to_owned();
         let properties = properties(listed);
         let get = |key: &str| properties.get(key).map_or(0, |value| number(value));
-        let (guid, created) = (get("guid"), get("creation"));
-        let point = SendPoint { name, guid, created, referenced: get("referenced"), used: get("used") };
+        let cloned = properties.get("clones").is_some_and(|clones| !matches!(clones.as_str(), "" | "-"));
+        let point = SendPoint {
+            name,
+            guid: get("guid"),
+            created: get("creation"),
+            referenced: get("referenced"),
+            used: get("used"),
+            pinned: cloned || get("userrefs") > 0,
+        };
         Some((get("createtxg"), point))
     };
     let mut points: Vec<_> = datasets.datasets.into_iter().filter_map(point).collect();

@@ -46,7 +46,7 @@ fn end(name: &'static str, mut child: Child) -> JoinSet<Result<(), Fault>> {
 impl Tools {
     /// Snapshots of a dataset, oldest first.
     pub async fn send_points(&self, dataset: &str) -> Result<Vec<SendPoint>, Fault> {
-        let columns = "name,guid,creation,createtxg,referenced,used";
+        let columns = "name,guid,creation,createtxg,referenced,used,userrefs,clones";
         let arguments = ["list", "-j", "-p", "-t", "snapshot", "-d", "1", "-o", columns, dataset];
         json::send_points(&self.run("zfs", &arguments, DEADLINE).await?, dataset)
     }

@@ -389,6 +389,7 @@ fn parameters(_: &mut SchemaGenerator) -> Schema {
             "encryption": {"type": "string", "description": "aes-256-gcm, or absent"},
             "scrubInterval": {"type": "integer", "format": "int64", "description": "seconds between scrubs"},
             "zfsAccess": {"type": "string", "description": "volume, or absent where containers get nothing of ZFS"},
+            "snapshotSchedule": {"type": "string", "description": "snapshots its guest takes by itself, such as hourly=24 daily=7"},
             "arcMax": {"type": "integer", "format": "int64", "description": "upper bound of the guest's ARC in bytes"},
             "properties": {
                 "type": "object", "maxProperties": 64, "description": "ZFS properties that differ from the defaults",

@@ -1,4 +1,4 @@
-use crate::guest::{Health, VolumeReport};
+use crate::guest::{Health, Paused, VolumeReport};
 use crate::volumes::{CLAIM_NAME, Observed};
 use zpod_volume::Bytes;
 
@@ -37,6 +37,7 @@ pub(super) struct Seen {
     trouble: Option<Trouble>,
     level: Level,
     refusal: Option<String>,
+    paused: Option<Paused>,
 }
 
 /// What is wrong with a pool.
@@ -125,6 +126,19 @@ impl Seen {
             });
         }
         self.refusal.clone_from(&report.refusal);
+        // Of a pool that is not well it is not known.
+        if report.health == Health::Online {
+            let before = std::mem::replace(&mut self.paused, report.paused);
+            match report.paused {
+                Some(now) if before != report.paused => changes.push(paused(now, volume)),
+                None if before.is_some() => changes.push(Change {
+                    reason: "SnapshotsResumed",
+                    warning: false,
+                    note: format!("automatic snapshots of {} are taken again", name(volume)),
+                }),
+                _ => {}
+            }
+        }
         changes
     }
 }
@@ -141,6 +155,18 @@ fn name(volume: &Observed) -> String {
         "" => format!("volume {}", volume.id),
         claim => format!("claim {claim} (volume {})", volume.id),
     }
+}
+
+fn paused(paused: Paused, volume: &Observed) -> Change {
+    let remedy = match paused {
+        Paused::NoRoom => {
+            "the oldest automatic ones are removed, but for the newest of each kind, and none are taken until there is more: \
+             remove data or snapshots, keep fewer (snapshotSchedule), or raise spec.resources.requests.storage of the claim"
+        }
+        Paused::Failing => "it is tried again each minute",
+    };
+    let note = format!("{} takes no automatic snapshots: {}; {remedy}", name(volume), paused.cause());
+    Change { reason: "SnapshotsPaused", warning: true, note }
 }
 
 fn filling(level: Level, percent: u64, volume: &Observed, report: &VolumeReport) -> Change {
@@ -290,6 +316,23 @@ mod tests {
             // While the pool does not answer its usage is not known.
             assert_eq!(reasons(&mut seen, &online()), none);
         }
+    }
+
+    #[test]
+    fn a_pause_of_the_automatic_snapshots_is_told_with_its_cause_and_its_end_too() {
+        let (mut seen, none) = (Seen::default(), Vec::<&str>::new());
+        let paused = |paused, health| VolumeReport { paused: Some(paused), health, ..online() };
+        let no_room = paused(Paused::NoRoom, Health::Online);
+        let changes = seen.changes("n1", &volume(), &no_room);
+        assert_eq!((changes[0].reason, changes[0].warning, changes.len()), ("SnapshotsPaused", true, 1));
+        for part in ["claim data", "less than a tenth", "snapshotSchedule"] {
+            assert!(changes[0].note.contains(part), "{part} in {}", changes[0].note);
+        }
+        assert_eq!(reasons(&mut seen, &no_room), none);
+        assert_eq!(reasons(&mut seen, &paused(Paused::Failing, Health::Online)), ["SnapshotsPaused"]);
+        assert_eq!(reasons(&mut seen, &paused(Paused::NoRoom, Health::Suspended)), ["PoolSuspended"]);
+        assert_eq!(reasons(&mut seen, &online()), ["PoolRecovered", "SnapshotsResumed"]);
+        assert_eq!(reasons(&mut seen, &online()), none);
     }
 
     #[test]

@@ -40,6 +40,7 @@ impl Said {
             _ if report.refusal.is_some() => ("False", "VolumeRefused"),
             Health::Unknown => ("Unknown", "PoolUnknown"),
             Health::Online if report.data_errors > 0 => ("False", "DataErrors"),
+            Health::Online if report.paused.is_some() => ("False", "SnapshotsPaused"),
             Health::Online => ("True", "PoolOnline"),
             Health::Degraded => ("False", "PoolDegraded"),
             Health::Faulted => ("False", "PoolFaulted"),
@@ -170,6 +171,7 @@ fn scrub(scrub: guest::Scrub) -> Scrub {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::Paused;
     use zpod_volume::VolumeId;
 
     const HEALTHS: [Health; 6] =
@@ -199,14 +201,15 @@ mod tests {
     #[test]
     fn healthy_is_false_exactly_where_the_condition_is_abnormal() {
         for health in HEALTHS {
-            for bits in 0..16_u64 {
+            for bits in 0..32_u64 {
                 let some = |bit: u64, text: &str| (bits & bit > 0).then(|| text.to_owned());
                 let report = VolumeReport {
                     health,
                     refusal: some(1, "no disk"),
                     trouble: some(2, "its key was not taken"),
                     awaits_key: bits & 4 > 0,
-                    data_errors: bits >> 3,
+                    data_errors: bits >> 3 & 1,
+                    paused: (bits & 16 > 0).then_some(Paused::NoRoom),
                     ..online()
                 };
                 let healthy = Said::of(&report).healthy;

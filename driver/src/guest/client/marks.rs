@@ -5,7 +5,7 @@ use zpod_proto::guest::{
     MarkRequest, MarkResponse, QuotaMode as WireMode, SetPropertiesRequest, SetPropertiesResponse, UnmarkRequest,
     UnmarkResponse,
 };
-use zpod_volume::{Bytes, Mark, QuotaMode, VolumeId};
+use zpod_volume::{Bytes, Mark, QuotaMode, SnapshotSchedule, VolumeId};
 
 use super::{GuestClient, GuestError};
 
@@ -50,6 +50,7 @@ impl GuestClient {
             pool_properties: changes.pool.into_iter().collect(),
             quota: quota.map(Into::into),
             reservation_bytes: Some(changes.reservation.0),
+            snapshot_schedule: Some(changes.schedule.map_or_else(String::new, String::from)),
         };
         self.call("SetProperties", SET_DEADLINE, stub.set_properties(request)).await.map(drop)
     }
@@ -66,4 +67,6 @@ pub struct Changes {
     pub quota: Option<QuotaMode>,
     /// Space that is kept for its own contents; zero for none.
     pub reservation: Bytes,
+    /// The snapshots that the guest takes by itself.
+    pub schedule: Option<SnapshotSchedule>,
 }

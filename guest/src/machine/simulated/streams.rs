@@ -3,13 +3,23 @@
 use async_trait::async_trait;
 
 use super::{SimMachine, pool_of};
-use crate::machine::Fault;
 use crate::machine::streams::{Inward, Outward, SendPoint, Streams, What};
+use crate::machine::{Fault, Machine as _};
 
 #[async_trait]
 impl Streams for SimMachine {
-    async fn send_points(&self, _dataset: &str) -> Result<Vec<SendPoint>, Fault> {
-        self.look(|_, _| Ok(Vec::new()))
+    async fn send_points(&self, dataset: &str) -> Result<Vec<SendPoint>, Fault> {
+        let names = self.snapshots(dataset).await?;
+        let pinned = self.pinned.lock().unwrap();
+        let point = |name: String| SendPoint {
+            pinned: pinned.contains(&name),
+            name,
+            guid: 0,
+            created: 0,
+            referenced: 0,
+            used: 0,
+        };
+        Ok(names.into_iter().map(point).collect())
     }
 
     async fn resume_token(&self, _dataset: &str) -> Result<Option<String>, Fault> {
