@@ -345,7 +345,8 @@ impl Guest {
         Ok(())
     }
 
-    fn console_has(&self, text: &str) -> bool {
+    /// Whether its console shows a text.
+    pub fn console_has(&self, text: &str) -> bool {
         console::contains(&self.dir.path().join("console"), text)
     }
 

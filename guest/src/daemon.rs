@@ -11,6 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use zpod_proto::{agent, guest};
 
+use crate::automount;
 use crate::control::Control;
 use crate::init::ROOT;
 use crate::kmsg::KernelLog;
@@ -44,6 +45,9 @@ pub fn run() -> io::Result<()> {
     let log = KernelLog::open()?;
     // Nobody else sets one.
     let _ = tracing::subscriber::set_global_default(log);
+    if let Err(error) = automount::install(&Path::new(ROOT).join("init")) {
+        tracing::warn!("nobody will be able to go into snapshots (.zfs/snapshot): {error}");
+    }
     let command_line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let agent = agent_socket(&command_line).to_owned();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(THREADS).build()?;

@@ -12,6 +12,7 @@
 //! # Limitations
 //! One architecture's image runs glibc tools with their own loader; the kernel must show `diskseq` (5.15 or later).
 
+pub mod automount;
 pub mod block;
 pub mod control;
 pub mod daemon;

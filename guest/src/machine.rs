@@ -418,8 +418,11 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// Starts, pauses or stops a scrub.
     async fn scrub(&self, pool: &PoolName, action: Scrub) -> Result<(), Fault>;
 
-    /// Mounts a dataset, making the mount point where there is none. One mount of it at one place.
+    /// Mounts a dataset at a place of ours, making the mount point where there is none. One mount of it at one place.
     async fn mount(&self, dataset: &str, target: &Path, flags: MountFlags) -> Result<Step, Fault>;
+
+    /// Mounts what is mounted at a place of ours for a container too; making the mount point, and once, as above.
+    async fn mount_for_container(&self, base: &Path, target: &Path, flags: MountFlags) -> Result<Step, Fault>;
 
     /// Unmounts. With `lazy` it goes out of sight at once and ends with its last user.
     async fn unmount(&self, target: &Path, lazy: bool) -> Result<Step, Fault>;

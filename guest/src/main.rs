@@ -1,9 +1,9 @@
-//! `/zpod/init`: the guest's first process, and with `daemon` the proxy and control service. In containers that may use
-//! ZFS, under their names, what starts `zfs` and `zpool`.
+//! `/zpod/init`: the guest's first process, with `daemon` the proxy and control service, and as `env` what mounts snapshots
+//! for the kernel. In containers that may use ZFS, under their names, what starts `zfs` and `zpool`.
 
 use std::process::ExitCode;
 
-use zpod_guest::{daemon, init, launcher};
+use zpod_guest::{automount, daemon, init, launcher};
 
 fn main() -> ExitCode {
     // First: a container's first process has this number too.
@@ -13,7 +13,11 @@ fn main() -> ExitCode {
     if std::process::id() == 1 {
         init::run(std::env::args_os().skip(1));
     }
-    match std::env::args().nth(1).as_deref() {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    if automount::is_env(arguments.first()) {
+        return automount::run(arguments.get(1..).unwrap_or_default());
+    }
+    match arguments.get(1).and_then(|argument| argument.to_str()) {
         Some("daemon") => match daemon::run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

@@ -6,9 +6,16 @@
 //! container's volume would keep the pool busy after that container is gone. The agent makes those copies slaves, so
 //! an unmount of ours reaches them, provided that what we mount on is shared. It is made so right before, save for the
 //! root itself: there the agent's own setup decides.
+//!
+//! A snapshot that somebody goes into (`.zfs/snapshot`) is mounted below our own mount of the volume ([`crate::automount`]).
+//! For containers to see it, what they get is a bind mount of that one, which takes over what is mounted and unmounted
+//! there, and hands it on to its own copies: a slave that is shared. Not a peer: what is taken away with one container
+//! stays with the others.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -59,19 +66,74 @@ fn table() -> io::Result<Vec<Mount>> {
     Ok(fs::read_to_string(MOUNTINFO)?.lines().filter_map(parse).collect())
 }
 
-/// Mounts a dataset, unless it is mounted there already.
+/// The dataset that is mounted there.
+fn dataset_at<'a>(mounts: &'a [Mount], target: &Path) -> Option<&'a str> {
+    // The last one is on top.
+    let there = mounts.iter().rfind(|mount| mount.point == target);
+    there.filter(|there| there.kind == "zfs").map(|there| there.source.as_str())
+}
+
+/// Mounts a dataset at a place of ours, unless it is mounted there already.
 ///
 /// # Errors
 /// Those of mount(2).
 pub fn mount(dataset: &str, target: &Path, flags: MountFlags) -> io::Result<Step> {
     let mounts = table()?;
-    // The last one is on top.
-    if let Some(there) = mounts.iter().rfind(|mount| mount.point == target)
-        && there.kind == "zfs"
-        && there.source == dataset
-    {
+    if dataset_at(&mounts, target) == Some(dataset) {
         return Ok(Step::Unchanged);
     }
+    share_below(&mounts, target);
+    let mut bits = bits(flags);
+    bits.set(Flags::RDONLY, flags.read_only);
+    // Where snapshots are mounted that somebody goes into.
+    let place = CString::new([b"mntpoint=", target.as_os_str().as_bytes()].concat())?;
+    rustix::mount::mount(dataset, target, "zfs", bits, place.as_c_str())?;
+    Ok(Step::Changed)
+}
+
+/// Mounts what we have mounted at `base` for a container too, with the snapshots that are mounted in it.
+///
+/// # Errors
+/// Those of mount(2), or when nothing is mounted there.
+pub fn mount_for_container(base: &Path, target: &Path, flags: MountFlags) -> io::Result<Step> {
+    let mounts = table()?;
+    let Some(dataset) = dataset_at(&mounts, base) else {
+        return Err(io::Error::other(format!("nothing is mounted at {}", base.display())));
+    };
+    if dataset_at(&mounts, target) == Some(dataset) {
+        return Ok(Step::Unchanged);
+    }
+    share_below(&mounts, target);
+    rustix::mount::mount_bind_recursive(base, target)?;
+    let settled = || {
+        let all = MountPropagationFlags::REC;
+        rustix::mount::mount_change(target, MountPropagationFlags::DOWNSTREAM | all)?;
+        rustix::mount::mount_change(target, MountPropagationFlags::SHARED | all)?;
+        // Of this mount only: others of the dataset have flags of their own. Without a word on access times it would have
+        // those of our own mount.
+        let mut bits = bits(flags);
+        bits.set(Flags::RDONLY, flags.read_only);
+        bits.set(Flags::RELATIME, !flags.noatime);
+        rustix::mount::mount_remount(target, bits | Flags::BIND, c"")
+    };
+    if let Err(error) = settled() {
+        let _ = rustix::mount::unmount(target, UnmountFlags::DETACH);
+        return Err(error.into());
+    }
+    Ok(Step::Changed)
+}
+
+fn bits(flags: MountFlags) -> Flags {
+    let mut bits = Flags::empty();
+    bits.set(Flags::NOEXEC, flags.noexec);
+    bits.set(Flags::NOSUID, flags.nosuid);
+    bits.set(Flags::NODEV, flags.nodev);
+    bits.set(Flags::NOATIME, flags.noatime);
+    bits
+}
+
+/// Makes what a place lies on a shared mount.
+fn share_below(mounts: &[Mount], target: &Path) {
     let below = mounts
         .iter()
         .filter(|mount| target.starts_with(&mount.point))
@@ -83,42 +145,34 @@ pub fn mount(dataset: &str, target: &Path, flags: MountFlags) -> io::Result<Step
     {
         tracing::warn!("{} can't be made a shared mount: {error}", below.point.display());
     }
-    let mut bits = Flags::empty();
-    bits.set(Flags::NOEXEC, flags.noexec);
-    bits.set(Flags::NOSUID, flags.nosuid);
-    bits.set(Flags::NODEV, flags.nodev);
-    bits.set(Flags::NOATIME, flags.noatime);
-    match rustix::mount::mount(dataset, target, "zfs", bits, None) {
-        // The file system itself is read-only, since its pool is, and is mounted already: it has to be asked for so.
-        Err(Errno::BUSY) if flags.read_only => {
-            rustix::mount::mount(dataset, target, "zfs", bits | Flags::RDONLY, None)?;
-        }
-        mounted => mounted?,
-    }
-    if flags.read_only {
-        // Of this mount only. Asked for at mount(2), it would be asked of the file system, which ZFS refuses with EBUSY
-        // while another mount of the dataset writes (`zpl_mount_impl`).
-        let remount = bits | Flags::BIND | Flags::RDONLY;
-        if let Err(error) = rustix::mount::mount_remount(target, remount, c"") {
-            let _ = rustix::mount::unmount(target, UnmountFlags::DETACH);
-            return Err(error.into());
-        }
-    }
-    Ok(Step::Changed)
 }
 
-/// Unmounts; what is not mounted is left so.
+/// Unmounts, with the snapshots that are mounted in it; what is not mounted is left so.
 ///
 /// # Errors
 /// EBUSY while somebody uses it and `lazy` is not set.
 pub fn unmount(target: &Path, lazy: bool) -> io::Result<Step> {
     let flags = if lazy { UnmountFlags::DETACH | UnmountFlags::NOFOLLOW } else { UnmountFlags::NOFOLLOW };
+    for snapshot in snapshots_in(&table()?, target) {
+        match rustix::mount::unmount(snapshot, flags) {
+            // ZFS itself unmounts what nobody has used for a while.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
     match rustix::mount::unmount(target, flags) {
         Ok(()) => Ok(Step::Changed),
         // Not a mount point; not there.
         Err(Errno::INVAL | Errno::NOENT) => Ok(Step::Unchanged),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Where snapshots are mounted in what is mounted there.
+fn snapshots_in<'a>(mounts: &'a [Mount], target: &Path) -> Vec<&'a Path> {
+    let place = target.join(".zfs/snapshot");
+    let inside = mounts.iter().filter(|mount| mount.kind == "zfs" && mount.point.parent() == Some(&place));
+    inside.map(|mount| mount.point.as_path()).collect()
 }
 
 /// Makes a place for our own mounts: a file system of its own, shared, so that the root's propagation stays as it is.
@@ -144,5 +198,15 @@ mod tests {
         assert!(!parse("1 1 0:2 / / rw - rootfs rootfs rw").unwrap().shared);
         assert_eq!(parse("nonsense"), None);
         assert!(!table().unwrap().is_empty());
+        let lines = [
+            "98 1 0:44 / /zpod/volumes/1 rw shared:7 - zfs zpod-1/data rw",
+            "99 98 0:45 / /zpod/volumes/1/.zfs/snapshot/s ro shared:8 - zfs zpod-1/data@s ro",
+            "97 1 0:46 / /zpod/volumes/1/.zfs/snapshot/s/below rw - tmpfs tmpfs rw",
+            "96 1 0:44 / /zpod/volumes/10/.zfs/snapshot/s rw shared:7 - zfs zpod-10/data@s ro",
+        ];
+        let mounts: Vec<_> = lines.into_iter().filter_map(parse).collect();
+        assert_eq!(dataset_at(&mounts, Path::new("/zpod/volumes/1")), Some("zpod-1/data"));
+        let inside = snapshots_in(&mounts, Path::new("/zpod/volumes/1"));
+        assert_eq!(inside, [Path::new("/zpod/volumes/1/.zfs/snapshot/s")]);
     }
 }

@@ -18,6 +18,9 @@ use crate::machine::Step;
 /// Deepest directory that is walked into; each level holds one descriptor.
 const DEPTH: usize = 400;
 
+/// Where ZFS shows the snapshots of a file system, in its root alone. They can't be changed.
+const SNAPSHOTS: &[u8] = b".zfs";
+
 const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// What the group may do with a directory, and set-group-id so that new files are the group's too.
@@ -36,7 +39,8 @@ pub fn own(root: &Path, group: u32, deadline: Instant) -> Result<Step> {
         return Ok(Step::Unchanged);
     }
     let mut open = vec![Dir::new(rustix::io::fcntl_dupfd_cloexec(&directory, 0)?)?];
-    while let Some(top) = open.last_mut() {
+    while let Some(depth) = open.len().checked_sub(1) {
+        let Some(top) = open.last_mut() else { break };
         if Instant::now() >= deadline {
             return Err(Errno::TIME);
         }
@@ -46,7 +50,8 @@ pub fn own(root: &Path, group: u32, deadline: Instant) -> Result<Step> {
         };
         let entry = entry?;
         let name = entry.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") {
+        let snapshots = depth == 0 && name.to_bytes() == SNAPSHOTS;
+        if snapshots || matches!(name.to_bytes(), b"." | b"..") {
             continue;
         }
         let parent = top.fd()?;

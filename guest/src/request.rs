@@ -4,13 +4,15 @@
 //! What is not well-formed in a frame of ours never reaches the agent. Where a field that may stand once stands twice,
 //! two parsers could read two things: such a request is refused too.
 
-use prost::Message as _;
+use std::collections::BTreeSet;
 use std::time::Duration;
+
+use prost::Message as _;
 use zpod_proto::agent::{self, Device, Storage};
 use zpod_volume::{DecodeSpecError, OPTION_PREFIX, VolumeSpec};
 
 use crate::place::Place;
-use crate::wire::{self, Edit, Field, Value, WireError};
+use crate::wire::{self, Edit, Value, WireError};
 
 mod access;
 mod devices;
@@ -233,6 +235,7 @@ impl CreateContainer {
     }
 
     fn take_from(&mut self, message: &[u8], named: &mut bool) -> Result<Edit, RequestError> {
+        let volumes = mount_points(message)?;
         let edited = wire::rewrite(message, |field| match (field.number, field.bytes(message)) {
             (1, Some(id)) => {
                 once(named, "container_id")?;
@@ -250,7 +253,7 @@ impl CreateContainer {
                 }
                 None => Ok(Edit::Keep),
             },
-            (6, Some(oci)) => Ok::<_, RequestError>(replaced(without_specs(oci)?)),
+            (6, Some(oci)) => Ok::<_, RequestError>(replaced(with_our_mounts(oci, &volumes)?)),
             _ => Ok(Edit::Keep),
         })?;
         Ok(replaced(edited))
@@ -274,20 +277,43 @@ fn text(bytes: &[u8]) -> Result<String, RequestError> {
     String::from_utf8(bytes.to_vec()).map_err(|_| RequestError::Wire(WireError::Malformed))
 }
 
-/// An OCI spec whose mounts don't carry our option: runtime-rs copies it there, and mount(2) would be given it.
-fn without_specs(oci: &[u8]) -> Result<Option<Vec<u8>>, WireError> {
-    let ours = |field: &Field, mount: &[u8]| {
-        field.number == 4 && field.bytes(mount).is_some_and(|option| option.starts_with(OPTION_PREFIX.as_bytes()))
-    };
+/// An OCI spec whose mounts don't carry our option: runtime-rs copies it there, and mount(2) would be given it. The mounts
+/// of our volumes are no private ones but slaves, so that a container sees the snapshots that are mounted in them.
+fn with_our_mounts(oci: &[u8], volumes: &BTreeSet<String>) -> Result<Option<Vec<u8>>, WireError> {
     wire::rewrite(oci, |field| match (field.number, field.bytes(oci)) {
         (5, Some(mount)) => {
-            let edited = wire::rewrite(mount, |field| {
-                Ok::<_, WireError>(if ours(field, mount) { Edit::Drop } else { Edit::Keep })
+            let ours = is_of(mount, volumes)?;
+            let edited = wire::rewrite(mount, |field| match (field.number, field.bytes(mount)) {
+                (4, Some(option)) if option.starts_with(OPTION_PREFIX.as_bytes()) => Ok(Edit::Drop),
+                (4, Some(b"private")) if ours => Ok(Edit::Replace(b"slave".to_vec())),
+                (4, Some(b"rprivate")) if ours => Ok(Edit::Replace(b"rslave".to_vec())),
+                _ => Ok::<_, WireError>(Edit::Keep),
             })?;
             Ok(replaced(edited))
         }
         _ => Ok(Edit::Keep),
     })
+}
+
+/// Whether a mount of an OCI spec is that of a volume.
+fn is_of(mount: &[u8], volumes: &BTreeSet<String>) -> Result<bool, WireError> {
+    let fields: Vec<_> = wire::fields(mount).collect::<Result<_, _>>()?;
+    // The agent takes the last one, as parsers of protobuf do.
+    let source = fields.iter().rfind(|field| field.number == 2).and_then(|field| field.bytes(mount));
+    Ok(source.and_then(|source| str::from_utf8(source).ok()).is_some_and(|source| volumes.contains(source)))
+}
+
+/// Where the volumes of a request are to be mounted, wherever in it they stand.
+fn mount_points(message: &[u8]) -> Result<BTreeSet<String>, RequestError> {
+    let mut points = BTreeSet::new();
+    for field in wire::fields(message) {
+        let field = field?;
+        if let (5, Some(storage)) = (field.number, field.bytes(message)) {
+            let storage = Storage::decode(storage)?;
+            points.extend((storage.fstype == FSTYPE).then_some(storage.mount_point));
+        }
+    }
+    Ok(points)
 }
 
 fn volume_storage(bytes: &[u8]) -> Result<Option<VolumeStorage>, RequestError> {

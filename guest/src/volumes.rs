@@ -313,14 +313,15 @@ impl<M: Machine> Volumes<M> {
             let reason = format!("volume {other} is mounted at {} already", wanted.mount_point.display());
             return Some(Err(VolumeError::Invalid { id: volume.id, reason }));
         }
-        {
+        let base = {
             let mut state = volume.state();
-            state.active.as_ref()?;
+            let base = state.active.as_ref()?.base.clone();
             if !state.uses.insert(usage.clone()) {
                 return Some(Ok(None));
             }
-        }
-        let result = self.machine.mount(&wanted.spec.dataset(), &wanted.mount_point, wanted.flags).await;
+            base
+        };
+        let result = self.machine.mount_for_container(&base, &wanted.mount_point, wanted.flags).await;
         Some(match result {
             Ok(_) => Ok(Some(usage)),
             Err(fault) => {

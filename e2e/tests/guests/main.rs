@@ -18,3 +18,4 @@ mod refusals;
 mod runtimes;
 mod schedule;
 mod send;
+mod snapdir;

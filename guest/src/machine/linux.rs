@@ -60,6 +60,24 @@ impl LinuxMachine {
         let (root, tools, links) = (root.to_owned(), Tools::below(root), root.join("disks"));
         Self { root, tools, links, zfs, made: Arc::default() }
     }
+
+    /// Mounts something, making the mount point where there is none.
+    async fn mount_at(
+        &self,
+        what: String,
+        target: &Path,
+        mount: impl FnOnce(&Path) -> io::Result<Step> + Send + 'static,
+    ) -> Result<Step, Fault> {
+        let (target, made) = (target.to_owned(), Arc::clone(&self.made));
+        blocking(what, DEADLINE, move || {
+            if !target.is_dir() {
+                fs::create_dir_all(&target)?;
+                made.lock().unwrap_or_else(PoisonError::into_inner).insert(target.clone());
+            }
+            mount(&target)
+        })
+        .await
+    }
 }
 
 /// Runs what may block, for at most so long. What does not end holds a thread; there are many, and the machine is lost
@@ -416,15 +434,13 @@ impl Machine for LinuxMachine {
     }
 
     async fn mount(&self, dataset: &str, target: &Path, flags: MountFlags) -> Result<Step, Fault> {
-        let (dataset, target, made) = (dataset.to_owned(), target.to_owned(), Arc::clone(&self.made));
-        blocking(format!("mounting {dataset} at {}", target.display()), DEADLINE, move || {
-            if !target.is_dir() {
-                fs::create_dir_all(&target)?;
-                made.lock().unwrap_or_else(PoisonError::into_inner).insert(target.clone());
-            }
-            mounts::mount(&dataset, &target, flags)
-        })
-        .await
+        let (dataset, what) = (dataset.to_owned(), format!("mounting {dataset} at {}", target.display()));
+        self.mount_at(what, target, move |target| mounts::mount(&dataset, target, flags)).await
+    }
+
+    async fn mount_for_container(&self, base: &Path, target: &Path, flags: MountFlags) -> Result<Step, Fault> {
+        let (base, what) = (base.to_owned(), format!("mounting {} at {}", base.display(), target.display()));
+        self.mount_at(what, target, move |target| mounts::mount_for_container(&base, target, flags)).await
     }
 
     async fn unmount(&self, target: &Path, lazy: bool) -> Result<Step, Fault> {

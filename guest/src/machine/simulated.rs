@@ -854,6 +854,11 @@ impl Machine for SimMachine {
         })
     }
 
+    async fn mount_for_container(&self, base: &Path, target: &Path, flags: MountFlags) -> Result<Step, Fault> {
+        let dataset = self.kernel().mounts.get(base).map(|(dataset, _)| dataset.clone());
+        self.mount(&dataset.ok_or_else(|| Fault::new("nothing is mounted there"))?, target, flags).await
+    }
+
     async fn unmount(&self, target: &Path, lazy: bool) -> Result<Step, Fault> {
         let held = self.held.lock().unwrap().contains(target);
         self.step(format!("unmount {}", target.display()), |kernel, _| {

@@ -54,6 +54,32 @@ fn unknown(bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
+fn the_mounts_of_volumes_are_slaves_and_all_others_stay_as_they_are() {
+    let options = |all: &[&str]| all.iter().map(|&option| option.to_owned()).collect::<Vec<_>>();
+    let at = |source: &str, all: &[&str]| Mount { source: source.into(), ..mount(options(all)) };
+    let of_volume = |options| at("/run/a", options);
+    let mounts = |given: Vec<Mount>| CreateContainerRequest {
+        container_id: "c1".into(),
+        storages: vec![zfs_storage("a"), other_storage("/run/b")],
+        oci: Some(Spec { mounts: given, ..Spec::default() }),
+        ..CreateContainerRequest::default()
+    };
+    let given = vec![
+        of_volume(&["rbind", "rprivate", "rw"]),
+        of_volume(&["rbind", "private", "ro"]),
+        of_volume(&["rbind", "rshared", "rw"]),
+        at("/run/b", &["rbind", "rprivate", "rw"]),
+        at("/run/a/sub", &["rbind", "rprivate", "rw"]),
+    ];
+    let mut want = given.clone();
+    (want[0].options, want[1].options) = (options(&["rbind", "rslave", "rw"]), options(&["rbind", "slave", "ro"]));
+    let decoded = CreateContainer::decode(&frame(&mounts(given), &[])).unwrap();
+    let rewritten = Request::decode(decoded.rewritten.unwrap().as_slice()).unwrap();
+    let message = CreateContainerRequest::decode(rewritten.payload.as_slice()).unwrap();
+    assert_eq!(message.oci.unwrap().mounts, want);
+}
+
+#[test]
 fn our_storage_and_our_option_go_and_the_rest_stays() {
     let message = |storages, options| CreateContainerRequest {
         container_id: "c1".into(),
