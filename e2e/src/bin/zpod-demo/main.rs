@@ -1,6 +1,8 @@
-//! `make demo`: a ZFS volume inside a real guest kernel, from the CSI call to data that survives.
+//! `make demo`: a ZFS volume inside a real guest kernel, from the CSI call to data that survives; and ZFS itself in two pods,
+//! none of which sees the other's.
 
-use std::process::ExitCode;
+use std::path::Path;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, ensure};
 use zpod_e2e::accel::Accel;
@@ -36,13 +38,16 @@ async fn demo(screen: &mut Screen) -> Result<()> {
     screen.headline("zpod: ZFS volumes whose pools live inside each pod's own guest kernel");
 
     screen.begin("zpod --standalone");
-    let mut node = Node::start().await?;
+    let mut node = Node::start_with(&["--allow-zfs-access"]).await?;
     screen.done("controller and node answer on one CSI socket");
-    let result = with_node(screen, &mut node).await;
-    result.map_err(|error| error.context(format!("zpod's log ends:\n{}\n--- end of log", node.log_tail())))
+    let result = async {
+        volume_survives(screen, &mut node).await?;
+        zfs_in_two_pods(screen, &mut node).await
+    };
+    result.await.map_err(|error| error.context(format!("zpod's log ends:\n{}\n--- end of log", node.log_tail())))
 }
 
-async fn with_node(screen: &mut Screen, node: &mut Node) -> Result<()> {
+async fn volume_survives(screen: &mut Screen, node: &mut Node) -> Result<()> {
     screen.begin("CreateVolume");
     let volume = node.csi.create("demo", SIZE, &[("compression", "zstd"), ("headroom", "8x")]).await?;
     let pool = PoolName::for_volume(volume.volume_id.parse::<VolumeId>()?);
@@ -120,8 +125,56 @@ async fn with_node(screen: &mut Screen, node: &mut Node) -> Result<()> {
     ensure!(!disk.exists(), "{} is left", disk.display());
     node.must_be_empty()?;
     screen.done("no disk, no mount, no entry is left");
-    screen.finish("A ZFS volume, from CSI call to data that survived a killed machine:");
     Ok(())
+}
+
+/// Two pods whose class asks for ZFS itself, at the same time on one node.
+async fn zfs_in_two_pods(screen: &mut Screen, node: &mut Node) -> Result<()> {
+    let (mut pods, mut pools) = (Vec::new(), Vec::new());
+    for (name, runtime) in [("red", Runtime::Go), ("blue", Runtime::Rs)] {
+        screen.begin(&format!("Pod {name} boots"));
+        let volume = node.csi.create(name, SIZE, &[("zfsAccess", "volume")]).await?;
+        let target = node.target(name, name)?;
+        node.csi.publish(&volume, &target, &Publish::default()).await?;
+        let mut pod = Sandbox::start(node, runtime).await?;
+        pod.run(Container::new("app", [Mount::new(&target, "/data")])).await?;
+        screen.done("its class says zfsAccess: volume");
+        pools.push(PoolName::for_volume(volume.volume_id.parse::<VolumeId>()?).to_string());
+        pods.push((name, pod, volume, target));
+    }
+    for ((name, pod, ..), pool) in pods.iter_mut().zip(&pools) {
+        screen.begin(&format!("zfs snapshot, zpool list in {name}"));
+        pod.sh("app", &format!("echo mine > /data/file; /opt/zpod/bin/zfs snapshot {pool}/data@mine")).await?;
+        let listed =
+            pod.sh("app", "/opt/zpod/bin/zpool list -o name,size,health; /opt/zpod/bin/zfs list -t all -Hro name").await?;
+        ensure!(pools.iter().filter(|pool| listed.contains(*pool)).count() == 1, "{name} sees: {listed}");
+        screen.done("in an ordinary container, with the guest's own tools: its pool, and no other");
+        screen.detail(&listed);
+    }
+    screen.begin("zpool list on the host");
+    let here = of_the_host()?;
+    ensure!(pools.iter().all(|pool| !here.contains(pool)), "the host sees: {here}");
+    screen.done("neither of them:");
+    screen.detail(&here);
+
+    screen.begin("Stop, unpublish, delete");
+    for (_, pod, volume, target) in pods {
+        pod.stop().await?;
+        node.csi.unpublish(&volume, &target).await?;
+        node.csi.delete(&volume).await?;
+    }
+    node.must_be_empty()?;
+    screen.done("nothing is left");
+    screen.finish("A volume that survived a killed machine, and ZFS in two pods that don't see each other:");
+    Ok(())
+}
+
+fn of_the_host() -> Result<String> {
+    if !Path::new("/dev/zfs").exists() {
+        return Ok("none: this kernel has no ZFS".into());
+    }
+    let output = Command::new("zpool").arg("list").output().context("run zpool list")?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 fn describe(stats: &NodeGetVolumeStatsResponse) -> Result<String> {
