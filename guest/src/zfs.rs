@@ -282,6 +282,8 @@ impl Tools {
             "compressratio",
             "readonly",
             "usedbysnapshots",
+            "usedbychildren",
+            "usedbydataset",
             "snapshots_changed",
             DELEGATED,
         ];

@@ -66,6 +66,10 @@ pub struct VolumeReport {
     pub block: bool,
     /// Space that snapshots inside the guest alone hold.
     pub snapshots: Bytes,
+    /// Space that its own contents hold.
+    pub dataset: Bytes,
+    /// Space that datasets below it hold.
+    pub children: Bytes,
     /// Of a mirror: the half that lacks some of what the other one has.
     pub behind: Option<Half>,
     /// It is to take snapshots by itself, and takes none.
@@ -229,6 +233,8 @@ impl VolumeReport {
             encrypted: status.encrypted,
             block: status.block,
             snapshots: Bytes(bound(status.snapshot_bytes)),
+            dataset: Bytes(bound(status.dataset_bytes)),
+            children: Bytes(bound(status.children_bytes)),
             behind: match status.behind {
                 1 => Some(Half::First),
                 2 => Some(Half::Second),

@@ -7,7 +7,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::registry::Registry;
-use zpod_volume::VolumeId;
+use zpod_volume::{Bytes, VolumeId};
 
 use super::gauges;
 use crate::guest::{Health, ScrubState, Usage, VolumeReport};
@@ -15,6 +15,15 @@ use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer};
 
 const HEALTHS: [Health; 6] =
     [Health::Online, Health::Degraded, Health::Faulted, Health::Suspended, Health::Unavailable, Health::Unknown];
+
+/// Something that holds the space of a volume: name, help, and how much.
+type Held = (&'static str, &'static str, fn(&VolumeReport) -> Bytes);
+
+const HELD: [Held; 3] = [
+    ("zpod_volume_used_by_snapshots_bytes", "What ZFS snapshots in the pool alone hold", |report| report.snapshots),
+    ("zpod_volume_used_by_children_bytes", "What datasets below the volume's hold", |report| report.children),
+    ("zpod_volume_used_by_dataset_bytes", "What the volume's own contents hold", |report| report.dataset),
+];
 
 /// The volumes that are published here, as their guests last told.
 #[derive(Debug)]
@@ -125,6 +134,11 @@ impl Collector for VolumeMetrics {
         gauge(&mut encoder, "zpod_volume_available_bytes", "Available, as df(1) shows it in the guest", |s| {
             s.usage().map(|usage| usage.available as f64)
         })?;
+        for (name, help, held) in HELD {
+            let values = samples.values().filter(|sample| sample.usage().is_some());
+            let values = values.filter_map(|s| Some((self.labels(s), held(s.report.as_ref()?).0 as f64)));
+            gauges(&mut encoder, name, help, values)?;
+        }
         gauge(&mut encoder, "zpod_volume_compress_ratio", "Logical size over stored size", |s| {
             s.report.as_ref().filter(|report| report.health.is_imported()).map(|report| report.compress_ratio)
         })?;

@@ -68,6 +68,8 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
         encrypted: snapshot.encrypted,
         block: snapshot.block,
         snapshot_bytes: details.snapshot_bytes,
+        dataset_bytes: details.dataset_bytes,
+        children_bytes: details.children_bytes,
         snapshots_paused: match snapshot.paused {
             None => SnapshotsPaused::Not,
             Some(Paused::NoRoom) => SnapshotsPaused::NoRoom,
@@ -150,7 +152,14 @@ mod tests {
             encrypted: true,
             block: true,
             behind: Some(Half::Second),
-            details: Details { report, compress_ratio: 1.5, snapshot_bytes: most, device: usage },
+            details: Details {
+                report,
+                compress_ratio: 1.5,
+                snapshot_bytes: most,
+                dataset_bytes: most,
+                children_bytes: most,
+                device: usage,
+            },
             paused: Some(Paused::Failing),
             refusal: Some("é".repeat(10_000)),
         };

@@ -110,6 +110,10 @@ pub struct Details {
     pub compress_ratio: f64,
     /// Space that ZFS snapshots alone hold, in bytes.
     pub snapshot_bytes: u64,
+    /// Space that its own contents hold, in bytes.
+    pub dataset_bytes: u64,
+    /// Space that datasets below it hold, in bytes.
+    pub children_bytes: u64,
     /// Usage of a block device; of a file system it is asked for each time.
     pub device: Usage,
 }
@@ -204,9 +208,16 @@ impl<M: Machine> Volumes<M> {
         });
         let dataset = self.machine.dataset(&spec.dataset()).await.ok().flatten().unwrap_or_default();
         let ratio = dataset.get("compressratio").and_then(|ratio| ratio.trim_end_matches('x').parse().ok());
-        let snapshot_bytes = dataset.get("usedbysnapshots").and_then(|bytes| bytes.parse().ok()).unwrap_or(0);
+        let bytes = |key: &str| dataset.get(key).and_then(|bytes| bytes.parse().ok()).unwrap_or(0);
         let device = if active.is_block() { device::usage(&dataset) } else { Usage::default() };
-        Details { report, compress_ratio: ratio.unwrap_or(1.0), snapshot_bytes, device }
+        Details {
+            report,
+            compress_ratio: ratio.unwrap_or(1.0),
+            snapshot_bytes: bytes("usedbysnapshots"),
+            dataset_bytes: bytes("usedbydataset"),
+            children_bytes: bytes("usedbychildren"),
+            device,
+        }
     }
 }
 

@@ -47,6 +47,13 @@ const KNOWN: &str = "!has(oldSelf.status) \
         description = "used, as its guest says"
     ),
     printcolumn(
+        name = "Snapshots",
+        type_ = "string",
+        json_path = ".status.pool.usedBySnapshots",
+        description = "what ZFS snapshots in its pool alone hold",
+        priority = 1
+    ),
+    printcolumn(
         name = "Ratio",
         type_ = "string",
         json_path = ".status.pool.compressRatio",
@@ -339,6 +346,15 @@ pub struct PoolStatus {
     /// Space allocated in the pool, snapshots and metadata included, rounded up to MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocated: Option<Quantity>,
+    /// Space that ZFS snapshots in the pool alone hold, rounded up to MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_by_snapshots: Option<Quantity>,
+    /// Space that datasets below the volume's hold, rounded up to MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_by_children: Option<Quantity>,
+    /// Space that the volume's own contents hold, rounded up to MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_by_dataset: Option<Quantity>,
     /// Logical over stored size, such as `1.43x`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub compress_ratio: String,

@@ -64,6 +64,9 @@ impl Said {
             used: known.and_then(|usage| size(usage.used)),
             available: known.and_then(|usage| size(usage.available)),
             allocated: known.and_then(|_| size(report.allocated.0)),
+            used_by_snapshots: known.and_then(|_| size(report.snapshots.0)),
+            used_by_children: known.and_then(|_| size(report.children.0)),
+            used_by_dataset: known.and_then(|_| size(report.dataset.0)),
             compress_ratio: known.map_or_else(String::new, |_| format!("{:.2}x", report.compress_ratio)),
             read_errors: count(report.errors.read),
             write_errors: count(report.errors.write),
@@ -131,6 +134,8 @@ impl Said {
     fn with_usage_of(mut self, other: &Self) -> Self {
         if let (Some(pool), Some(other)) = (&mut self.pool, &other.pool) {
             (pool.used, pool.available, pool.allocated) = (other.used, other.available, other.allocated);
+            (pool.used_by_snapshots, pool.used_by_children) = (other.used_by_snapshots, other.used_by_children);
+            pool.used_by_dataset = other.used_by_dataset;
             pool.compress_ratio.clone_from(&other.compress_ratio);
         }
         self
@@ -153,6 +158,8 @@ impl Said {
         moved(now.used, then.used)
             || moved(now.available, then.available)
             || moved(now.allocated, then.allocated)
+            || moved(now.used_by_snapshots, then.used_by_snapshots)
+            || moved(now.used_by_children, then.used_by_children)
             || (ratio(now) - ratio(then)).abs() >= RATIO_STEP
     }
 }
