@@ -80,7 +80,7 @@ async fn a_guest_takes_snapshots_by_its_schedule_and_removes_the_oldest_but_for_
     set_clock(&mut pod, "12:00:07").await?;
     let app = |image: &Image| Container::new("app", [image.mount("/data")]);
     pod.run(app(&image)).await?;
-    pod.sh("app", "echo first > /data/file; sync").await?;
+    pod.sh("app", "echo first > /data/file; head -c 2000000 /dev/urandom > /data/blob; sync").await?;
     let first = wait_for(&mut pod, &dataset, &["hourly 12", "daily 12"]).await?;
     println!("at start: {first:?}");
     let held = first.iter().find(|name| name.starts_with("hourly")).cloned().unwrap_or_default();
@@ -132,6 +132,19 @@ async fn a_guest_takes_snapshots_by_its_schedule_and_removes_the_oldest_but_for_
     wait_until_paused(&pod, SnapshotsPaused::Not).await?;
     want.push("hourly 21");
     wait_for(&mut pod, &dataset, &want).await?;
+
+    // What only snapshots hold is told apart from what the volume itself holds.
+    pod.sh("app", "rm /data/blob; sync").await?;
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let told = pod.volume_status().await?;
+        if told.snapshot_bytes >= 2_000_000 && told.dataset_bytes < 2_000_000 {
+            assert!(told.dataset_bytes > 0 && told.children_bytes == 0, "{told:?}");
+            break;
+        }
+        ensure!(Instant::now() < end, "{told:?}");
+        sleep(Duration::from_millis(200)).await;
+    }
     pod.stop().await
 }
 
