@@ -14,6 +14,7 @@
 
 pub mod automount;
 pub mod block;
+pub mod children;
 pub mod control;
 pub mod daemon;
 pub mod disk;

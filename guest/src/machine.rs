@@ -95,6 +95,15 @@ pub struct ContainerZfs {
     pub tools: PathBuf,
 }
 
+/// A file system below a volume's dataset.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Child {
+    /// Its name.
+    pub dataset: String,
+    /// Who made it wants it mounted (`canmount=on`).
+    pub mountable: bool,
+}
+
 /// Whether a step had to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -423,6 +432,12 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
 
     /// Mounts what is mounted at a place of ours for a container too; making the mount point, and once, as above.
     async fn mount_for_container(&self, base: &Path, target: &Path, flags: MountFlags) -> Result<Step, Fault>;
+
+    /// The file systems below a dataset, each behind the one it is in.
+    async fn children(&self, dataset: &str) -> Result<Vec<Child>, Fault>;
+
+    /// Mounts one of them at a place below a mount point of its volume. It goes with that.
+    async fn mount_child(&self, dataset: &str, base: &Path, place: &Path, flags: MountFlags) -> Result<Step, Fault>;
 
     /// Unmounts. With `lazy` it goes out of sight at once and ends with its last user.
     async fn unmount(&self, target: &Path, lazy: bool) -> Result<Step, Fault>;

@@ -175,6 +175,25 @@ fn snapshots_in<'a>(mounts: &'a [Mount], target: &Path) -> Vec<&'a Path> {
     inside.map(|mount| mount.point.as_path()).collect()
 }
 
+/// Whether a dataset is what is mounted there.
+///
+/// # Errors
+/// When the mounts can't be read.
+pub fn is_mounted(dataset: &str, target: &Path) -> io::Result<bool> {
+    let mounts = table()?;
+    let there = mounts.iter().rfind(|mount| mount.point == target);
+    Ok(there.is_some_and(|there| there.kind == "zfs" && there.source == dataset))
+}
+
+/// Whether datasets are mounted below a mount point of ours: those that a tenant has made ([`crate::children`]).
+///
+/// # Errors
+/// When the mounts can't be read.
+pub fn has_children(target: &Path) -> io::Result<bool> {
+    let below = |mount: &Mount| mount.point != target && mount.point.starts_with(target);
+    Ok(table()?.iter().any(|mount| mount.kind == "zfs" && !mount.source.contains('@') && below(mount)))
+}
+
 /// Makes a place for our own mounts: a file system of its own, shared, so that the root's propagation stays as it is.
 ///
 /// # Errors

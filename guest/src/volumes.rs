@@ -28,6 +28,7 @@ use crate::place::Place;
 mod activate;
 pub mod attributes;
 mod bounds;
+mod children;
 mod delegation;
 mod device;
 mod grow;
@@ -126,6 +127,10 @@ struct State {
     kept: schedule::Kept,
     /// Why the last container that asked for it did not get it. Stays while another try runs: that may take as long.
     refusal: Option<status::Refusal>,
+    /// It has datasets below its own.
+    children: bool,
+    /// Which of these containers don't have, and why.
+    trouble: Option<String>,
 }
 
 #[derive(Debug)]
@@ -323,7 +328,10 @@ impl<M: Machine> Volumes<M> {
         };
         let result = self.machine.mount_for_container(&base, &wanted.mount_point, wanted.flags).await;
         Some(match result {
-            Ok(_) => Ok(Some(usage)),
+            Ok(_) => {
+                self.mount_children(volume, wanted).await;
+                Ok(Some(usage))
+            }
             Err(fault) => {
                 volume.state().uses.remove(&usage);
                 Err(VolumeError::failed(volume.id, "mounting it for the container", fault))

@@ -15,7 +15,7 @@ use tokio::process::Command;
 use zpod_volume::{Bytes, DiskLayout, Encryption, PoolName, Property, PropertyKind};
 
 use crate::key::Key;
-use crate::machine::{DELEGATED, Fault, Grantee, PoolReport, PoolState, Properties, Scrub};
+use crate::machine::{Child, DELEGATED, Fault, Grantee, PoolReport, PoolState, Properties, Scrub};
 
 mod json;
 pub mod label;
@@ -301,6 +301,12 @@ impl Tools {
         arguments.extend(settings.iter().map(String::as_str));
         arguments.push(dataset);
         self.run("zfs", &arguments, DEADLINE).await.map(drop)
+    }
+
+    /// The file systems below a dataset, by name: each behind the one it is in.
+    pub async fn children(&self, dataset: &str) -> Result<Vec<Child>, Fault> {
+        let arguments = ["list", "-j", "-p", "-r", "-t", "filesystem", "-o", "name,canmount", dataset];
+        json::children(&self.run("zfs", &arguments, DEADLINE).await?, dataset)
     }
 
     /// Gives somebody [`RIGHTS`] over a dataset and all below it, as a set by a name of ours, or takes them away.

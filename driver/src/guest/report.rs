@@ -58,6 +58,8 @@ pub struct VolumeReport {
     pub scrub: Option<Scrub>,
     /// Why the last container that asked for the volume did not get it.
     pub refusal: Option<String>,
+    /// What of it the containers that have it don't have: datasets that a tenant has made below its own.
+    pub unmounted: Option<String>,
     /// It is encrypted, and the guest waits for its key.
     pub awaits_key: bool,
     /// The contents are encrypted.
@@ -229,6 +231,7 @@ impl VolumeReport {
             compress_ratio: ratio(status.compress_ratio),
             scrub: status.scrub.and_then(Scrub::new),
             refusal: Some(clean(&status.refusal, MAX_TEXT)).filter(|refusal| !refusal.is_empty()),
+            unmounted: Some(clean(&status.trouble, MAX_TEXT)).filter(|unmounted| !unmounted.is_empty()),
             awaits_key: status.awaits_key,
             encrypted: status.encrypted,
             block: status.block,

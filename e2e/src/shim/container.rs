@@ -107,9 +107,9 @@ impl Container {
 
     pub(super) fn capabilities(&self) -> agent::LinuxCapabilities {
         // zpool(8) asks the kernel through /dev/zfs as an administrator; the namespaces of the guest's init can be
-        // entered only by who may trace it.
-        let extra: &[&str] =
-            if self.guest_mounts.is_empty() { &[] } else { &["CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_SYS_TIME"] };
+        // entered only by who may trace it; dmesg(1) reads its kernel's log.
+        const MORE: &[&str] = &["CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_SYS_TIME", "CAP_SYSLOG"];
+        let extra = if self.guest_mounts.is_empty() { &[] } else { MORE };
         let all: Vec<String> =
             CAPABILITIES.iter().chain(extra).chain(&self.capabilities).map(|&name| name.to_owned()).collect();
         agent::LinuxCapabilities {

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 use tonic::Code;
 use zpod_e2e::csi::Publish;
-use zpod_e2e::shim::{Output, User};
-use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox};
-use zpod_proto::csi::Volume;
-use zpod_volume::{Bytes, PoolName, VolumeId};
+use zpod_e2e::shim::{Output, Running, User};
+use zpod_e2e::{Container, Mount, Node, PATIENCE, Runtime, Sandbox, node};
+use zpod_proto::csi::{NodeGetVolumeStatsResponse, Volume};
+use zpod_volume::{Bytes, DiskLayout, PoolName, VolumeId};
 
 const SIZE: Bytes = Bytes::mib(256);
 const GROUP: u32 = 2000;
@@ -220,4 +220,161 @@ async fn the_tools_run_in_any_image_and_do_what_the_table_says() -> Result<()> {
     assert_eq!(preloaded, volume.pool.as_str());
     pod.stop().await?;
     end(&mut node, &[volume]).await
+}
+
+/// What a tenant makes below the volume's dataset.
+const CHILDREN: &str = "zfs create -u $D/one && zfs create -u $D/one/two && zfs create -u -o canmount=noauto $D/left && \
+                        zfs create -u -o encryption=on -o keyformat=passphrase -o keylocation=file:///tmp/key $D/locked";
+
+#[tokio::test]
+async fn datasets_that_a_tenant_makes_are_there_in_every_later_container() -> Result<()> {
+    let mut node = Node::start_with(&[ALLOW]).await?;
+    let volume = publish(&mut node, "pvc-children", &ASKING).await?;
+    let mut first = Sandbox::start(&node, Runtime::Rs).await?;
+    first.run(admin(vec![volume.mount("/data")])).await?;
+    let made = format!("echo 'a long passphrase' > /tmp/key; {CHILDREN}");
+    ok(&mut first, ADMIN, &volume.named(&made)).await?;
+    // Whoever has files there may lead the way elsewhere: it is not followed.
+    ok(&mut first, ADMIN, &volume.named("zfs create -u $D/astray && ln -s /run /data/astray")).await?;
+    // Of the same pod, a container that comes later.
+    first.run(Container::new("app", [volume.mount("/data")])).await?;
+    let mounted = "awk '$3 == \"zfs\" { print $1 \" \" $2 }' /proc/mounts | sort";
+    // The key of the third one is known to the kernel that it was made in.
+    let wanted = volume.named("$D /data\n$D/one /data/one\n$D/one/two /data/one/two");
+    let with_key = volume.named("$D /data\n$D/locked /data/locked\n$D/one /data/one\n$D/one/two /data/one/two");
+    assert_eq!(first.sh("app", mounted).await?, with_key);
+    first.sh("app", "echo one > /data/one/file; echo two > /data/one/two/file; echo mine > /data/file").await?;
+    let condition = |stats: &NodeGetVolumeStatsResponse| stats.volume_condition.clone().unwrap_or_default();
+    let told = node.csi.stats_when(&volume.volume, &volume.target, |stats| condition(stats).abnormal).await?;
+    let message = condition(&told).message;
+    assert!(message.contains("1 of the datasets") && message.contains("/data/astray: "), "{message}");
+    // One container goes, and what was mounted for it goes with it; the other keeps its own.
+    first.remove("app").await?;
+    ok(&mut first, ADMIN, &volume.named("zfs destroy $D/astray && rm /data/astray")).await?;
+    first.stop().await?;
+
+    node.csi.unpublish(&volume.volume, &volume.target).await?;
+    node.csi.publish(&volume.volume, &volume.target, &Publish { fs_group: Some(GROUP), ..Publish::default() }).await?;
+    let mut second = Sandbox::start(&node, Runtime::Go).await?;
+    for container in ["app", "other"] {
+        second.run(Container::new(container, [volume.mount("/data")])).await?;
+        assert_eq!(second.sh(container, mounted).await?, wanted, "{container}");
+        assert_eq!(second.sh(container, "cat /data/file /data/one/file /data/one/two/file").await?, "mine\none\ntwo");
+    }
+    let locked = volume.named("$D/locked: ");
+    let told = |stats: &NodeGetVolumeStatsResponse| condition(stats).message.contains(&locked);
+    node.csi.stats_when(&volume.volume, &volume.target, told).await?;
+    // Mounted, it can't be destroyed; its `canmount` is how a tenant has it let go, at the next start of a container.
+    let busy = run(&mut second, ROOT, &volume.named("zfs destroy $D/one/two")).await?;
+    assert!(busy.code != 0, "{busy:?}");
+    ok(&mut second, ROOT, &volume.named("zfs set canmount=noauto $D/one/two && zfs destroy $D/locked")).await?;
+    for container in ["app", "other"] {
+        second.remove(container).await?;
+    }
+    second.run(Container::new("app", [volume.mount("/data")])).await?;
+    assert_eq!(second.sh("app", mounted).await?, volume.named("$D /data\n$D/one /data/one"));
+    node.csi.stats_when(&volume.volume, &volume.target, |stats| !condition(stats).abnormal).await?;
+    ok(&mut second, ROOT, &volume.named("zfs destroy $D/one/two")).await?;
+    second.stop().await?;
+    end(&mut node, &[volume]).await
+}
+
+/// So much can be written at most beside what is there: the writer stops at the first error.
+const FILL: &str = "e2e fill /data/full 900000000";
+
+#[tokio::test]
+async fn a_tenant_with_the_tools_takes_no_more_than_its_partition_and_loses_nothing_to_a_new_pool() -> Result<()> {
+    let mut node = Node::start_with(&[ALLOW]).await?;
+    let volume = publish(&mut node, "pvc-greedy", &ASKING).await?;
+    let disk = node.device(&volume.target)?;
+    let most = DiskLayout::disk_for(DiskLayout::partition_for(SIZE)).0;
+    let mut pod = Sandbox::start(&node, Runtime::Go).await?;
+    pod.run(admin(vec![volume.mount("/data")])).await?;
+    // Its own quota is the tenant's to lift, its pool is not to grow. What it can't have fails.
+    for greedy in [
+        "zfs set quota=none refquota=none $D",
+        "! zfs set reservation=10G $D",
+        "! zfs create -V 10G $D/thick",
+        "zfs create -s -V 10G $D/sparse",
+        "zfs snapshot $D@kept",
+        "! zpool online -e $P /zpod/disks/none",
+        "! zpool add -f $P /dev/null",
+    ] {
+        ok(&mut pod, ADMIN, &volume.named(greedy)).await?;
+    }
+    let written: u64 = ok(&mut pod, ADMIN, FILL).await?.parse()?;
+    let allocated = node::allocated(&disk)?;
+    println!("{written} bytes were written, {allocated} are allocated of {most}");
+    assert!(written < DiskLayout::partition_for(SIZE).0 && allocated <= most, "{written}, {allocated} of {most}");
+    ok(&mut pod, ADMIN, &volume.named("rm /data/full && zfs destroy $D@kept && zfs destroy $D/sparse")).await?;
+    ok(&mut pod, ADMIN, "echo precious > /data/file && sync").await?;
+
+    // The next start brings the quota of the class back.
+    pod.remove("admin").await?;
+    pod.run(admin(vec![volume.mount("/data")])).await?;
+    let quota = ok(&mut pod, ADMIN, &volume.named("zfs get -Hpo value refquota $D")).await?;
+    assert_eq!(quota, SIZE.0.to_string());
+    // A volume whose dataset was renamed away is refused, nothing is made in its place, and it can be named back.
+    ok(&mut pod, ADMIN, &volume.named("zfs rename $D $P/elsewhere")).await?;
+    pod.remove("admin").await?;
+    let error = format!("{:#}", pod.run(admin(vec![volume.mount("/data")])).await.expect_err("it must not start"));
+    println!("{error}");
+    assert!(error.contains(&volume.dataset()) && error.contains(&volume.volume.volume_id), "{error}");
+    pod.stop().await?;
+    node.csi.unpublish(&volume.volume, &volume.target).await?;
+    node.csi.delete(&volume.volume).await?;
+    node.must_be_empty()
+}
+
+#[tokio::test]
+async fn two_pods_with_zfs_on_one_node_see_and_break_their_own_alone() -> Result<()> {
+    let mut node = Node::start_with(&[ALLOW]).await?;
+    let volumes = [publish(&mut node, "pvc-left", &ASKING).await?, publish(&mut node, "pvc-right", &ASKING).await?];
+    let (mut left, mut right) =
+        tokio::try_join!(Sandbox::start(&node, Runtime::Go), Sandbox::start(&node, Runtime::Rs))?;
+    for (pod, volume) in [(&mut left, &volumes[0]), (&mut right, &volumes[1])] {
+        pod.run(admin(vec![volume.mount("/data")])).await?;
+        assert_eq!(ok(pod, ADMIN, "zpool list -Ho name").await?, volume.pool.as_str());
+        assert_eq!(ok(pod, ADMIN, "ls /proc/spl/kstat/zfs | grep zpod").await?, volume.pool.as_str());
+    }
+    // A pool that one makes is its own. No other kernel knows of it, the node's least of all. The kernel looks for the file in
+    // the guest's own tree.
+    let place = format!("/zpod/volumes/{}", volumes[0].volume.volume_id);
+    let make = format!(
+        "mkdir -p {place} && mount --bind /data {place} && truncate -s 80M {place}/file && \
+         zpool create -o cachefile=none -O mountpoint=none mine {place}/file"
+    );
+    ok(&mut left, ADMIN, &make).await?;
+    assert_eq!(ok(&mut left, ADMIN, "zpool list -Ho name mine").await?, "mine");
+    assert_eq!(ok(&mut right, ADMIN, "zpool list -Ho name").await?, volumes[1].pool.as_str());
+    let none = run(&mut right, ADMIN, "zpool import; zpool import mine").await?;
+    assert!(none.code != 0 && none.stdout.is_empty(), "{none:?}");
+    assert!(!std::path::Path::new("/proc/spl/kstat/zfs/mine").exists());
+    ok(&mut left, ADMIN, "zpool destroy mine").await?;
+
+    // The kernel of one panics. The other goes on writing.
+    let writer = right.spawn("admin", User::ROOT, &["/bin/e2e", "append", "/data/records"]).await?;
+    let before = records(&writer, 3).await?;
+    let panic = "mount -t proc proc /mnt && echo c > /mnt/sysrq-trigger";
+    let crash = left.spawn("admin", User::ROOT, &["/bin/sh", "-c", panic]).await?;
+    let ended = tokio::time::timeout(PATIENCE, crash.finish()).await;
+    assert!(!matches!(ended, Ok(Ok(Output { code: 0, .. }))), "{ended:?}");
+    let after = records(&writer, 3).await?;
+    println!("the other had written {before} records before the panic, and {after} some time after it");
+    assert!(after > before);
+    drop(left);
+    right.stop().await?;
+    end(&mut node, &volumes).await
+}
+
+/// Reads so many more lines of what a writer prints, which are numbers; gives the last one.
+async fn records(writer: &Running, count: usize) -> Result<u64> {
+    let mut printed = Vec::new();
+    while printed.iter().filter(|byte| **byte == b'\n').count() < count {
+        let read = tokio::time::timeout(PATIENCE, writer.read()).await.context("the writer is stuck")?;
+        printed.extend(read.context("the writer has ended")?);
+    }
+    let text = String::from_utf8(printed)?;
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    Ok(whole.lines().last().context("nothing was written")?.parse()?)
 }

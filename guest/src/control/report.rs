@@ -76,6 +76,7 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
             Some(Paused::Failing) => SnapshotsPaused::Failing,
         }
         .into(),
+        trouble: cut(snapshot.trouble.unwrap_or_default(), TEXT),
         behind: snapshot.behind.map_or(0, |half| half.index() as u32 + 1),
     }
 }
@@ -162,6 +163,7 @@ mod tests {
             },
             paused: Some(Paused::Failing),
             refusal: Some("é".repeat(10_000)),
+            trouble: None,
         };
         let status = volume_status(snapshot);
         assert_eq!((status.message.len(), status.refusal.len(), status.containers.len()), (TEXT, TEXT, CONTAINERS));

@@ -16,14 +16,14 @@ use tokio::sync::watch;
 use zpod_volume::{Bytes, Encryption, PoolName, SECTOR, VolumeId, gpt};
 
 use super::{
-    ContainerZfs, DeviceNumber, Disk, Fault, Grantee, Health, Label, Machine, MountFlags, PoolReport, PoolState,
+    Child, ContainerZfs, DeviceNumber, Disk, Fault, Grantee, Health, Label, Machine, MountFlags, PoolReport, PoolState,
     Properties, Scrub, Step, Usage,
 };
 use crate::key::Key;
 use crate::launcher;
 use crate::sys::{PartitionChange, change_partition, dataset_of};
 use crate::zfs::{Tools, label};
-use crate::{mounts, ownership};
+use crate::{children, mounts, ownership};
 
 /// How long a call of the kernel is waited for: unmounting waits for writing out.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -443,9 +443,21 @@ impl Machine for LinuxMachine {
         self.mount_at(what, target, move |target| mounts::mount_for_container(&base, target, flags)).await
     }
 
+    async fn children(&self, dataset: &str) -> Result<Vec<Child>, Fault> {
+        self.tools.children(dataset).await
+    }
+
+    async fn mount_child(&self, dataset: &str, base: &Path, place: &Path, flags: MountFlags) -> Result<Step, Fault> {
+        let what = format!("mounting it at {}", place.display());
+        let (dataset, base, place) = (dataset.to_owned(), base.to_owned(), place.to_owned());
+        blocking(what, DEADLINE, move || children::mount(&dataset, &base, &place, flags)).await
+    }
+
     async fn unmount(&self, target: &Path, lazy: bool) -> Result<Step, Fault> {
         let (target, made) = (target.to_owned(), Arc::clone(&self.made));
         blocking(format!("unmounting {}", target.display()), DEADLINE, move || {
+            // Children go with it, and none of them is looked for by a path that leads through a tenant's files.
+            let lazy = lazy || mounts::has_children(&target)?;
             let step = mounts::unmount(&target, lazy)?;
             if made.lock().unwrap_or_else(PoisonError::into_inner).remove(&target) {
                 // The directory was ours; whoever has put something in it keeps it.

@@ -177,6 +177,8 @@ pub(crate) struct SimMachine {
     pub(crate) free: Mutex<u64>,
     /// Snapshots that have a hold or a clone.
     pub(crate) pinned: Mutex<BTreeSet<String>>,
+    /// Datasets below that of each volume.
+    children: Mutex<Vec<Child>>,
 }
 
 /// Pools that are being imported.
@@ -200,7 +202,13 @@ impl SimMachine {
             clock: Mutex::default(),
             free: Mutex::new(60),
             pinned: Mutex::default(),
+            children: Mutex::default(),
         }
+    }
+
+    /// A tenant has made these.
+    pub(crate) fn has_children(&self, children: &[Child]) {
+        *self.children.lock().unwrap() = children.to_vec();
     }
 
     fn kernel(&self) -> MutexGuard<'_, Kernel> {
@@ -859,6 +867,22 @@ impl Machine for SimMachine {
         self.mount(&dataset.ok_or_else(|| Fault::new("nothing is mounted there"))?, target, flags).await
     }
 
+    async fn children(&self, _dataset: &str) -> Result<Vec<Child>, Fault> {
+        let found = self.children.lock().unwrap().clone();
+        self.step("list children", |_, _| Ok(found))
+    }
+
+    async fn mount_child(&self, dataset: &str, base: &Path, place: &Path, flags: MountFlags) -> Result<Step, Fault> {
+        self.step(format!("mount child {}", place.display()), |kernel, _| {
+            assert!(kernel.mounts.contains_key(base), "its volume is not mounted");
+            if dataset.ends_with("broken") {
+                return Err(Fault::new("Permission denied"));
+            }
+            kernel.mounts.insert(base.join(place), (dataset.into(), flags));
+            Ok(Step::Changed)
+        })
+    }
+
     async fn unmount(&self, target: &Path, lazy: bool) -> Result<Step, Fault> {
         let held = self.held.lock().unwrap().contains(target);
         self.step(format!("unmount {}", target.display()), |kernel, _| {
@@ -866,6 +890,7 @@ impl Machine for SimMachine {
                 return Err(Fault { text: "target is busy".into(), busy: true });
             }
             kernel.lingering |= held;
+            kernel.mounts.retain(|at, _| at == target || !at.starts_with(target));
             Ok(if kernel.mounts.remove(target).is_some() { Step::Changed } else { Step::Unchanged })
         })
     }

@@ -105,6 +105,7 @@ impl<M: Machine> Activation<'_, M> {
                 self.remove_leftover_marks(&now).await;
                 self.keep(&now).await;
                 self.delegate(&now).await;
+                self.note_children(&now);
                 quota
             }
             Opened::Copied => self.adopt(&disk, &devices).await?,

@@ -177,6 +177,7 @@ impl<M: Machine> Activation<'_, M> {
         }
         let now = self.dataset().await?;
         self.unlock(&now, true).await?;
+        self.note_children(&now);
         if spec.mode.is_filesystem() {
             self.progress.stage("mounting it");
             let flags = MountFlags { read_only: true, ..BASE_FLAGS };

@@ -111,6 +111,7 @@ impl<M: Machine> Activation<'_, M> {
         self.write_journal(disk, Journal::Created).await?;
         self.remove_leftover_marks(&now).await;
         self.delegate(&now).await;
+        self.note_children(&now);
         if spec.reservation.is_some() {
             // Only now there is room for it, without the marks.
             self.keep(&self.dataset().await?).await;

@@ -57,6 +57,8 @@ pub struct Snapshot {
     pub paused: Option<Paused>,
     /// Why the last container that asked for it did not get it.
     pub refusal: Option<String>,
+    /// What containers don't have of it.
+    pub trouble: Option<String>,
 }
 
 /// A volume that a container asked for and did not get.
@@ -97,6 +99,7 @@ impl Refusal {
             details: Details { compress_ratio: 1.0, ..Details::default() },
             paused: None,
             refusal: Some(self.message),
+            trouble: None,
         }
     }
 }
@@ -176,9 +179,10 @@ impl<M: Machine> Volumes<M> {
         let behind = active.mirror.as_ref().and_then(|halves| halves.behind);
         // ZFS itself calls a pool ONLINE whose half it has given up.
         let health = health.map(|health| if behind.is_some() { health.max(Health::Degraded) } else { health });
-        let (containers, paused) = {
+        let (containers, paused, trouble) = {
             let state = volume.state();
-            (state.uses.iter().map(|usage| usage.container.clone()).collect(), state.kept.paused)
+            let containers = state.uses.iter().map(|usage| usage.container.clone()).collect();
+            (containers, state.kept.paused, state.trouble.clone())
         };
         Snapshot {
             id: volume.id,
@@ -197,6 +201,7 @@ impl<M: Machine> Volumes<M> {
             details,
             paused,
             refusal: None,
+            trouble,
         }
     }
 
@@ -238,7 +243,7 @@ impl Snapshot {
                 "pool {} is online, with {} read, {} write and {} checksum errors",
                 self.pool, report.read_errors, report.write_errors, report.checksum_errors
             ),
-            Some(Health::Online) => return self.refusal.clone(),
+            Some(Health::Online) => return self.refusal.clone().or_else(|| self.trouble.clone()),
             Some(health) => format!("pool {} is {health}", self.pool),
         };
         let state = match (self.behind, report.resilvering()) {

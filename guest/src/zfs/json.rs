@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use zpod_volume::PoolName;
 
 use crate::machine::streams::SendPoint;
-use crate::machine::{Fault, Health, LastScrub, Leaf, PoolReport, PoolState, Properties, ScrubState};
+use crate::machine::{Child, Fault, Health, LastScrub, Leaf, PoolReport, PoolState, Properties, ScrubState};
 
 #[derive(Deserialize)]
 struct Pools<P> {
@@ -156,6 +156,18 @@ pub(super) fn snapshots(output: &[u8], dataset: &str) -> Result<Vec<String>, Fau
     Ok(datasets.datasets.keys().filter_map(name).collect())
 }
 
+/// What is below a dataset.
+pub(super) fn children(output: &[u8], dataset: &str) -> Result<Vec<Child>, Fault> {
+    let datasets: Datasets = parse(output)?;
+    let below = datasets.datasets.into_iter().filter(|(name, _)| name != dataset);
+    let child = |(dataset, listed)| {
+        let mountable = properties(listed).get("canmount").is_some_and(|canmount| canmount == "on");
+        Child { dataset, mountable }
+    };
+    // By name, a dataset comes before what is in it.
+    Ok(below.map(child).collect())
+}
+
 /// The snapshots of a dataset, oldest first. What the tool says of one is in its properties, its transaction group too.
 pub(super) fn send_points(output: &[u8], dataset: &str) -> Result<Vec<SendPoint>, Fault> {
     let datasets: Datasets = parse(output)?;
@@ -226,6 +238,19 @@ mod tests {
         {"zpod-7b32fb880c15/data":{"name":"zpod-7b32fb880c15/data","type":"FILESYSTEM","properties":
         {"refquota":{"value":"268435456","source":{"type":"LOCAL","data":"-"}},
         "compressratio":{"value":"1.01","source":{"type":"NONE","data":"-"}}}}}}"#;
+
+    const CHILDREN: &str = r#"{"output_version":{"command":"zfs list","vers_major":0,"vers_minor":1},"datasets":
+        {"p/data":{"name":"p/data","properties":{"canmount":{"value":"on"}}},
+        "p/data/b":{"name":"p/data/b","properties":{"canmount":{"value":"noauto"}}},
+        "p/data/a/c":{"name":"p/data/a/c","properties":{"canmount":{"value":"on"}}},
+        "p/data/a":{"name":"p/data/a","properties":{"canmount":{"value":"on"}}}}}"#;
+
+    #[test]
+    fn children_come_behind_what_they_are_in() {
+        let found = children(CHILDREN.as_bytes(), "p/data").unwrap();
+        let found: Vec<_> = found.iter().map(|child| (child.dataset.as_str(), child.mountable)).collect();
+        assert_eq!(found, [("p/data/a", true), ("p/data/a/c", true), ("p/data/b", false)]);
+    }
 
     fn name() -> PoolName {
         "zpod-7b32fb880c15".parse().unwrap()

@@ -38,6 +38,7 @@ pub(super) struct Seen {
     level: Level,
     refusal: Option<String>,
     paused: Option<Paused>,
+    unmounted: Option<String>,
 }
 
 /// What is wrong with a pool.
@@ -139,6 +140,11 @@ impl Seen {
                 _ => {}
             }
         }
+        if let Some(unmounted) = report.unmounted.as_ref().filter(|_| report.unmounted != self.unmounted) {
+            let note = format!("in {}: {unmounted}; see docs/pod-zfs.md", name(volume));
+            changes.push(Change { reason: "DatasetNotMounted", warning: true, note });
+        }
+        self.unmounted.clone_from(&report.unmounted);
         changes
     }
 }
@@ -333,6 +339,16 @@ mod tests {
         assert_eq!(reasons(&mut seen, &paused(Paused::NoRoom, Health::Suspended)), ["PoolSuspended"]);
         assert_eq!(reasons(&mut seen, &online()), ["PoolRecovered", "SnapshotsResumed"]);
         assert_eq!(reasons(&mut seen, &online()), none);
+    }
+
+    #[test]
+    fn what_a_container_lacks_is_told_once_and_again_when_it_is_another_thing() {
+        let mut seen = Seen::default();
+        let lacks = |what: &str| VolumeReport { unmounted: Some(what.into()), ..online() };
+        assert_eq!(reasons(&mut seen, &lacks("data/a")), ["DatasetNotMounted"]);
+        assert_eq!(reasons(&mut seen, &lacks("data/a")), Vec::<&str>::new());
+        assert_eq!(reasons(&mut seen, &lacks("data/b")), ["DatasetNotMounted"]);
+        assert_eq!(reasons(&mut seen, &online()), Vec::<&str>::new());
     }
 
     #[test]

@@ -40,6 +40,7 @@ impl Said {
             _ if report.refusal.is_some() => ("False", "VolumeRefused"),
             Health::Unknown => ("Unknown", "PoolUnknown"),
             Health::Online if report.data_errors > 0 => ("False", "DataErrors"),
+            Health::Online if report.unmounted.is_some() => ("False", "DatasetNotMounted"),
             Health::Online if report.paused.is_some() => ("False", "SnapshotsPaused"),
             Health::Online => ("True", "PoolOnline"),
             Health::Degraded => ("False", "PoolDegraded"),
