@@ -42,17 +42,6 @@ impl Node {
         Ok(node)
     }
 
-    /// A fresh node with zpod running, whose volumes are on a file system that shares blocks.
-    ///
-    /// # Errors
-    /// When the file system can't be made, or zpod doesn't start.
-    pub async fn start_on_xfs() -> Result<Self> {
-        let mut node = Self::idle()?;
-        disk::mount_xfs(&node.backing_dir(), XFS_SIZE)?;
-        node.restart_zpod().await?;
-        Ok(node)
-    }
-
     /// The same, with more arguments for zpod.
     ///
     /// # Errors
@@ -60,6 +49,18 @@ impl Node {
     pub async fn start_with(arguments: &[&str]) -> Result<Self> {
         let mut node = Self::idle()?;
         node.arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        node.restart_zpod().await?;
+        Ok(node)
+    }
+
+    /// The same, whose volumes are on a file system that shares blocks.
+    ///
+    /// # Errors
+    /// When the file system can't be made, or zpod doesn't start.
+    pub async fn start_on_xfs_with(arguments: &[&str]) -> Result<Self> {
+        let mut node = Self::idle()?;
+        node.arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        disk::mount_xfs(&node.backing_dir(), XFS_SIZE)?;
         node.restart_zpod().await?;
         Ok(node)
     }

@@ -8,11 +8,19 @@ use zpod_e2e::csi::Publish;
 use zpod_e2e::postgresql::PROGRAMS;
 use zpod_e2e::shim::{Running, User};
 use zpod_e2e::{Boot, Container, Mount, Node, PATIENCE, Runtime, Sandbox};
-use zpod_volume::Bytes;
+use zpod_proto::csi::Volume;
+use zpod_volume::{Bytes, PoolName, VolumeId};
 
 const OWNER: User = User { uid: 70, group: Some(70) };
 /// As docs/databases.md has it.
-const CLASS: [(&str, &str); 3] = [("recordsize", "8K"), ("compression", "lz4"), ("headroom", "4x")];
+const CLASS: [(&str, &str); 5] = [
+    ("recordsize", "8K"),
+    ("compression", "lz4"),
+    ("headroom", "4x"),
+    ("zfsAccess", "volume"),
+    ("snapshotSchedule", "hourly=2"),
+];
+const ZFS: &str = "/opt/zpod/bin/zfs";
 const SETTINGS: &str = "-c full_page_writes=off -c wal_init_zero=off -c wal_recycle=off";
 
 /// A server in a container: its data and its socket are on the volume that is mounted there.
@@ -38,12 +46,17 @@ impl Server {
     async fn start(&self, pod: &mut Sandbox) -> Result<()> {
         let (at, begun) = (self.at, Instant::now());
         let start = format!(
-            "rm -f {at}/pg/postmaster.pid; {PROGRAMS}/pg_ctl -D {at}/pg -l {at}/log -w -t 280 \
+            "rm -f {at}/pg/postmaster.pid {at}/.s.PGSQL.*; {PROGRAMS}/pg_ctl -D {at}/pg -l {at}/log -w -t 280 \
              -o '-k {at} -c listen_addresses= {SETTINGS}' start || {{ tail -n 30 {at}/log; exit 1; }}"
         );
         pod.sh_as("database", OWNER, &start).await?;
         println!("{at}: the server answers after {:?}", begun.elapsed());
         Ok(())
+    }
+
+    async fn stop(&self, pod: &mut Sandbox) -> Result<()> {
+        let stop = format!("{PROGRAMS}/pg_ctl -D {}/pg -w -t 280 -m fast stop", self.at);
+        pod.sh_as("database", OWNER, &stop).await.map(drop)
     }
 
     async fn query(&self, pod: &mut Sandbox, sql: &str) -> Result<String> {
@@ -95,17 +108,48 @@ impl Writer {
     }
 }
 
-/// Who the programs run as has a name.
+/// It may mount, and who the programs run as has a name.
 async fn container(pod: &mut Sandbox, mounts: impl IntoIterator<Item = Mount>) -> Result<()> {
-    pod.run(Container::new("database", mounts)).await?;
+    let capabilities = vec!["CAP_SYS_ADMIN"];
+    pod.run(Container { capabilities, ..Container::new("database", mounts) }).await?;
     pod.sh("database", "echo postgres:x:70:70::/:/bin/sh >> /etc/passwd").await.map(drop)
+}
+
+/// What the database's owner does inside the pod: a thin clone with a second server on it, and the way back to before a
+/// mistake. Nobody outside is asked.
+async fn clone_and_roll_back(pod: &mut Sandbox, server: &Server, volume: &Volume, acknowledged: u64) -> Result<()> {
+    let dataset = format!("{}/data", PoolName::for_volume(volume.volume_id.parse::<VolumeId>()?));
+    let scheduled = pod.sh("database", &format!("{ZFS} list -Hro name -t snapshot {dataset}")).await?;
+    ensure!(scheduled.contains("@zpod-auto-hourly-"), "the schedule's snapshots: {scheduled}");
+
+    let begun = Instant::now();
+    let clone = format!(
+        "{ZFS} snapshot {dataset}@before && {ZFS} clone -o mountpoint=legacy {dataset}@before {dataset}/thin && \
+         mkdir -p /thin && mount -t zfs {dataset}/thin /thin"
+    );
+    pod.sh("database", &clone).await?;
+    println!("a thin clone in the pod took {:?}", begun.elapsed());
+    let thin = Server { at: "/thin" };
+    thin.start(pod).await?;
+    thin.has(pod, acknowledged).await?;
+    thin.query(pod, "drop table told").await?;
+    thin.stop(pod).await?;
+    server.has(pod, acknowledged).await.context("beside its clone")?;
+    pod.sh("database", &format!("umount /thin && {ZFS} destroy {dataset}/thin")).await?;
+
+    server.query(pod, "drop table told").await?;
+    server.stop(pod).await?;
+    pod.sh("database", &format!("{ZFS} rollback {dataset}@before")).await?;
+    server.start(pod).await?;
+    server.has(pod, acknowledged).await.context("after the way back")?;
+    server.check(pod).await
 }
 
 #[tokio::test]
 async fn postgresql_loses_nothing_it_has_acknowledged_when_its_machine_is_killed_and_a_snapshot_of_it_recovers()
 -> Result<()> {
     let how = Publish { fs_group: Some(70), ..Publish::default() };
-    let mut node = Node::start_on_xfs().await?;
+    let mut node = Node::start_on_xfs_with(&["--allow-zfs-access"]).await?;
     let volume = node.csi.create("pvc-database", Bytes::mib(768), &CLASS).await?;
     let target = node.target("one", "pv")?;
     node.csi.publish(&volume, &target, &how).await?;
@@ -152,7 +196,7 @@ async fn postgresql_loses_nothing_it_has_acknowledged_when_its_machine_is_killed
     server.start(&mut pod).await?;
     server.has(&mut pod, acknowledged).await?;
     server.check(&mut pod).await?;
-    server.query(&mut pod, "drop table told").await?;
+    clone_and_roll_back(&mut pod, &server, &volume, acknowledged).await?;
 
     // As it was when the snapshot was taken, and with the table.
     let clone_server = Server { at: "/clone" };

@@ -145,8 +145,9 @@ async fn zfs_in_two_pods(screen: &mut Screen, node: &mut Node) -> Result<()> {
     for ((name, pod, ..), pool) in pods.iter_mut().zip(&pools) {
         screen.begin(&format!("zfs snapshot, zpool list in {name}"));
         pod.sh("app", &format!("echo mine > /data/file; /opt/zpod/bin/zfs snapshot {pool}/data@mine")).await?;
-        let listed =
-            pod.sh("app", "/opt/zpod/bin/zpool list -o name,size,health; /opt/zpod/bin/zfs list -t all -Hro name").await?;
+        let listed = pod
+            .sh("app", "/opt/zpod/bin/zpool list -o name,size,health; /opt/zpod/bin/zfs list -t all -Hro name")
+            .await?;
         ensure!(pools.iter().filter(|pool| listed.contains(*pool)).count() == 1, "{name} sees: {listed}");
         screen.done("in an ordinary container, with the guest's own tools: its pool, and no other");
         screen.detail(&listed);
