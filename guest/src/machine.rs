@@ -344,6 +344,9 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// Gives an imported pool a new GUID, at random.
     async fn reguid(&self, pool: &PoolName) -> Result<(), Fault>;
 
+    /// Gives up the state of a pool that its owner kept for a way back (`zpool checkpoint`). An error where there is none.
+    async fn discard_checkpoint(&self, pool: &PoolName) -> Result<(), Fault>;
+
     /// Makes a pool on one device, or a mirror of more. With `force` whatever they hold is overwritten.
     async fn create_pool(
         &self,
@@ -399,7 +402,8 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// Takes a snapshot of a dataset; it is on the disk when this returns.
     async fn snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault>;
 
-    /// Makes a dataset what it was at a snapshot. Snapshots that were taken later are destroyed.
+    /// Makes a dataset what it was at a snapshot. Snapshots that were taken later are destroyed, held or not, and
+    /// what was cloned from them.
     async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault>;
 
     /// Destroys a snapshot.

@@ -200,6 +200,11 @@ impl Tools {
         self.zpool(&["reguid", pool.as_str()]).await.map(drop)
     }
 
+    /// Gives up the state of a pool that was kept for a way back, and waits until that is done.
+    pub async fn discard_checkpoint(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.run("zpool", &["checkpoint", "-d", "-w", pool.as_str()], IMPORT_DEADLINE).await.map(drop)
+    }
+
     /// Makes a pool on one device, or a mirror of more, with nothing mounted.
     pub async fn create_pool(
         &self,
@@ -351,9 +356,31 @@ impl Tools {
         self.run("zfs", &["snapshot", &format!("{dataset}@{name}")], DEADLINE).await.map(drop)
     }
 
-    /// Makes a dataset what it was at a snapshot. `-r`: later snapshots go.
+    /// Makes a dataset what it was at a snapshot. `-R`: later snapshots go, and what was cloned from them. So do holds of
+    /// them, without which they can't.
     pub async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault> {
-        self.run("zfs", &["rollback", "-r", &format!("{dataset}@{name}")], IMPORT_DEADLINE).await.map(drop)
+        let snapshot = format!("{dataset}@{name}");
+        let back = ["rollback", "-R", &snapshot];
+        match self.run("zfs", &back, IMPORT_DEADLINE).await {
+            Err(fault) if fault.busy => {
+                self.release_later(dataset, name).await?;
+                self.run("zfs", &back, IMPORT_DEADLINE).await.map(drop)
+            }
+            done => done.map(drop),
+        }
+    }
+
+    async fn release_later(&self, dataset: &str, name: &str) -> Result<(), Fault> {
+        let all = self.send_points(dataset).await?;
+        for later in all.iter().skip_while(|snapshot| snapshot.name != name).skip(1) {
+            let snapshot = format!("{dataset}@{}", later.name);
+            let holds = self.run("zfs", &["holds", "-H", &snapshot], DEADLINE).await?;
+            for hold in String::from_utf8_lossy(&holds).lines() {
+                let Some(tag) = hold.split('\t').nth(1) else { continue };
+                self.run("zfs", &["release", "--", tag, &snapshot], DEADLINE).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Destroys a snapshot. What it alone held is given back later, by ZFS itself.

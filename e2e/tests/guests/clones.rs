@@ -63,6 +63,9 @@ async fn check(pod: &mut Sandbox, container: &str, at: &str, image: &Image, prom
     assert!(size > LARGER.0 && size < DiskLayout::partition_for(LARGER).0, "{size}");
     assert_eq!(pod.zfs_tool("tools", &format!("zpool get -H -o value autotrim {pool}")).await?, "off");
     assert_eq!(pod.zfs_tool("tools", &format!("zfs list -H -t snapshot -o name -r {pool}")).await?, "");
+    assert_eq!(pod.zfs_tool("tools", &format!("zpool get -H -o value checkpoint {pool}")).await?, "-");
+    let datasets = pod.zfs_tool("tools", &format!("zfs list -H -o name -r {pool}")).await?;
+    assert_eq!(datasets.lines().count(), 2, "{datasets}");
     Ok(())
 }
 
@@ -93,9 +96,32 @@ async fn clones_of_a_volume_in_use_show_the_marked_instant_beside_it_and_in_anot
     println!("marked in {:?}", begin.elapsed());
     first.sh("app", "cd /data; echo new > file; touch later; rm gone; rm blob; sync").await?;
     control.mark(request()).await?;
+    // What the origin's owner does between the mark and the copy is not in the way of the instant, nor what is kept for a
+    // way back.
+    let (dataset, pool) = (origin.spec.dataset(), &origin.spec.pool);
+    for command in [
+        format!("zfs snapshot {dataset}@later"),
+        format!("zfs hold keep {dataset}@later"),
+        format!("zfs clone {dataset}@later {dataset}/clone"),
+        format!("zfs snapshot {dataset}@last"),
+        format!("zfs hold -- -r {dataset}@last"),
+        format!("zpool checkpoint {pool}"),
+        format!("zpool sync {pool}"),
+    ] {
+        first.zfs_tool("tools", &command).await?;
+    }
     let beside = clone(&dir, &origin, "pvc-beside", &mark)?;
     let (mut elsewhere, mut twin) =
         (clone(&dir, &origin, "pvc-elsewhere", &mark)?, clone(&dir, &origin, "pvc-origin", &mark)?);
+    for command in [
+        format!("zpool checkpoint -d -w {pool}"),
+        format!("zfs release keep {dataset}@later"),
+        format!("zfs release -- -r {dataset}@last"),
+        format!("zfs destroy {dataset}/clone"),
+        format!("zfs destroy {dataset}@later%last"),
+    ] {
+        first.zfs_tool("tools", &command).await?;
+    }
     let told = control.status(StatusRequest {}).await?.into_inner().volumes.remove(0);
     assert!(told.snapshot_bytes > 2_000_000, "{told:?}");
     for _ in 0..2 {

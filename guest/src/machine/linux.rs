@@ -314,6 +314,10 @@ impl Machine for LinuxMachine {
         self.tools.reguid(pool).await
     }
 
+    async fn discard_checkpoint(&self, pool: &PoolName) -> Result<(), Fault> {
+        self.tools.discard_checkpoint(pool).await
+    }
+
     async fn create_pool(
         &self,
         pool: &PoolName,

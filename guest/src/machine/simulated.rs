@@ -596,6 +596,10 @@ impl Machine for SimMachine {
         })
     }
 
+    async fn discard_checkpoint(&self, _pool: &PoolName) -> Result<(), Fault> {
+        self.look(|_, _| Err(Fault::new("there is no checkpoint")))
+    }
+
     async fn create_pool(
         &self,
         pool: &PoolName,

@@ -72,7 +72,15 @@ impl<M: Machine> Activation<'_, M> {
                 cause,
             })?;
         }
-        self.machine.reguid(pool).await.map_err(self.failed("giving its pool a GUID of its own"))
+        let done = match self.machine.reguid(pool).await {
+            // What the origin's owner kept for a way back is of the origin's GUID: it can't be gone back to in a copy.
+            Err(fault) if self.machine.discard_checkpoint(pool).await.is_ok() => {
+                tracing::info!(volume = %self.id, "its pool had a checkpoint, which a copy can't keep: {fault}");
+                self.machine.reguid(pool).await
+            }
+            done => done,
+        };
+        done.map_err(self.failed("giving its pool a GUID of its own"))
     }
 
     async fn import_copy(&self, devices: &[PathBuf], origin: &Origin) -> Result<(), Fault> {
