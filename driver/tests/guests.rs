@@ -16,6 +16,7 @@ mod fake_guest;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use calls::Calls;
@@ -292,6 +293,16 @@ async fn attributes_are_changed_once_the_guest_that_runs_is_heard_or_nobody_has_
     world.calls.modify(&id, &[("compression", "gzip")]).await.unwrap();
     assert_eq!(compression(&world), "gzip");
     assert_eq!(guest.state.set.lock().unwrap()[0].dataset_properties["compression"], "gzip");
+    // Only a guest that takes snapshots by itself is given a schedule: the record, and what the next container is told, stay.
+    guest.state.knows_no_schedules.store(true, Ordering::SeqCst);
+    let schedule = [("snapshotSchedule", "hourly=24")];
+    let error = world.calls.modify(&id, &schedule).await.unwrap_err();
+    assert!(error.code() == Code::FailedPrecondition && error.message().contains("an earlier image"), "{error}");
+    assert_eq!(world.node.entry(&target).unwrap().snapshot_schedule, None);
+    guest.state.knows_no_schedules.store(false, Ordering::SeqCst);
+    world.calls.modify(&id, &schedule).await.unwrap();
+    assert!(world.node.entry(&target).unwrap().snapshot_schedule.is_some());
+    world.calls.modify(&id, &[("snapshotSchedule", "none")]).await.unwrap();
     // The same after a restart of zpod, as long as it has not heard the guest again.
     drop(guest);
     let mut world = world.restart();

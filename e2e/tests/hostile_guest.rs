@@ -264,7 +264,7 @@ impl Guest for Liar {
         &self,
         _: Request<SetPropertiesRequest>,
     ) -> Result<Response<SetPropertiesResponse>, Status> {
-        Ok(Response::new(SetPropertiesResponse {}))
+        Ok(Response::new(SetPropertiesResponse { follows_schedule: true }))
     }
 
     async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncResponse>, Status> {

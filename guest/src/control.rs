@@ -120,7 +120,7 @@ impl<M: Machine> Guest for Control<M> {
             schedule: request.snapshot_schedule.as_deref().map(schedule).transpose()?,
         };
         self.volumes.change(id(&request.volume_id)?, &attributes).await?;
-        Ok(Response::new(SetPropertiesResponse {}))
+        Ok(Response::new(SetPropertiesResponse { follows_schedule: attributes.schedule.is_some() }))
     }
 
     async fn sync(&self, request: Request<SyncRequest>) -> Result<Response<SyncResponse>, Status> {

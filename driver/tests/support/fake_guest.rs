@@ -8,7 +8,7 @@ mod streams;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -44,6 +44,8 @@ pub(crate) struct State {
     pub(crate) grown: Mutex<Vec<GrowRequest>>,
     /// Properties that were set.
     pub(crate) set: Mutex<Vec<SetPropertiesRequest>>,
+    /// It is of an image from before there were schedules of snapshots.
+    pub(crate) knows_no_schedules: AtomicBool,
     /// Volumes that were told to be scrubbed, in that order.
     pub(crate) scrubbed: Mutex<Vec<String>>,
     /// The key that the volumes' contents are encrypted with, and what came so far.
@@ -207,8 +209,11 @@ impl Guest for Service {
         &self,
         request: Request<SetPropertiesRequest>,
     ) -> Result<Response<SetPropertiesResponse>, Status> {
-        self.state.set.lock().unwrap().push(request.into_inner());
-        Ok(Response::new(SetPropertiesResponse {}))
+        let request = request.into_inner();
+        let follows_schedule =
+            request.snapshot_schedule.is_some() && !self.state.knows_no_schedules.load(Ordering::SeqCst);
+        self.state.set.lock().unwrap().push(request);
+        Ok(Response::new(SetPropertiesResponse { follows_schedule }))
     }
 
     async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncResponse>, Status> {

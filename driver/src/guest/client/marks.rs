@@ -12,6 +12,9 @@ use super::{GuestClient, GuestError};
 /// A transaction group for each property.
 const SET_DEADLINE: Duration = Duration::from_secs(30);
 
+const NO_SCHEDULES: &str = "snapshotSchedule: this guest was started from an earlier image and takes no snapshots by \
+                            itself; end the pod, and set it when the next one runs";
+
 impl GuestClient {
     /// Marks this instant, and has everything written out. A mark that is there stays as it is.
     ///
@@ -36,8 +39,10 @@ impl GuestClient {
     /// Changes a running volume.
     ///
     /// # Errors
-    /// When the guest does not answer in time, or refuses: then nothing is changed.
+    /// When the guest does not answer in time, or refuses: then nothing is changed. When a guest from before there were
+    /// schedules is to follow one, that is refused, and all else is set.
     pub async fn set_properties(&self, id: VolumeId, changes: Changes) -> Result<(), GuestError> {
+        let scheduled = changes.schedule.is_some();
         let mut stub = self.stub::<SetPropertiesResponse>();
         let quota = changes.quota.map(|quota| match quota {
             QuotaMode::Refquota => WireMode::Refquota,
@@ -52,7 +57,15 @@ impl GuestClient {
             reservation_bytes: Some(changes.reservation.0),
             snapshot_schedule: Some(changes.schedule.map_or_else(String::new, String::from)),
         };
-        self.call("SetProperties", SET_DEADLINE, stub.set_properties(request)).await.map(drop)
+        let answer = self.call("SetProperties", SET_DEADLINE, stub.set_properties(request)).await?;
+        if scheduled && !answer.follows_schedule {
+            return Err(GuestError::Refused {
+                sandbox: self.sandbox.clone(),
+                call: "SetProperties",
+                message: NO_SCHEDULES.into(),
+            });
+        }
+        Ok(())
     }
 }
 
