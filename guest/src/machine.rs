@@ -74,7 +74,7 @@ pub struct DeviceNumber {
     pub minor: u32,
 }
 
-/// The property of a dataset in which is noted to whom rights over it were given.
+/// The property of a pool's own dataset in which is noted to whom rights over it were given.
 pub const DELEGATED: &str = "storage.zpod:delegated";
 
 /// Whom rights over a dataset are given to.
@@ -381,6 +381,12 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// Properties of the pool's dataset; `None` when there is none.
     async fn dataset(&self, dataset: &str) -> Result<Option<Properties>, Fault>;
 
+    /// What is noted in a property of the pool's own dataset; nothing where it has none.
+    async fn noted(&self, pool: &PoolName, property: &str) -> Result<String, Fault>;
+
+    /// Notes something there.
+    async fn note(&self, pool: &PoolName, property: &str, note: &str) -> Result<(), Fault>;
+
     /// Sets properties of a dataset.
     async fn set_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault>;
 
@@ -405,6 +411,12 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
     /// Makes a dataset what it was at a snapshot. Snapshots that were taken later are destroyed, held or not, and
     /// what was cloned from them.
     async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault>;
+
+    /// Bytes of what was destroyed that the pool has not freed yet.
+    async fn freeing(&self, pool: &PoolName) -> Result<u64, Fault>;
+
+    /// Bytes that would be free if these snapshots were destroyed together.
+    async fn reclaimable(&self, dataset: &str, names: &[&str]) -> Result<u64, Fault>;
 
     /// Destroys a snapshot.
     async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault>;

@@ -15,7 +15,7 @@ use tokio::process::Command;
 use zpod_volume::{Bytes, DiskLayout, Encryption, PoolName, Property, PropertyKind};
 
 use crate::key::Key;
-use crate::machine::{Child, DELEGATED, Fault, Grantee, PoolReport, PoolState, Properties, Scrub};
+use crate::machine::{Child, Fault, Grantee, PoolReport, PoolState, Properties, Scrub};
 
 mod json;
 pub mod label;
@@ -28,7 +28,7 @@ const IMPORT_DEADLINE: Duration = Duration::from_secs(600);
 /// A passphrase is hashed 350,000 times (`pbkdf2iters`), which takes a while under emulation.
 const KEY_DEADLINE: Duration = Duration::from_secs(120);
 /// Longest output that is read.
-const OUTPUT: u64 = 1 << 20;
+const OUTPUT: u64 = 8 << 20;
 /// Longest part of an error output that is repeated.
 const ERROR_TEXT: usize = 600;
 
@@ -44,7 +44,7 @@ const SET: &str = "@zpod";
 /// mount, and the properties that are theirs to choose. `mount` is asked for by `create`, `clone`, `destroy`, `receive` and
 /// `rename` (zfs-allow(8)), and mounts nothing without the capability. Not among them is what would change who may do what
 /// (`allow`, `zoned`), what files may do (`exec`, `setuid`, `devices`), and the key (`change-key`), which is the node's.
-const RIGHTS: [&str; 35] = [
+const RIGHTS: [&str; 34] = [
     "bookmark",
     "clone",
     "create",
@@ -71,7 +71,6 @@ const RIGHTS: [&str; 35] = [
     "mountpoint",
     "primarycache",
     "quota",
-    "readonly",
     "recordsize",
     "refquota",
     "refreservation",
@@ -290,13 +289,26 @@ impl Tools {
             "usedbychildren",
             "usedbydataset",
             "snapshots_changed",
-            DELEGATED,
         ];
         let keys: Vec<_> = more.into_iter().chain(keys(PropertyKind::Dataset)).collect();
-        let pool = dataset.split('/').next().unwrap_or_default();
-        // Of the pool and what is in it: that a dataset is missing is no error then.
-        let arguments = ["get", "-j", "-p", "-r", "-d", "1", "-t", "filesystem,volume", &keys.join(","), pool];
-        json::dataset(&self.run("zfs", &arguments, DEADLINE).await?, dataset)
+        // None of them is of the tenant's own words: the tools write JSON of the plainest texts only.
+        let arguments = ["get", "-j", "-p", "-t", "filesystem,volume", &keys.join(","), dataset];
+        match self.run("zfs", &arguments, DEADLINE).await {
+            Err(fault) if fault.text.contains("dataset does not exist") => {
+                // Where it is the pool that is missing, nothing is known of its datasets.
+                let pool = dataset.split('/').next().unwrap_or_default();
+                self.run("zfs", &["list", "-H", "-o", "name", pool], DEADLINE).await.map(|_| None)
+            }
+            output => json::dataset(&output?, dataset),
+        }
+    }
+
+    /// What is noted in a property of the pool's own dataset, over which nobody in a container has rights without
+    /// CAP_SYS_ADMIN. Not as JSON, which could not have every text.
+    pub async fn noted(&self, pool: &PoolName, property: &str) -> Result<String, Fault> {
+        let arguments = ["get", "-H", "-p", "-o", "value", "-s", "local", property, pool.as_str()];
+        let output = self.run("zfs", &arguments, DEADLINE).await?;
+        Ok(String::from_utf8_lossy(&output).trim_end_matches('\n').to_owned())
     }
 
     /// Sets properties of a dataset.
@@ -381,6 +393,21 @@ impl Tools {
             }
         }
         Ok(())
+    }
+
+    /// Bytes of what was destroyed that the pool has not freed yet.
+    pub async fn freeing(&self, pool: &PoolName) -> Result<u64, Fault> {
+        let output = self.zpool(&["get", "-H", "-p", "-o", "value", "freeing", pool.as_str()]).await?;
+        String::from_utf8_lossy(&output).trim().parse().map_err(|_| Fault::new("zpool get freeing is no number"))
+    }
+
+    /// Bytes that would be free if these snapshots were destroyed together. `-n`: nothing is.
+    pub async fn reclaimable(&self, dataset: &str, names: &[&str]) -> Result<u64, Fault> {
+        let snapshots = format!("{dataset}@{}", names.join(","));
+        let output = self.run("zfs", &["destroy", "-n", "-v", "-p", &snapshots], DEADLINE).await?;
+        let text = String::from_utf8_lossy(&output);
+        let bytes = text.lines().find_map(|line| line.strip_prefix("reclaim\t")?.parse().ok());
+        bytes.ok_or_else(|| Fault::new("zfs destroy -n does not say what would be free"))
     }
 
     /// Destroys a snapshot. What it alone held is given back later, by ZFS itself.

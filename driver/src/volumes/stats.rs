@@ -138,10 +138,10 @@ pub(crate) fn condition_of(report: &VolumeReport) -> Condition {
             (true, said(&format!("{} files or objects of the pool are damaged", report.data_errors)))
         }
         Health::Online | Health::Unknown if report.refusal.is_some() => (true, said("a container was refused it")),
-        Health::Online if report.unmounted.is_some() => (true, said("datasets below its own are not mounted")),
-        Health::Online => match report.paused {
-            Some(paused) => (true, format!("no automatic snapshots are taken: {}", paused.cause())),
-            None => (false, said("the pool is healthy")),
+        Health::Online => match (&report.unmounted, report.paused) {
+            (Some(unmounted), _) => (true, unmounted.clone()),
+            (None, Some(paused)) => (true, format!("no automatic snapshots are taken: {}", paused.cause())),
+            (None, None) => (false, said("the pool is healthy")),
         },
         Health::Unknown => (false, said("the guest does not know the pool's health yet")),
         Health::Degraded => (true, said("the pool is degraded")),

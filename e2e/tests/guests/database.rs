@@ -139,7 +139,7 @@ async fn clone_and_roll_back(pod: &mut Sandbox, server: &Server, volume: &Volume
 
     server.query(pod, "drop table told").await?;
     server.stop(pod).await?;
-    pod.sh("database", &format!("{ZFS} rollback {dataset}@before")).await?;
+    pod.sh("database", &format!("{ZFS} rollback -r {dataset}@before")).await?;
     server.start(pod).await?;
     server.has(pod, acknowledged).await.context("after the way back")?;
     server.check(pod).await

@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::Code;
+use zpod_e2e::slot::Pair;
 use zpod_e2e::workdir::Workdir;
 use zpod_e2e::{Container, Sandbox};
 use zpod_proto::guest::{
@@ -76,6 +77,7 @@ async fn a_volume_is_sent_to_another_guest_in_full_and_then_what_has_changed_als
     let dir = Workdir::new()?;
     let (from, to) = (file_system(&dir, "pvc-from")?, file_system(&dir, "pvc-to")?);
     let (source, target) = (from.spec.id, to.spec.id);
+    let _pair = Pair::take().await?;
     let mut sender = pod(&dir).await?;
     sender.run(Container::new("app", [from.mount(&dir, "/data")?])).await?;
     let mut receiver = pod(&dir).await?;

@@ -367,6 +367,14 @@ impl Machine for LinuxMachine {
         self.tools.dataset(dataset).await
     }
 
+    async fn noted(&self, pool: &PoolName, property: &str) -> Result<String, Fault> {
+        self.tools.noted(pool, property).await
+    }
+
+    async fn note(&self, pool: &PoolName, property: &str, note: &str) -> Result<(), Fault> {
+        self.tools.set_dataset(pool.as_str(), &[(property.to_owned(), note.to_owned())]).await
+    }
+
     async fn set_dataset(&self, dataset: &str, properties: &[(String, String)]) -> Result<(), Fault> {
         self.tools.set_dataset(dataset, properties).await
     }
@@ -403,6 +411,14 @@ impl Machine for LinuxMachine {
 
     async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault> {
         self.tools.rollback(dataset, name).await
+    }
+
+    async fn freeing(&self, pool: &PoolName) -> Result<u64, Fault> {
+        self.tools.freeing(pool).await
+    }
+
+    async fn reclaimable(&self, dataset: &str, names: &[&str]) -> Result<u64, Fault> {
+        self.tools.reclaimable(dataset, names).await
     }
 
     async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {

@@ -175,6 +175,12 @@ pub(crate) struct SimMachine {
     pub(crate) clock: Mutex<Timestamp>,
     /// What is free in each file system.
     pub(crate) free: Mutex<u64>,
+    /// Bytes that the files of each volume take.
+    pub(crate) used: Mutex<u64>,
+    /// Bytes of what was destroyed.
+    pub(crate) freeing: Mutex<u64>,
+    /// Bytes that nothing but snapshots hold.
+    pub(crate) held_by_snapshots: Mutex<u64>,
     /// Snapshots that have a hold or a clone.
     pub(crate) pinned: Mutex<BTreeSet<String>>,
     /// Datasets below that of each volume.
@@ -201,6 +207,9 @@ impl SimMachine {
             import_time: Mutex::default(),
             clock: Mutex::default(),
             free: Mutex::new(60),
+            used: Mutex::new(40),
+            freeing: Mutex::default(),
+            held_by_snapshots: Mutex::new(1 << 40),
             pinned: Mutex::default(),
             children: Mutex::default(),
         }
@@ -680,6 +689,20 @@ impl Machine for SimMachine {
         })
     }
 
+    async fn noted(&self, pool: &PoolName, property: &str) -> Result<String, Fault> {
+        self.look(|kernel, disks| {
+            let index = working(kernel, disks, kernel.imported[pool.as_str()].0)?;
+            Ok(disks[index].pool.as_ref().unwrap().properties.get(property).cloned().unwrap_or_default())
+        })
+    }
+
+    async fn note(&self, pool: &PoolName, property: &str, note: &str) -> Result<(), Fault> {
+        self.pool_step(format!("note {property}"), pool.as_str(), |pool, _| {
+            pool.properties.insert(property.into(), note.into());
+            Ok(())
+        })
+    }
+
     async fn load_key(&self, dataset: &str, key: &Key, only_look: bool) -> Result<bool, Fault> {
         self.pool_step(if only_look { "look at key" } else { "load key" }.into(), pool_of(dataset), |pool, _| {
             let fits = pool.key.as_ref() == Some(key);
@@ -758,6 +781,14 @@ impl Machine for SimMachine {
             pool.data = pool.snapshots[place].1.clone();
             Ok(())
         })
+    }
+
+    async fn freeing(&self, _pool: &PoolName) -> Result<u64, Fault> {
+        self.look(|_, _| Ok(*self.freeing.lock().unwrap()))
+    }
+
+    async fn reclaimable(&self, _dataset: &str, _names: &[&str]) -> Result<u64, Fault> {
+        self.look(|_, _| Ok(*self.held_by_snapshots.lock().unwrap()))
     }
 
     async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
@@ -901,7 +932,8 @@ impl Machine for SimMachine {
 
     async fn usage(&self, _target: &Path) -> Result<Usage, Fault> {
         let available_bytes = *self.free.lock().unwrap();
-        Ok(Usage { total_bytes: 40 + available_bytes, available_bytes, used_bytes: 40, ..Usage::default() })
+        let used_bytes = *self.used.lock().unwrap();
+        Ok(Usage { total_bytes: used_bytes + available_bytes, available_bytes, used_bytes, ..Usage::default() })
     }
 
     async fn own(&self, target: &Path, group: u32) -> Result<Step, Fault> {

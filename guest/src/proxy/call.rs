@@ -276,11 +276,14 @@ fn wanted(storage: VolumeStorage) -> Wanted {
     let asked = |flag, name: &str| {
         storage.spec.mount_flags.contains(&flag) || storage.options.iter().any(|option| option == name)
     };
+    // What a tenant may receive from a stream it may not run as another user, nor open as a device: those rights are not
+    // among the delegated ones.
+    let received = !storage.spec.zfs_access.is_none();
     let flags = MountFlags {
         read_only: storage.spec.read_only || storage.options.iter().any(|option| option == "ro"),
         noexec: asked(MountFlag::Noexec, "noexec"),
-        nosuid: asked(MountFlag::Nosuid, "nosuid"),
-        nodev: asked(MountFlag::Nodev, "nodev"),
+        nosuid: received || asked(MountFlag::Nosuid, "nosuid"),
+        nodev: received || asked(MountFlag::Nodev, "nodev"),
         noatime: asked(MountFlag::Noatime, "noatime"),
     };
     let fs_group = storage.spec.fs_group.or(storage.fs_group);

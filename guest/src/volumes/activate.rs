@@ -80,6 +80,11 @@ impl<M: Machine> Activation<'_, M> {
             && known
             && matches!(health, Some(Health::Online | Health::Degraded))
         {
+            if spec.mode.is_filesystem() {
+                // A release that could not export the pool has unmounted it before.
+                let flags = MountFlags { read_only: active.read_only, ..BASE_FLAGS };
+                self.machine.mount(&spec.dataset(), &active.base, flags).await.map_err(self.failed("mounting it"))?;
+            }
             return Ok(active);
         }
         self.machine.limit_arc(self.arc_max).await.map_err(self.failed("bounding the ARC"))?;
@@ -94,7 +99,7 @@ impl<M: Machine> Activation<'_, M> {
         let Pool { disk, partition, devices, opened, mirror } = pool;
         let quota = match opened {
             Opened::Made => {
-                self.delegate(&Properties::new()).await;
+                self.delegate().await;
                 Bounds::of(spec).bound()
             }
             Opened::Found => {
@@ -104,7 +109,7 @@ impl<M: Machine> Activation<'_, M> {
                 let quota = self.settle(&devices, &now).await?;
                 self.remove_leftover_marks(&now).await;
                 self.keep(&now).await;
-                self.delegate(&now).await;
+                self.delegate().await;
                 self.note_children(&now);
                 quota
             }

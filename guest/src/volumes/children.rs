@@ -12,13 +12,18 @@
 //! run, unless containers can make some in between.
 
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::activate::Activation;
 use super::{Volume, Volumes, Wanted};
-use crate::machine::{Child, Fault, Machine, Properties};
+use crate::machine::{Child, Fault, Machine, MountFlags, Properties};
 
 /// So many are mounted: each holds memory of the guest's kernel, and takes a part of the time that a container has.
 const MOST: usize = 256;
+/// Of the time that a container has, this is for them.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// So many that are not mounted are named.
 const NAMED: usize = 3;
 
@@ -48,14 +53,17 @@ impl<M: Machine> Volumes<M> {
     }
 
     async fn mount_each(&self, dataset: &str, children: &[Child], wanted: &Wanted) -> Option<String> {
-        let (mut mounted, mut failed) = (0, Vec::new());
+        let (mut mounted, mut failed, begun) = (0, Vec::new(), Instant::now());
+        // What is in them may come from a stream of anybody's.
+        let flags = MountFlags { nosuid: true, nodev: true, ..wanted.flags };
         for child in children.iter().filter(|child| child.mountable) {
             let done = match place(dataset, &child.dataset) {
                 _ if mounted == MOST => Err(Fault::new(format!("{MOST} others are mounted, and no more are"))),
-                None => Err(Fault::new("its name is no path")),
-                Some(place) => {
-                    self.machine.mount_child(&child.dataset, &wanted.mount_point, &place, wanted.flags).await
+                _ if begun.elapsed() >= PATIENCE => {
+                    Err(Fault::new(format!("there was no time for it: others took {} s", PATIENCE.as_secs())))
                 }
+                None => Err(Fault::new("its name is no path")),
+                Some(place) => self.machine.mount_child(&child.dataset, &wanted.mount_point, &place, flags).await,
             };
             match done {
                 Ok(_) => mounted += 1,
@@ -85,7 +93,6 @@ mod tests {
     use super::*;
     use crate::machine::simulated::SimMachine;
     use std::sync::Arc;
-    use std::time::Duration;
     use zpod_volume::{Create, ZfsAccess};
 
     fn child(name: &str, mountable: bool) -> Child {

@@ -3,18 +3,18 @@
 //! # Design
 //! To ZFS, root in a container without CAP_SYS_ADMIN is a user like any other: what it may do with a dataset has to be
 //! given to it. So where the volume's class says `zfsAccess: volume`, its guest gives user 0 and the volume's fsGroup a set
-//! of rights over the dataset and all below it, and notes in a property of the dataset to whom. That property comes with
-//! the others when the volume is brought up: where nothing has to be changed, no command is run.
+//! of rights over the dataset and all below it, and notes to whom, in a property of the pool's own
+//! dataset: over that one nobody in a container has rights without CAP_SYS_ADMIN, so it can't be forged by whom it is about.
+//! It is read as a number of a group and nothing else.
 //!
-//! What a tenant has given to others is left alone. The note is the tenant's to change, like the rest of its pool: it is
-//! read as a number of a group and nothing else.
+//! What a tenant has given to others is left alone.
 
 use super::activate::Activation;
-use crate::machine::{DELEGATED, Fault, Grantee, Machine, Properties};
+use crate::machine::{DELEGATED, Fault, Grantee, Machine};
 
 /// Changes with [`crate::machine::Machine::allow`]'s set of rights, which is then given anew.
 const VERSION: &str = "1";
-const NOBODY: &str = "none";
+pub(super) const NOBODY: &str = "none";
 
 /// Who has rights by us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,8 +26,7 @@ enum Delegates {
 
 impl Delegates {
     /// Reads the note. One of another version, or that is none, says nothing: then all is given.
-    fn noted(now: &Properties) -> Self {
-        let note = now.get(DELEGATED).map_or("", String::as_str);
+    fn noted(note: &str) -> Self {
         match note.split(' ').collect::<Vec<_>>()[..] {
             [VERSION, "root"] => Self::Root(None),
             [VERSION, "root", group] => group.parse().map_or(Self::Nobody, |group| Self::Root(Some(group))),
@@ -54,11 +53,20 @@ impl Delegates {
 impl<M: Machine> Activation<'_, M> {
     /// Gives the rights that the spec asks for, and takes away those that it does not ask for any more. Not worth a pod that
     /// does not start.
-    pub(super) async fn delegate(&self, now: &Properties) {
+    pub(super) async fn delegate(&self) {
         let spec = &self.request.spec;
-        let before = Delegates::noted(now);
+        if !spec.mode.is_filesystem() {
+            return;
+        }
+        let before = match self.machine.noted(&spec.pool, DELEGATED).await {
+            Ok(note) => Delegates::noted(&note),
+            Err(fault) => {
+                tracing::warn!(volume = %self.id, "who has rights over its dataset is not known: {fault}");
+                Delegates::Nobody
+            }
+        };
         let wanted = if spec.zfs_access.is_none() { Delegates::Nobody } else { Delegates::Root(self.request.fs_group) };
-        if before == wanted || !spec.mode.is_filesystem() {
+        if before == wanted {
             return;
         }
         self.progress.stage("giving its containers rights over it (zfsAccess)");
@@ -82,7 +90,7 @@ impl<M: Machine> Activation<'_, M> {
                 }
             }
         }
-        self.machine.set_dataset(&dataset, &[(DELEGATED.to_owned(), wanted.note())]).await
+        self.machine.note(&self.request.spec.pool, DELEGATED, &wanted.note()).await
     }
 }
 
@@ -95,14 +103,12 @@ mod tests {
 
     #[test]
     fn what_is_noted_is_read_again_and_nothing_else_is_taken_for_it() {
-        let noted = |text: &str| Delegates::noted(&[(DELEGATED.to_owned(), text.to_owned())].into());
         for delegates in [Delegates::Nobody, Delegates::Root(None), Delegates::Root(Some(2000))] {
-            assert_eq!(noted(&delegates.note()), delegates);
+            assert_eq!(Delegates::noted(&delegates.note()), delegates);
         }
         for other in ["-", "", "2 root", "1 root x", "1 root 1 2", "1 root -1", "1 root\n", "1  root"] {
-            assert_eq!(noted(other), Delegates::Nobody, "{other:?}");
+            assert_eq!(Delegates::noted(other), Delegates::Nobody, "{other:?}");
         }
-        assert_eq!(Delegates::noted(&Properties::new()), Delegates::Nobody);
     }
 
     #[tokio::test(start_paused = true)]

@@ -118,7 +118,7 @@ impl<M: Machine> Activation<'_, M> {
         self.machine.sync(&spec.pool).await.map_err(self.failed("writing out its pool"))?;
         self.write_journal(disk, Journal::Created).await?;
         self.remove_leftover_marks(&now).await;
-        self.delegate(&now).await;
+        self.delegate().await;
         self.note_children(&now);
         if spec.reservation.is_some() {
             // Only now there is room for it, without the marks.

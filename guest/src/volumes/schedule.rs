@@ -5,10 +5,11 @@
 //! [`EVERY`], and one right after a volume has come up or was changed, looks at each volume that has a schedule: what is
 //! due is taken ([`plan`]), then what is beyond the numbers is destroyed. A turn in which nothing can be due runs no tool.
 //!
-//! **Room.** Below a tenth of its room a volume takes no snapshot, and the oldest automatic ones go, one a turn, until
-//! there is a tenth again or only the newest of each kind are left. The room is the volume's quota, its size where it is a
-//! block device, what there is where it has neither. What is kept for the volume (`refreservation`) stays kept: ZFS
-//! refuses a snapshot that would take it.
+//! **Room.** Below a tenth of its room a volume takes no snapshot. The room is the volume's quota, its size where it is a
+//! block device, what there is where it has neither. Where it is automatic snapshots that keep the room from the
+//! application, the oldest go, one a turn, until there is a tenth again or only the newest of each kind are left. Nothing goes
+//! where that helps nobody: the volume's own files may be what fills it, and snapshots may hold next to nothing. What is
+//! kept for the volume (`refreservation`) stays kept: ZFS refuses a snapshot that would take it.
 //!
 //! Nothing is done to a pool that is suspended, to a volume that is read-only or receives a stream, nor while another call
 //! works on the volume: the next turn comes soon. `zfs destroy` of one snapshot, without `-r`, `-R` or `-d`, never takes
@@ -35,6 +36,10 @@ const SOON: Duration = Duration::from_secs(2);
 const SELDOM: Duration = Duration::from_secs(60);
 /// The part of a volume's room, one in so many, that is left to its application.
 const SPARED: u64 = 10;
+/// So many are removed in a turn, while the volume waits for its end.
+const AT_ONCE: usize = 8;
+/// The part of it, one in so many, for which snapshots are given up.
+const WORTH: u64 = 100;
 
 /// Why a volume that has a schedule takes no snapshots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +59,21 @@ pub(super) struct Kept {
     /// When the room of a block device was looked at, and when something failed.
     room: Option<Instant>,
     failed: Option<Instant>,
+}
+
+/// The room of a volume, in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    total: u64,
+    free: u64,
+    /// What would be free if no snapshot held anything.
+    at_most: u64,
+}
+
+impl Room {
+    const fn is_low(&self) -> bool {
+        self.free < self.total / SPARED
+    }
 }
 
 /// What a turn has left to do.
@@ -133,22 +153,24 @@ impl<M: Machine> Volumes<M> {
         if known && !open && kept.paused.is_none() {
             return Ok(Left::Nothing);
         }
-        let low = self.has_little_room(active).await?;
+        let room = self.room(active).await?;
+        let low = room.is_low();
         kept.room = Some(Instant::now());
         if low && kept.paused != Some(Paused::NoRoom) {
             tracing::warn!(volume = %volume.id, "less than a tenth of its room is free: no automatic snapshots are taken");
         }
         let mut left = Left::Nothing;
         if low {
-            left = self.remove_oldest(volume, active).await?;
+            left = self.make_room(volume, active, room).await?;
             (kept.paused, kept.settled) = (Some(Paused::NoRoom), None);
         } else if open {
-            (kept.paused, left) = self.take_due(volume, active, schedule).await?;
+            (kept.paused, left) = self.take_due(volume, active, schedule, room).await?;
             kept.settled = settled.filter(|_| left == Left::Nothing && kept.paused.is_none());
         } else {
             kept.paused = None;
         }
-        kept.failed = None;
+        // Room that ZFS did not find is not there in a moment.
+        kept.failed = (!low && kept.paused.is_some() && left == Left::Nothing).then(Instant::now);
         volume.state().kept = kept;
         Ok(left)
     }
@@ -159,6 +181,7 @@ impl<M: Machine> Volumes<M> {
         volume: &Volume,
         active: &Active,
         schedule: &SnapshotSchedule,
+        room: Room,
     ) -> Result<(Option<Paused>, Left), Fault> {
         let (spec, now) = (&active.request.spec, self.machine.now());
         let dataset = spec.dataset();
@@ -177,21 +200,42 @@ impl<M: Machine> Volumes<M> {
                     if volume.state().kept.paused.is_none() {
                         tracing::warn!(volume = %volume.id, "there is no room for its automatic snapshots: {fault}");
                     }
-                    return Ok((Some(Paused::NoRoom), Left::Nothing));
+                    let room = Room { at_most: u64::MAX, ..room };
+                    return Ok((Some(Paused::NoRoom), self.make_room(volume, active, room).await?));
                 }
                 Err(fault) => return Err(fault),
             }
         }
-        for name in plan::surplus(&self.automatic(active).await?, schedule) {
-            self.remove(volume, active, &name).await?;
+        let (mut left, surplus) = (Left::Nothing, plan::surplus(&self.automatic(active).await?, schedule));
+        if surplus.len() > AT_ONCE {
+            left = Left::Something;
+        }
+        for name in surplus.iter().take(AT_ONCE) {
+            if !self.remove(volume, active, name).await? {
+                left = Left::Something;
+            }
         }
         volume.state().details = None;
-        Ok((None, Left::Nothing))
+        Ok((None, left))
     }
 
-    /// Removes the oldest that can go. What it held is free some transaction groups later: the next turn sees.
-    async fn remove_oldest(&self, volume: &Volume, active: &Active) -> Result<Left, Fault> {
-        for name in plan::dispensable(&self.automatic(active).await?) {
+    /// Removes the oldest that can go, where that gives the application more than next to nothing. What it held is free some
+    /// transaction groups later: the next turn sees.
+    async fn make_room(&self, volume: &Volume, active: &Active, room: Room) -> Result<Left, Fault> {
+        let found = self.automatic(active).await?;
+        let names: Vec<_> = plan::dispensable(&found).collect();
+        if names.is_empty() {
+            return Ok(Left::Nothing);
+        }
+        if self.machine.freeing(&active.request.spec.pool).await? > 0 {
+            // What the last one held is on its way.
+            return Ok(Left::Something);
+        }
+        let held = self.machine.reclaimable(&active.request.spec.dataset(), &names).await?;
+        if held.min(room.at_most.saturating_sub(room.free)) < room.total / WORTH {
+            return Ok(Left::Nothing);
+        }
+        for name in names {
             if self.remove(volume, active, name).await? {
                 return Ok(Left::Something);
             }
@@ -220,16 +264,20 @@ impl<M: Machine> Volumes<M> {
         Ok(all.iter().filter_map(|there| Automatic::named(&there.name, there.pinned)).collect())
     }
 
-    async fn has_little_room(&self, active: &Active) -> Result<bool, Fault> {
-        let (free, room) = if active.is_block() {
+    async fn room(&self, active: &Active) -> Result<Room, Fault> {
+        if active.is_block() {
             let now = self.machine.dataset(&active.request.spec.dataset()).await?.unwrap_or_default();
             let free = now.get("available").and_then(|bytes| bytes.parse().ok()).unwrap_or(0);
-            (free, device::usage(&now).total_bytes)
-        } else {
-            let usage = self.machine.usage(&active.base).await?;
-            (usage.available_bytes, if active.quota > 0 { active.quota } else { usage.total_bytes })
-        };
-        Ok(free < room / SPARED)
+            return Ok(Room { total: device::usage(&now).total_bytes, free, at_most: u64::MAX });
+        }
+        let usage = self.machine.usage(&active.base).await?;
+        let free = usage.available_bytes;
+        // A tenant with the tools may have lifted it: that makes no room.
+        let quota = active.quota.min(active.request.spec.capacity.0);
+        Ok(match quota {
+            0 => Room { total: usage.total_bytes, free, at_most: u64::MAX },
+            quota => Room { total: quota, free, at_most: quota.saturating_sub(usage.used_bytes) },
+        })
     }
 }
 

@@ -45,7 +45,7 @@ impl<M: Machine> Volumes<M> {
     pub async fn take_snapshot(&self, id: VolumeId, name: &str) -> Result<(), VolumeError> {
         if !is_sound(name, LONGEST) || name.starts_with(OURS) {
             let reason = format!(
-                "snapshot is not a name for one; allowed are 1 to {LONGEST} of {CHARACTERS}, and not {OURS} at the beginning"
+                "snapshot {name:.64?} is not a name for one; allowed are 1 to {LONGEST} of {CHARACTERS}, and not {OURS} at the beginning"
             );
             return Err(VolumeError::Invalid { id, reason });
         }
@@ -62,7 +62,12 @@ impl<M: Machine> Volumes<M> {
             // What containers have written lies in the kernel's cache first, as with any disk.
             self.machine.flush_volume(&active.request.spec.dataset()).await.map_err(failed)?;
         }
-        self.take_point(&active, name).await.map_err(failed)?;
+        // What is kept for the volume stays kept: ZFS refuses a snapshot that would take it.
+        self.machine.snapshot(&active.request.spec.dataset(), name).await.map_err(|fault| {
+            let room = fault.text.contains("out of space");
+            let reason = format!("a snapshot would take the space that is kept for the volume (reservation): {fault}");
+            if room { VolumeError::NoRoom { id, reason } } else { failed(fault) }
+        })?;
         tracing::info!(volume = %id, "snapshot {name} is taken");
         Ok(())
     }
@@ -74,7 +79,7 @@ impl<M: Machine> Volumes<M> {
     pub async fn destroy_snapshot(&self, id: VolumeId, name: &str) -> Result<(), VolumeError> {
         if !is_sound(name, LONGEST_OF_ZFS) || is_mark(name) {
             let reason = format!(
-                "snapshot is not the name of one that can be destroyed by hand; allowed are {CHARACTERS}, and what \
+                "snapshot {name:.64?} is not the name of one that can be destroyed by hand; allowed are {CHARACTERS}, and what \
                  DeleteSnapshot removes is not"
             );
             return Err(VolumeError::Invalid { id, reason });

@@ -14,6 +14,8 @@
 //! Neither holds the volume's gate, so that containers come and go meanwhile. When the pool is to be exported, streams
 //! are cut off.
 
+use std::time::Duration;
+
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
 use tokio_stream::{Stream, StreamExt as _};
@@ -36,6 +38,8 @@ pub const CHUNK: usize = 256 << 10;
 const POINT: &str = "zpod-send-";
 const POINT_NAME: usize = 64;
 const POINT_NAMES: &str = "zpod-send- and up to 64 of a-z, 0-9, -";
+/// How long a receive waits for what else goes on with its volume.
+const RECEIVING: Duration = Duration::from_secs(5);
 /// Far longer than any token.
 const TOKEN: usize = 16 << 10;
 
@@ -248,8 +252,9 @@ impl<M: Machine> Volumes<M> {
         let (volume, active) = self.known(id)?;
         active.must_be_writable(id)?;
         let refused = |reason: String| VolumeError::Refused { id, reason };
-        let _one =
-            volume.receiving.try_lock().map_err(|_| refused("another stream is being received into it".into()))?;
+        // A turn of its schedule has it for a moment.
+        let one = tokio::time::timeout(RECEIVING, volume.receiving.lock()).await;
+        let _one = one.map_err(|_| refused("another stream is being received into it".into()))?;
         let mut stopped = volume.transfers.subscribe();
         let failed = |fault| VolumeError::failed(id, "receiving into it", fault);
 

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use zpod_e2e::accel::Accel;
 use zpod_e2e::csi::{Publish, bytes};
 use zpod_e2e::screen::Screen;
+use zpod_e2e::slot::Pair;
 use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, inputs};
 use zpod_proto::csi::{NodeGetVolumeStatsResponse, volume_usage::Unit};
 use zpod_volume::{Bytes, PoolName, VolumeId};
@@ -130,6 +131,7 @@ async fn volume_survives(screen: &mut Screen, node: &mut Node) -> Result<()> {
 
 /// Two pods whose class asks for ZFS itself, at the same time on one node.
 async fn zfs_in_two_pods(screen: &mut Screen, node: &mut Node) -> Result<()> {
+    let _pair = Pair::take().await?;
     let (mut pods, mut pools) = (Vec::new(), Vec::new());
     for (name, runtime) in [("red", Runtime::Go), ("blue", Runtime::Rs)] {
         screen.begin(&format!("Pod {name} boots"));

@@ -169,6 +169,55 @@ async fn with_little_room_the_oldest_go_but_not_the_newest_of_a_kind_and_none_ar
 }
 
 #[tokio::test(start_paused = true)]
+async fn nothing_goes_where_that_makes_no_room_for_the_application() {
+    let pod = Pod::with("hourly=24", |_| {}).await;
+    for hour in 12..16 {
+        pod.at(&format!("2026-11-30T{hour}:00:07Z"));
+        pod.volumes.turn().await;
+    }
+    let set = |free: u64, used: u64, held: u64| {
+        let machine = pod.volumes.machine();
+        (*machine.free.lock().unwrap(), *machine.used.lock().unwrap()) = (free, used);
+        *machine.held_by_snapshots.lock().unwrap() = held;
+    };
+    let (quota, tenth) = (1 << 30, (1 << 30) / 10);
+    pod.at("2026-11-30T16:00:07Z");
+    // The volume's own files fill it; then snapshots hold next to nothing.
+    for (free, used, held) in [(tenth - 1, quota - tenth + 1, 1 << 30), (0, 1 << 20, quota / 100 - 1)] {
+        set(free, used, held);
+        assert_eq!(pod.volumes.turn().await, Left::Nothing);
+        assert_eq!((pod.names().await.len(), pod.paused().await), (4, Some(Paused::NoRoom)));
+    }
+    set(0, 1 << 20, quota / 100 + 1);
+    *pod.volumes.machine().freeing.lock().unwrap() = 1;
+    assert_eq!((pod.volumes.turn().await, pod.names().await.len()), (Left::Something, 4), "the last one's room comes");
+    *pod.volumes.machine().freeing.lock().unwrap() = 0;
+    assert_eq!(pod.volumes.turn().await, Left::Something);
+    assert_eq!(pod.names().await.len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_zfs_finds_no_room_for_a_snapshot_the_oldest_make_it() {
+    let pod = Pod::with("hourly=24", |_| {}).await;
+    for hour in 12..15 {
+        pod.at(&format!("2026-11-30T{hour}:00:07Z"));
+        pod.volumes.turn().await;
+    }
+    // The simulated pool has no room beside what is kept.
+    let kept = |bytes: &str| [("refreservation".to_owned(), bytes.to_owned())];
+    pod.volumes.machine().set_dataset(&pod.dataset, &kept("536870912")).await.unwrap();
+    pod.at("2026-11-30T15:00:07Z");
+    assert_eq!(pod.volumes.turn().await, Left::Something);
+    assert_eq!((pod.names().await.len(), pod.paused().await), (2, Some(Paused::NoRoom)));
+    assert_eq!(pod.volumes.turn().await, Left::Something);
+    assert_eq!(pod.volumes.turn().await, Left::Nothing, "the newest stays");
+    assert_eq!(pod.names().await, ["hourly-20261130T140007Z"]);
+    pod.volumes.machine().set_dataset(&pod.dataset, &kept("none")).await.unwrap();
+    tokio::time::sleep(SELDOM).await;
+    assert_eq!((pod.turn().await.len(), pod.paused().await), (2, None));
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_kept_for_the_volume_is_not_taken_by_snapshots_nor_while_it_is_lent_to_a_mark() {
     // The simulated pool has no room beside what is kept.
     let pod = Pod::with("hourly=24", |volume| volume.spec.reservation = Some(Bytes::mib(512))).await;

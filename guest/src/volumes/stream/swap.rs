@@ -2,8 +2,8 @@
 //!
 //! # Design
 //! ZFS replaces no encrypted dataset by another one, since it would have to know two keys at once
-//! (`recv_begin_check_existing_impl`). So the stream becomes a dataset of its own beside the volume's, `recv`; once it is
-//! whole, and the volume's key opens it, it takes the name of the volume's dataset, which is `old` from then on and is
+//! (`recv_begin_check_existing_impl`). So the stream becomes a dataset of its own beside the volume's, `zpod-recv`; once it is
+//! whole, and the volume's key opens it, it takes the name of the volume's dataset, which is `zpod-old` from then on and is
 //! destroyed. Killed between the two renames, the next start goes back to the old contents: the stream has to be sent
 //! again. Who has the volume mounted meanwhile goes on with the old contents until the container ends.
 
@@ -11,15 +11,18 @@ use zpod_volume::VolumeId;
 
 use super::super::activate::Activation;
 use super::super::bounds::Bounds;
+use super::super::delegation::NOBODY;
 use super::super::unlock::fits;
 use super::super::{Active, Volume, Volumes};
 use super::header::Header;
 use crate::error::VolumeError;
-use crate::machine::{Fault, Machine, MountFlags};
+use crate::machine::{DELEGATED, Fault, Machine, MountFlags};
 
 /// What is received, and what was replaced.
-const NEW: &str = "recv";
-const OLD: &str = "old";
+const NEW: &str = "zpod-recv";
+const OLD: &str = "zpod-old";
+/// What guests of before called it. A dataset of that name beside the volume's may be the tenant's own.
+const OLD_BEFORE: &str = "old";
 
 /// Flags of our own mount.
 const FLAGS: MountFlags = MountFlags { read_only: false, noexec: true, nosuid: true, nodev: true, noatime: true };
@@ -45,6 +48,14 @@ impl<M: Machine> Volumes<M> {
     /// Whether a stream with all of an encrypted volume can be received.
     pub(super) async fn fits_apart(&self, id: VolumeId, active: &Active, header: &Header) -> Result<(), VolumeError> {
         let failed = |fault| VolumeError::failed(id, "receiving into it", fault);
+        let now = self.machine.dataset(&active.request.spec.dataset()).await.map_err(failed)?.unwrap_or_default();
+        if now.get("usedbychildren").is_some_and(|used| used != "0") {
+            let reason =
+                "there are datasets below the volume's own, which would be destroyed with its contents; destroy \
+                          them, or move them elsewhere (zfs rename), first"
+                    .to_owned();
+            return Err(VolumeError::Refused { id, reason });
+        }
         let there = self.has_new(active).await.map_err(failed)?;
         if header.resuming && !there {
             let reason = "the stream goes on with one that broke off, and none is waiting for more here".to_owned();
@@ -97,6 +108,10 @@ impl<M: Machine> Volumes<M> {
             self.machine.rename(&old, &data).await.map_err(failed)?;
             return Err(failed(fault));
         }
+        if !spec.zfs_access.is_none() {
+            // Nobody has rights over what was received: the next start gives them.
+            self.machine.note(&spec.pool, DELEGATED, NOBODY).await.map_err(failed)?;
+        }
         if !active.is_block() {
             self.machine.unmount(&active.base, true).await.map_err(failed)?;
             self.machine.mount(&data, &active.base, FLAGS).await.map_err(failed)?;
@@ -121,12 +136,18 @@ impl<M: Machine> Activation<'_, M> {
         }
         let (data, old) = (spec.dataset(), format!("{}/{OLD}", spec.pool));
         let failed = self.failed("ending the receiving of it");
-        if self.machine.dataset(&old).await.map_err(&failed)?.is_none() {
+        let there = async |dataset: &str| Ok(self.machine.dataset(dataset).await.map_err(&failed)?.is_some());
+        if !there(&data).await? {
+            for old in [old, format!("{}/{OLD_BEFORE}", spec.pool)] {
+                if there(&old).await? {
+                    tracing::warn!(volume = %self.id, "receiving was cut short: the volume has its old contents");
+                    return self.machine.rename(&old, &data).await.map_err(failed);
+                }
+            }
             return Ok(());
         }
-        if self.machine.dataset(&data).await.map_err(&failed)?.is_none() {
-            tracing::warn!(volume = %self.id, "receiving was cut short: the volume has its old contents");
-            return self.machine.rename(&old, &data).await.map_err(failed);
+        if !there(&old).await? {
+            return Ok(());
         }
         if let Err(fault) = self.machine.destroy(&old).await {
             tracing::warn!(volume = %self.id, "what a receive has replaced stays: {fault}");

@@ -37,18 +37,19 @@ async fn a_receive_killed_between_the_renames_leaves_the_old_contents_and_after_
     };
     change(&|all| {
         let data = all.remove(&name("data")).unwrap();
-        all.insert(name("recv"), data.clone());
-        all.insert(name("old"), data);
+        all.insert(name("zpod-recv"), data.clone());
+        all.insert(name("zpod-old"), data);
     });
     let (volumes, prepared) = start(&disks, Create::Never).await;
     drop((volumes, prepared.unwrap()));
-    assert_eq!(datasets(&disks), ["data", "recv"], "the old contents, and what was received is not lost yet");
+    assert_eq!(datasets(&disks), ["data", "zpod-recv"], "the old contents, and what was received is not lost yet");
     change(&|all| {
-        let new = all.remove(&name("recv")).unwrap();
+        let new = all.remove(&name("zpod-recv")).unwrap();
         let old = all.insert(name("data"), new).unwrap();
+        all.insert(name("zpod-old"), old.clone());
         all.insert(name("old"), old);
     });
     let (_, prepared) = start(&disks, Create::Never).await;
     let _ = prepared.unwrap();
-    assert_eq!(datasets(&disks), ["data"]);
+    assert_eq!(datasets(&disks), ["data", "old"], "what is not ours stays");
 }
