@@ -29,11 +29,7 @@ pub fn mount(dataset: &str, base: &Path, place: &Path, flags: MountFlags) -> io:
     // Unmounting has to reach the copies that the agent's containers keep of it, see `mounts`.
     rustix::mount::mount_change(base, MountPropagationFlags::SHARED)?;
     let directory = walk(base, place)?;
-    let mut bits = Flags::empty();
-    bits.set(Flags::NOEXEC, flags.noexec);
-    bits.set(Flags::NOSUID, flags.nosuid);
-    bits.set(Flags::NODEV, flags.nodev);
-    bits.set(Flags::NOATIME, flags.noatime);
+    let bits = mounts::bits(flags);
     match rustix::mount::mount(dataset, by(&directory), "zfs", bits, None) {
         // The file system itself is read-only.
         Err(Errno::BUSY | Errno::ROFS) if flags.read_only => {

@@ -123,7 +123,8 @@ pub fn mount_for_container(base: &Path, target: &Path, flags: MountFlags) -> io:
     Ok(Step::Changed)
 }
 
-fn bits(flags: MountFlags) -> Flags {
+/// As mount(2) has them, but for read-only.
+pub(crate) fn bits(flags: MountFlags) -> Flags {
     let mut bits = Flags::empty();
     bits.set(Flags::NOEXEC, flags.noexec);
     bits.set(Flags::NOSUID, flags.nosuid);

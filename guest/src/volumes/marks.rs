@@ -82,6 +82,11 @@ impl<M: Machine> Volumes<M> {
     }
 }
 
+/// Whether the node marks an instant with a snapshot of that name.
+pub(super) fn is_mark(name: &str) -> bool {
+    name.parse::<Mark>().is_ok()
+}
+
 /// Removes the marks of a dataset that are wanted no more, and no other snapshot; gives their number.
 pub(super) async fn remove_marks<M: Machine>(
     machine: &M,
@@ -90,7 +95,7 @@ pub(super) async fn remove_marks<M: Machine>(
 ) -> Result<usize, Fault> {
     let mut removed = 0;
     for name in machine.snapshots(dataset).await? {
-        if name.parse::<Mark>().is_ok() && unwanted(&name) {
+        if is_mark(&name) && unwanted(&name) {
             machine.destroy_snapshot(dataset, &name).await?;
             removed += 1;
         }

@@ -20,8 +20,9 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use zpod_volume::{Mark, SnapshotSchedule};
+use zpod_volume::SnapshotSchedule;
 
+use super::marks::is_mark;
 use super::{Active, Volume, Volumes, device};
 use crate::machine::{Fault, Health, Machine};
 
@@ -279,10 +280,6 @@ impl<M: Machine> Volumes<M> {
             quota => Room { total: quota, free, at_most: quota.saturating_sub(usage.used_bytes) },
         })
     }
-}
-
-fn is_mark(name: &str) -> bool {
-    name.parse::<Mark>().is_ok()
 }
 
 #[cfg(test)]

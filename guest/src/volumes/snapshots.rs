@@ -1,7 +1,8 @@
 //! The snapshots in a volume's pool: listed, taken and destroyed for those who ask by hand.
 
-use zpod_volume::{Mark, VolumeId};
+use zpod_volume::VolumeId;
 
+use super::marks::is_mark;
 use super::{Active, Volumes};
 use crate::error::VolumeError;
 use crate::machine::streams::SendPoint;
@@ -18,11 +19,6 @@ const CHARACTERS: &str = "A-Z, a-z, 0-9, _, ., : and -";
 fn is_sound(name: &str, longest: usize) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.:-".contains(&byte);
     (1..=longest).contains(&name.len()) && name.bytes().all(plain)
-}
-
-/// Whether the node marks an instant with it.
-fn is_mark(name: &str) -> bool {
-    name.parse::<Mark>().is_ok()
 }
 
 impl<M: Machine> Volumes<M> {

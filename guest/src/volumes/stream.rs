@@ -213,10 +213,10 @@ impl<M: Machine> Volumes<M> {
         Ok(Sending { id, flow, stopped, estimated })
     }
 
-    /// Takes a snapshot. One of a volume that space is kept for needs as much free space as it has filled
+    /// Takes a snapshot to be sent. One of a volume that space is kept for needs as much free space as it has filled
     /// (`dsl_dataset_snapshot_reserve_space`), which a pool hardly larger than the volume doesn't have: what is kept is
     /// given up for it, and taken again where there is room beside the snapshot.
-    pub(super) async fn take_point(&self, active: &Active, snapshot: &str) -> Result<(), Fault> {
+    async fn take_point(&self, active: &Active, snapshot: &str) -> Result<(), Fault> {
         let (spec, dataset) = (&active.request.spec, active.request.spec.dataset());
         if spec.reservation.is_none() {
             return self.machine.snapshot(&dataset, snapshot).await;

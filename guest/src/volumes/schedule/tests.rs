@@ -4,7 +4,7 @@ use super::*;
 use crate::machine::simulated::SimMachine;
 use jiff::Timestamp;
 use std::collections::BTreeMap;
-use zpod_volume::{Bytes, Create, VolumeId, VolumeMode};
+use zpod_volume::{Bytes, Create, Mark, VolumeId, VolumeMode};
 
 struct Pod {
     volumes: Arc<Volumes<SimMachine>>,
