@@ -7,8 +7,8 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep};
-use tonic::Status;
 use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Status};
 use tower::service_fn;
 use zpod_proto::csi::controller_client::ControllerClient;
 use zpod_proto::csi::identity_client::IdentityClient;
@@ -97,6 +97,31 @@ impl Csi {
         let snapshot_id = snapshot.snapshot_id.clone();
         let source = volume_content_source::Type::Snapshot(volume_content_source::SnapshotSource { snapshot_id });
         self.create_from(name, size, parameters, Some(csi::VolumeContentSource { r#type: Some(source) })).await
+    }
+
+    /// CreateVolume from another volume, repeated while the driver says that it is not done, as csi-provisioner does.
+    ///
+    /// # Errors
+    /// What the driver answers, or that it goes on for too long.
+    pub async fn clone_volume(
+        &mut self,
+        name: &str,
+        size: Bytes,
+        parameters: &[(&str, &str)],
+        of: &csi::Volume,
+    ) -> Result<csi::Volume, Status> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let volume_id = of.volume_id.clone();
+            let source = volume_content_source::Type::Volume(volume_content_source::VolumeSource { volume_id });
+            let source = csi::VolumeContentSource { r#type: Some(source) };
+            match self.create_from(name, size, parameters, Some(source)).await {
+                Err(error) if error.code() == Code::Aborted && Instant::now() < end => {
+                    sleep(Duration::from_millis(200)).await;
+                }
+                done => return done,
+            }
+        }
     }
 
     async fn create_from(

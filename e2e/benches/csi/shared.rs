@@ -4,7 +4,6 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,6 +11,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use zpod_e2e::csi::{Csi, Publish};
+use zpod_e2e::disk;
 use zpod_e2e::report::Table;
 use zpod_e2e::workdir::Workdir;
 use zpod_proto::csi::{CreateSnapshotRequest, GetCapacityRequest, ProbeRequest};
@@ -46,13 +46,10 @@ pub(crate) async fn measure() -> Result<Vec<Value>> {
 
 async fn of(pieces: u64, snapshots: usize) -> Result<Times> {
     let dir = Workdir::within("/var/tmp".as_ref())?;
-    let (disk, at) = (dir.path().join("disk"), dir.path().join("mnt"));
-    fs::create_dir(&at)?;
-    File::create(&disk)?.set_len(16 << 30)?;
-    run(Command::new("mkfs.xfs").arg("-q").arg(&disk))?;
-    run(Command::new("mount").args(["-o", "loop"]).args([&disk, &at]))?;
+    let at = dir.path().join("mnt");
+    disk::mount_xfs(&at, 16 << 30)?;
     let times = calls(&at, pieces, snapshots).await;
-    run(Command::new("umount").arg("--lazy").arg(&at))?;
+    disk::unmount(&at)?;
     times
 }
 
@@ -119,11 +116,5 @@ async fn scrape(server: &Server) -> Result<()> {
     let mut text = String::new();
     stream.read_to_string(&mut text).await?;
     ensure!(text.contains("zpod_node_available_bytes"), "no metrics: {text}");
-    Ok(())
-}
-
-fn run(command: &mut Command) -> Result<()> {
-    let output = command.output().with_context(|| format!("{command:?}"))?;
-    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
