@@ -44,6 +44,12 @@ pub fn from_guest(stats: &csi::NodeGetVolumeStatsResponse) -> bool {
     stats.usage.iter().any(|usage| usage.unit() == csi::volume_usage::Unit::Inodes)
 }
 
+/// Whether a guest has reported since the volume was published.
+fn is_heard(stats: &csi::NodeGetVolumeStatsResponse) -> bool {
+    let message = stats.volume_condition.as_ref().map_or("", |condition| &condition.message);
+    !message.starts_with("no guest has reported")
+}
+
 /// How a volume is published.
 #[derive(Debug, Clone, Default)]
 pub struct Publish {
@@ -248,8 +254,8 @@ impl Csi {
         Ok(self.node.node_get_volume_stats(request).await?.into_inner())
     }
 
-    /// NodeGetVolumeStats, repeated until it says what is wanted: guests report about once a second, and ZFS accounts
-    /// for a write when its transaction group is on the disk.
+    /// NodeGetVolumeStats, repeated until a guest has reported and it says what is wanted: guests report about once a second,
+    /// and ZFS accounts for a write when its transaction group is on the disk. Before, it says what the node knows.
     ///
     /// # Errors
     /// When it doesn't say so in time; with what it said last.
@@ -263,7 +269,7 @@ impl Csi {
         loop {
             let answer = self.stats(volume, target).await;
             match answer {
-                Ok(stats) if wanted(&stats) => return Ok(stats),
+                Ok(stats) if is_heard(&stats) && wanted(&stats) => return Ok(stats),
                 other if Instant::now() >= end => anyhow::bail!("after {PATIENCE:?} the stats are still {other:?}"),
                 _ => sleep(Duration::from_millis(200)).await,
             }
