@@ -22,7 +22,9 @@ mod transfer;
 
 use std::sync::Arc;
 
-use zpod_admin::{Check, PoolSnapshots, Properties, Removed, SendName, SendPoints, SnapshotName, Taken};
+use zpod_admin::{
+    Check, NewSnapshotName, PoolSnapshots, Properties, Removed, SendName, SendPoints, SnapshotName, Taken,
+};
 use zpod_volume::VolumeId;
 
 pub use answer::AdminError;
@@ -31,7 +33,7 @@ pub use server::AdminServer;
 pub use tokens::{Refused, Tokens};
 
 use crate::guest::GuestClient;
-use crate::volumes::{NodeVolumes, Presence};
+use crate::volumes::{NodeVolumes, Presence, SnapshotChange};
 
 /// What is asked of.
 #[derive(Debug)]
@@ -61,6 +63,7 @@ impl Admin {
     async fn remove_send_point(&self, id: VolumeId, point: &SendName) -> Result<Removed, AdminError> {
         self.guest(id).await?.remove_send_point(id, point).await?;
         tracing::info!(volume = %id, %point, "send point removed, as was asked for");
+        self.volumes.snapshot_changed(id, &SnapshotChange::Destroyed(point.clone().into()));
         Ok(Removed { snapshot: point.to_string() })
     }
 
@@ -68,15 +71,17 @@ impl Admin {
         Ok(self.guest(id).await?.snapshots(id).await?)
     }
 
-    async fn take_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<Taken, AdminError> {
+    async fn take_snapshot(&self, id: VolumeId, name: &NewSnapshotName) -> Result<Taken, AdminError> {
         self.guest(id).await?.take_snapshot(id, name).await?;
         tracing::info!(volume = %id, snapshot = %name, "snapshot taken, as was asked for");
+        self.volumes.snapshot_changed(id, &SnapshotChange::Taken(name.clone().into()));
         Ok(Taken { snapshot: name.to_string() })
     }
 
     async fn destroy_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<Removed, AdminError> {
         self.guest(id).await?.destroy_snapshot(id, name).await?;
         tracing::info!(volume = %id, snapshot = %name, "snapshot destroyed, as was asked for");
+        self.volumes.snapshot_changed(id, &SnapshotChange::Destroyed(name.clone()));
         Ok(Removed { snapshot: name.to_string() })
     }
 

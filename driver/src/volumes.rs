@@ -55,7 +55,7 @@ pub use mirror::{Mirrors, NO_MIRRORS};
 #[allow(unused_imports, reason = "for the cluster's provisioner")]
 pub(crate) use modify::check as check_attributes;
 pub use mount_options::MountOptions;
-pub use observer::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer, PERSISTENT_VOLUME};
+pub use observer::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer, PERSISTENT_VOLUME, SnapshotChange};
 pub use pods::{AnyPod, PodCheck};
 pub use presence::{Look, Presence};
 pub(crate) use provision::same;

@@ -129,8 +129,9 @@ async fn the_socket_is_roots_alone_and_answers_what_its_paths_say() {
     for (call, code, why) in [
         ("take-snapshot?snapshot=before.1", 200, "before.1"),
         ("take-snapshot?snapshot=after", 200, "after"),
-        ("take-snapshot?snapshot=a%40b", 400, "is not the name of a snapshot"),
-        ("take-snapshot?snapshot=", 400, "is not the name of a snapshot"),
+        ("take-snapshot?snapshot=a%40b", 400, "is not a name for a snapshot"),
+        ("take-snapshot?snapshot=", 400, "is not a name for a snapshot"),
+        ("take-snapshot?snapshot=zpod-mine", 400, "not zpod- at the beginning"),
         ("take-snapshot", 400, "snapshot=NAME is needed"),
         ("destroy-snapshot?snapshot=before.1", 200, "before.1"),
         ("destroy-snapshot?snapshot=before.1", 422, "it has no snapshot before.1"),

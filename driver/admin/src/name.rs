@@ -4,6 +4,9 @@ use std::str::FromStr;
 const PREFIX: &str = "zpod-send-";
 const MAX_NAME: usize = 64;
 const MAX_SNAPSHOT: usize = 255;
+const MAX_NEW_SNAPSHOT: usize = 128;
+/// Names that begin so are zpod's own.
+const OURS: &str = "zpod-";
 /// ZFS's tokens are some hundred characters long.
 const MAX_TOKEN: usize = 16 << 10;
 
@@ -15,6 +18,10 @@ pub struct SendName(String);
 /// The name of a ZFS snapshot, what stands behind the `@`: 1 to 255 of `A-Z`, `a-z`, `0-9`, `_`, `.`, `:` and `-`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SnapshotName(String);
+
+/// The name of a ZFS snapshot that is to be taken by hand: up to 128 characters, and none of zpod's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewSnapshotName(SnapshotName);
 
 /// Where a receive broke off, as ZFS writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +36,11 @@ pub enum ParseTokenError {
     /// The name of any snapshot.
     #[error("{0:?} is not the name of a snapshot: 1 to 255 of A-Z, a-z, 0-9, _, ., : and - are allowed")]
     Snapshot(String),
+    /// The name of one that is to be taken.
+    #[error(
+        "{0:?} is not a name for a snapshot: 1 to 128 of A-Z, a-z, 0-9, _, ., : and - are allowed, and not zpod- at the beginning"
+    )]
+    NewSnapshot(String),
     /// The token.
     #[error(
         "that is not a token to go on with: copy it whole, as `kubectl zpod receive` showed it (1-..., hexadecimal)"
@@ -76,6 +88,36 @@ impl FromStr for SnapshotName {
     }
 }
 
+impl From<SendName> for SnapshotName {
+    fn from(name: SendName) -> Self {
+        Self(name.0)
+    }
+}
+
+impl From<NewSnapshotName> for SnapshotName {
+    fn from(name: NewSnapshotName) -> Self {
+        name.0
+    }
+}
+
+impl FromStr for NewSnapshotName {
+    type Err = ParseTokenError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let refused = || ParseTokenError::NewSnapshot(text.chars().take(2 * MAX_NAME).collect());
+        if text.len() > MAX_NEW_SNAPSHOT || text.starts_with(OURS) {
+            return Err(refused());
+        }
+        text.parse().map(Self).map_err(|_| refused())
+    }
+}
+
+impl fmt::Display for NewSnapshotName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 impl fmt::Display for SnapshotName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -117,6 +159,18 @@ mod tests {
         for text in ["", "a@b", "a%b", "a,b", "a b", "a/b", "a&b=c", "ü", long.as_str()] {
             let error = text.parse::<SnapshotName>().unwrap_err().to_string();
             assert!(error.contains("are allowed") && error.len() < 250, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_that_is_taken_by_hand_has_no_name_of_zpods_own() {
+        for text in ["manual-20261130T120000Z", "before_upgrade.1", "zpod", &"x".repeat(128)] {
+            assert_eq!(text.parse::<NewSnapshotName>().unwrap().to_string(), text);
+        }
+        let long = "x".repeat(129);
+        for text in ["", "zpod-mine", "zpod-auto-hourly-20261130T120000Z", "a b", "a@b", long.as_str()] {
+            let error = text.parse::<NewSnapshotName>().unwrap_err().to_string();
+            assert!(error.contains("not zpod- at the beginning") && error.len() < 300, "{error}");
         }
     }
 

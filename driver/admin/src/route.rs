@@ -1,8 +1,9 @@
 use std::fmt;
+use std::str::FromStr;
 
 use zpod_volume::VolumeId;
 
-use crate::{AUDIENCE, ParseTokenError, ResumeToken, SendName, SnapshotName};
+use crate::{AUDIENCE, NewSnapshotName, ParseTokenError, ResumeToken, SendName, SnapshotName};
 
 /// What can be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +18,7 @@ pub enum Route {
     RemoveSendPoint(VolumeId),
     /// `GET /v1/volumes/<id>/snapshots`: [`crate::PoolSnapshots`].
     Snapshots(VolumeId),
-    /// `POST /v1/volumes/<id>/take-snapshot?snapshot=NAME` ([`snapshot_name`]): answers [`crate::Taken`].
+    /// `POST /v1/volumes/<id>/take-snapshot?snapshot=NAME` ([`new_snapshot_name`]): answers [`crate::Taken`].
     TakeSnapshot(VolumeId),
     /// `POST /v1/volumes/<id>/destroy-snapshot?snapshot=NAME` ([`snapshot_name`]): answers [`crate::Removed`].
     DestroySnapshot(VolumeId),
@@ -107,6 +108,18 @@ pub fn snapshot(query: &str) -> Result<SendName, String> {
 /// # Errors
 /// What is wrong with it.
 pub fn snapshot_name(query: &str) -> Result<SnapshotName, String> {
+    only_name(query)
+}
+
+/// Reads which snapshot is to be taken: `snapshot=NAME`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn new_snapshot_name(query: &str) -> Result<NewSnapshotName, String> {
+    only_name(query)
+}
+
+fn only_name<T: FromStr<Err = ParseTokenError>>(query: &str) -> Result<T, String> {
     let name = query.strip_prefix("snapshot=").ok_or("snapshot=NAME is needed, and nothing else")?;
     name.parse().map_err(|error: ParseTokenError| error.to_string())
 }
@@ -217,8 +230,10 @@ mod tests {
         }
         assert_eq!(snapshot_name("snapshot=Before.1").unwrap().to_string(), "Before.1");
         for query in ["", "from=a", "snapshot=", "snapshot=a&snapshot=b", "snapshot=a%25b"] {
-            assert!(snapshot_name(query).is_err(), "{query}");
+            assert!(snapshot_name(query).is_err() && new_snapshot_name(query).is_err(), "{query}");
         }
+        assert_eq!(new_snapshot_name("snapshot=before").unwrap().to_string(), "before");
+        assert!(snapshot_name("snapshot=zpod-x").is_ok() && new_snapshot_name("snapshot=zpod-x").is_err());
         for (query, why) in [
             ("", "snapshot is missing"),
             ("from=a", "snapshot is missing"),

@@ -10,8 +10,8 @@ use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use zpod_admin::{
-    Check, ESTIMATE_HEADER, Failed, PoolSnapshots, Properties, Received, Removed, Route, STREAM_TYPE, SendName,
-    SendPoints, SendQuery, SnapshotName, Taken,
+    Check, ESTIMATE_HEADER, Failed, NewSnapshotName, PoolSnapshots, Properties, Received, Removed, Route, STREAM_TYPE,
+    SendName, SendPoints, SendQuery, SnapshotName, Taken,
 };
 use zpod_volume::VolumeId;
 
@@ -73,7 +73,7 @@ impl Admin {
     }
 
     /// Takes a snapshot in the pool.
-    pub(crate) async fn take_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<Taken, Failure> {
+    pub(crate) async fn take_snapshot(&self, id: VolumeId, name: &NewSnapshotName) -> Result<Taken, Failure> {
         self.change(Route::TakeSnapshot(id), &format!("snapshot={name}")).await
     }
 

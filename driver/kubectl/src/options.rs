@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use zpod_admin::{ResumeToken, SendName, SnapshotName};
+use zpod_admin::{NewSnapshotName, ResumeToken, SendName, SnapshotName};
 use zpod_volume::VolumeId;
 
 use crate::Failure;
@@ -260,7 +260,7 @@ pub(crate) struct Snapshots {
 
 impl Snapshot {
     /// The volume that is meant, and the name, if one is given.
-    pub(crate) fn meant(&self) -> Result<(Named, Option<SnapshotName>), Failure> {
+    pub(crate) fn meant(&self) -> Result<(Named, Option<NewSnapshotName>), Failure> {
         let (named, first) = self.target.and_more()?;
         if let (Some(first), Some(second)) = (&first, &self.name) {
             return Err(Failure::usage(format!("two names are given: {first} and {second}"), "give one"));
@@ -448,6 +448,16 @@ mod tests {
             "send 2d0f3c1e-8f5a-5d2a-9c4b-0123456789ab --admin-endpoint unix:///run/zpod/admin.sock",
         ] {
             parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn a_snapshot_that_can_not_have_its_name_is_refused_before_anybody_is_asked() {
+        for (line, name) in [("snapshot db zpod-mine", "zpod-mine"), ("snapshot db a@b", "a@b")] {
+            let Command::Snapshot(options) = parse(line).unwrap().command else { panic!("{line}") };
+            let failure = options.meant().unwrap_err();
+            assert_eq!(failure.kind, crate::Kind::Usage);
+            assert!(failure.to_string().contains(name) && failure.to_string().contains("are allowed"), "{failure}");
         }
     }
 

@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use zpod_admin::{Route, SendQuery, SnapshotName, TOKEN_HEADER};
+use zpod_admin::{Route, SendQuery, TOKEN_HEADER};
 
 use super::answer::{Answer, Told, json};
 use super::transfer::Transfers;
@@ -111,11 +111,6 @@ impl Drop for AdminServer {
     fn drop(&mut self) {
         self.task.abort();
     }
-}
-
-/// The snapshot that is meant.
-fn named(request: &Request<Incoming>) -> Result<SnapshotName, AdminError> {
-    zpod_admin::snapshot_name(request.uri().query().unwrap_or_default()).map_err(AdminError::Query)
 }
 
 async fn accepted<T>(accepted: io::Result<T>) -> Option<T> {
@@ -220,8 +215,14 @@ impl Service {
                 Ok(json(&admin.remove_send_point(id, &point.map_err(AdminError::Query)?).await?))
             }
             Route::Snapshots(id) => Ok(json(&admin.snapshots(id).await?)),
-            Route::TakeSnapshot(id) => Ok(json(&admin.take_snapshot(id, &named(&request)?).await?)),
-            Route::DestroySnapshot(id) => Ok(json(&admin.destroy_snapshot(id, &named(&request)?).await?)),
+            Route::TakeSnapshot(id) => {
+                let name = zpod_admin::new_snapshot_name(request.uri().query().unwrap_or_default());
+                Ok(json(&admin.take_snapshot(id, &name.map_err(AdminError::Query)?).await?))
+            }
+            Route::DestroySnapshot(id) => {
+                let name = zpod_admin::snapshot_name(request.uri().query().unwrap_or_default());
+                Ok(json(&admin.destroy_snapshot(id, &name.map_err(AdminError::Query)?).await?))
+            }
             Route::Send(id) => {
                 let query = SendQuery::parse(request.uri().query().unwrap_or_default()).map_err(AdminError::Query)?;
                 self.transfers.send(admin, id, &query).await

@@ -26,7 +26,7 @@ use zpod_volume::VolumeId;
 
 use crate::bucket::Bucket;
 use crate::guest::VolumeReport;
-use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer};
+use crate::volumes::{CLAIM_NAME, CLAIM_NAMESPACE, Observed, Observer, SnapshotChange};
 use change::{Change, Seen};
 
 /// Of one volume and reason: 3 at once, then one each 20 minutes. That is 6 in an hour at most.
@@ -137,6 +137,13 @@ impl Observer for PoolEvents {
 
     fn claimed_again(&self, volume: &Observed, sandbox: &str) {
         let change = change::claimed_again(&self.node, volume, sandbox);
+        if self.volumes().entry(volume.id).or_default().may_say(change.reason, Instant::now()) {
+            self.tell(volume, &change);
+        }
+    }
+
+    fn snapshot_changed(&self, volume: &Observed, change: &SnapshotChange) {
+        let change = change::snapshot(volume, change);
         if self.volumes().entry(volume.id).or_default().may_say(change.reason, Instant::now()) {
             self.tell(volume, &change);
         }
@@ -347,6 +354,23 @@ mod tests {
         let change = &told[0].change;
         assert!(change.warning && change.reason == "VolumeClaimedAgain", "{change:?}");
         assert!(change.note.contains("sandbox-2") && change.note.contains("delete the pod"), "{change:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_snapshot_that_somebody_had_taken_or_destroyed_is_told_to_claim_and_pod() {
+        let (events, mut waiting) = PoolEvents::new("n1");
+        let name = || "before.1".parse().unwrap();
+        for (change, reason) in
+            [(SnapshotChange::Taken(name()), "SnapshotTaken"), (SnapshotChange::Destroyed(name()), "SnapshotDestroyed")]
+        {
+            events.snapshot_changed(&observed(), &change);
+            for kind in ["PersistentVolumeClaim", "Pod"] {
+                let note = waiting.notes.try_recv().unwrap();
+                assert_eq!(note.regarding.kind.as_deref(), Some(kind));
+                assert_eq!((note.change.reason, note.change.warning), (reason, false));
+                assert!(note.change.note.contains("before.1") && note.change.note.contains("claim data"), "{note:?}");
+            }
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,6 +3,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use zpod_admin::SnapshotName;
 use zpod_kubernetes::CLAIM_UID;
 use zpod_storage::catalog::{PodRef, Publication, Volume};
 use zpod_volume::{Bytes, VolumeId};
@@ -61,6 +62,15 @@ fn labels(volume: &Volume, publication: &Publication) -> BTreeMap<String, String
     if volume.labels.get(CLAIM_NAMESPACE).is_some_and(elsewhere) { BTreeMap::new() } else { volume.labels.clone() }
 }
 
+/// What was done with the snapshots in a volume's pool because somebody asked for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotChange {
+    /// The snapshot of this name was taken.
+    Taken(SnapshotName),
+    /// The one of this name was destroyed.
+    Destroyed(SnapshotName),
+}
+
 /// Who is told what guests say of the volumes that are published on this node. Told a few times a second for each
 /// guest at most, from the task that listens to it: takes note and returns, and never blocks or asks back.
 pub trait Observer: Send + Sync + fmt::Debug {
@@ -78,6 +88,11 @@ pub trait Observer: Send + Sync + fmt::Debug {
     /// [`Observer::reported`] or [`Observer::withdrawn`].
     fn unheard(&self, volume: &Observed, reason: &str) {
         let _ = (volume, reason);
+    }
+
+    /// A snapshot in a volume's pool was taken or destroyed, as somebody asked for who may.
+    fn snapshot_changed(&self, volume: &Observed, change: &SnapshotChange) {
+        let _ = (volume, change);
     }
 
     /// Whether it keeps a volume's condition where the catalog finds it. Then the node does not record it as well.
@@ -102,6 +117,10 @@ impl Observer for Vec<Arc<dyn Observer>> {
 
     fn unheard(&self, volume: &Observed, reason: &str) {
         self.iter().for_each(|observer| observer.unheard(volume, reason));
+    }
+
+    fn snapshot_changed(&self, volume: &Observed, change: &SnapshotChange) {
+        self.iter().for_each(|observer| observer.snapshot_changed(volume, change));
     }
 
     fn keeps_condition(&self) -> bool {

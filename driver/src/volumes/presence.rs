@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use zpod_volume::VolumeId;
 
-use super::observer::Observed;
+use super::observer::{Observed, SnapshotChange};
 use super::publish::NodeVolumes;
 use super::{Context, VolumeError};
 use crate::guest::{GuestClient, VolumeReport};
@@ -43,6 +43,13 @@ impl NodeVolumes {
     /// All volumes that are published here.
     pub fn looks(&self) -> Vec<Look> {
         self.context.published.looks()
+    }
+
+    /// Tells the observers of a snapshot that was asked for. Of a volume that is not published any more nobody is told.
+    pub fn snapshot_changed(&self, id: VolumeId, change: &SnapshotChange) {
+        if let Some((volume, _)) = self.context.published.observed(id) {
+            self.observer.snapshot_changed(&volume, change);
+        }
     }
 
     /// What it works on, to be shared.

@@ -1,5 +1,5 @@
 use k8s_openapi::jiff::Timestamp;
-use zpod_admin::SnapshotName;
+use zpod_admin::NewSnapshotName;
 
 use super::transfer::{Way, with_guest};
 use crate::Failure;
@@ -24,7 +24,7 @@ pub(super) async fn run(way: Way<'_>, options: &Snapshot, format: Format) -> Res
 }
 
 /// To the second, so that two of a minute have names of their own.
-fn named_after_the_time() -> Result<SnapshotName, Failure> {
+fn named_after_the_time() -> Result<NewSnapshotName, Failure> {
     let name = Timestamp::now().strftime("manual-%Y%m%dT%H%M%SZ").to_string();
     name.parse().map_err(|error| Failure::failed(format!("{error}"), "give a name"))
 }

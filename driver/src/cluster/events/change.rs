@@ -1,5 +1,5 @@
 use crate::guest::{Health, Paused, VolumeReport};
-use crate::volumes::{CLAIM_NAME, Observed};
+use crate::volumes::{CLAIM_NAME, Observed, SnapshotChange};
 use zpod_volume::Bytes;
 
 /// Marks of usage in percent, and how far below one it must fall before it counts again.
@@ -29,6 +29,16 @@ pub(super) fn claimed_again(node: &str, volume: &Observed, sandbox: &str) -> Cha
         volume.id
     );
     Change { reason: "VolumeClaimedAgain", warning: true, note }
+}
+
+/// Somebody has had a snapshot in the pool taken or destroyed.
+pub(super) fn snapshot(volume: &Observed, change: &SnapshotChange) -> Change {
+    let (reason, snapshot, done) = match change {
+        SnapshotChange::Taken(name) => ("SnapshotTaken", name, "was taken in the pool"),
+        SnapshotChange::Destroyed(name) => ("SnapshotDestroyed", name, "was destroyed in the pool"),
+    };
+    let note = format!("snapshot {snapshot} {done} of {}, as was asked for by kubectl zpod", name(volume));
+    Change { reason, warning: false, note }
 }
 
 /// What was told of a volume.

@@ -3,7 +3,9 @@ use std::time::Duration;
 
 use futures_util::Stream;
 use tonic::Streaming;
-use zpod_admin::{PoolSnapshots, Properties, Received, SendName, SendPoint, SendPoints, SendQuery, SnapshotName};
+use zpod_admin::{
+    NewSnapshotName, PoolSnapshots, Properties, Received, SendName, SendPoint, SendPoints, SendQuery, SnapshotName,
+};
 use zpod_proto::bounded::CHUNK;
 use zpod_proto::guest::{
     DestroySnapshotRequest, DestroySnapshotResponse, PropertiesRequest, PropertiesResponse, ReceiveRequest,
@@ -83,7 +85,7 @@ impl GuestClient {
     ///
     /// # Errors
     /// When it does not answer in time, or refuses.
-    pub async fn take_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<(), GuestError> {
+    pub async fn take_snapshot(&self, id: VolumeId, name: &NewSnapshotName) -> Result<(), GuestError> {
         let mut stub = self.stub::<TakeSnapshotResponse>();
         let request = TakeSnapshotRequest { volume_id: id.to_string(), snapshot: name.to_string() };
         self.call("TakeSnapshot", BEGIN_DEADLINE, stub.take_snapshot(request)).await.map(drop)
