@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use zpod_kubernetes::MODIFIED;
-use zpod_kubernetes::crd::ZfsVolume;
+use zpod_kubernetes::crd::{ZfsVolume, ZfsVolumeSpec};
 use zpod_volume::{PropertyKind, VolumeAttributes};
 
 use crate::admin::{Admin, Line};
@@ -101,6 +101,7 @@ fn properties(volume: &ZfsVolume) -> Vec<Property> {
         let class = spec.parameters.properties_of(kind);
         all.extend(class.into_iter().map(|(key, value)| (key, (value, "class"))));
     }
+    all.extend(of_class(spec).map(|(key, value)| (key, (value, "class"))));
     let taken = |key: &str| status.attributes.get(key).cloned();
     let class: BTreeMap<String, String> = all.iter().map(|(key, (value, _))| (key.clone(), value.clone())).collect();
     all.extend(spec.attributes.iter().map(|(key, value)| (key.clone(), (value.clone(), "attribute"))));
@@ -110,6 +111,18 @@ fn properties(volume: &ZfsVolume) -> Vec<Property> {
         Property { key, value, source, current: behind.then_some(current) }
     };
     all.into_iter().map(property).collect()
+}
+
+/// What a class says of a volume beside properties of ZFS, where people ask for it.
+fn of_class(spec: &ZfsVolumeSpec) -> impl Iterator<Item = (String, String)> {
+    // What is left out there is the default.
+    let said = serde_json::to_value(&spec.parameters).unwrap_or_default();
+    [("quota", "refquota"), ("snapshotSchedule", "none"), ("zfsAccess", "none")].into_iter().map(
+        move |(key, default)| {
+            let value = said[key].as_str().unwrap_or(default);
+            (key.to_owned(), value.to_owned())
+        },
+    )
 }
 
 pub(super) async fn set(cluster: &Cluster, options: &PropsSet, format: Format) -> Result<(), Failure> {
@@ -275,5 +288,26 @@ mod tests {
         assert_eq!((of("compression").value.as_str(), of("compression").source), ("lz4", "attribute"));
         assert_eq!(of("compression").current.as_deref(), Some("zstd"));
         assert_eq!(of("atime").current, None);
+    }
+
+    #[test]
+    fn what_the_class_says_of_quota_schedule_and_access_is_there_and_a_change_of_it_shows() {
+        let shown = |parameters: Value, attributes: Value| {
+            let (_, mut object) = volume("db", json!({"phase": "Ready", "attributes": attributes.clone()}));
+            for (key, value) in parameters.as_object().unwrap() {
+                object["spec"]["parameters"][key] = value.clone();
+            }
+            object["spec"]["attributes"] = attributes;
+            let properties = properties(&serde_json::from_value(object).unwrap());
+            ["quota", "snapshotSchedule", "zfsAccess"].map(|key| {
+                let found = properties.iter().find(|property| property.key == key).unwrap();
+                format!("{} {}", found.value, found.source)
+            })
+        };
+        assert_eq!(shown(json!({}), json!({})), ["refquota class", "none class", "none class"]);
+        let class = json!({"quota": "none", "snapshotSchedule": "hourly=24 daily=7", "zfsAccess": "volume"});
+        assert_eq!(shown(class.clone(), json!({})), ["none class", "hourly=24 daily=7 class", "volume class"]);
+        let changed = json!({"quota": "quota", "snapshotSchedule": "none"});
+        assert_eq!(shown(class, changed), ["quota attribute", "none attribute", "volume class"]);
     }
 }
