@@ -144,6 +144,12 @@ impl Collector for VolumeMetrics {
         })?;
         let help = "When the last scrub that saw everything ended, by the guest's clock";
         gauge(&mut encoder, "zpod_volume_last_scrub_timestamp_seconds", help, |s| s.scrubbed.map(|at| at as f64))?;
+        let help =
+            "1 while the volume has a schedule of snapshots and takes none, for want of room or since ZFS fails to";
+        gauge(&mut encoder, "zpod_volume_snapshots_paused", help, |s| {
+            let report = s.report.as_ref().filter(|report| report.health.is_imported())?;
+            Some(f64::from(u8::from(report.paused.is_some())))
+        })?;
         let healths = samples.values().flat_map(|sample| {
             let now = sample.report.as_ref().map_or(Health::Unknown, |report| report.health);
             HEALTHS.into_iter().map(move |health| {
@@ -183,7 +189,7 @@ impl Collector for VolumeMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::Scrub;
+    use crate::guest::{Paused, Scrub};
     use prometheus_client::encoding::text::encode;
     use zpod_volume::Bytes;
 
@@ -213,6 +219,8 @@ mod tests {
         let mut report = VolumeReport::online(volume.id);
         (report.bytes.total, report.bytes.used, report.bytes.available) = (1000, 400, 600);
         (report.errors.checksum, report.compress_ratio) = (3, 1.5);
+        (report.dataset, report.children, report.snapshots) = (Bytes(10), Bytes(20), Bytes(30));
+        report.paused = Some(Paused::NoRoom);
         report.scrub = Some(Scrub { state: ScrubState::Finished, ended: Some(77), errors: 0, bytes: Bytes(1) });
         metrics.reported(&volume, &report);
         // One that runs again does not hide when everything was seen last.
@@ -232,6 +240,10 @@ mod tests {
             format!("zpod_volume_available_bytes{{{labels}}} 600"),
             format!("zpod_volume_compress_ratio{{{labels}}} 1.5"),
             format!("zpod_volume_last_scrub_timestamp_seconds{{{labels}}} 77"),
+            format!("zpod_volume_used_by_snapshots_bytes{{{labels}}} 30"),
+            format!("zpod_volume_used_by_children_bytes{{{labels}}} 20"),
+            format!("zpod_volume_used_by_dataset_bytes{{{labels}}} 10"),
+            format!("zpod_volume_snapshots_paused{{{labels}}} 1"),
             format!(r#"zpod_volume_health{{{labels},health="Online"}} 1"#),
             format!(r#"zpod_volume_health{{{labels},health="Degraded"}} 0"#),
             format!(r#"zpod_volume_errors_total{{{labels},type="checksum"}} 3"#),
@@ -253,7 +265,8 @@ mod tests {
         assert!(told.contains(r#"health="Unknown"} 1"#) && told.contains(r#"health="Online"} 0"#), "{told}");
         assert!(!told.contains("used_bytes") && !told.contains("errors_total{"), "{told}");
         metrics.reported(&volume, &VolumeReport::online(volume.id));
-        assert!(text(&registry).contains(r#"health="Online"} 1"#));
+        let told = text(&registry);
+        assert!(told.contains(r#"health="Online"} 1"#) && told.contains(r#"node="n1"} 0"#), "{told}");
         metrics.unheard(&volume, "its disk was not plugged in");
         metrics.withdrawn(volume.id);
         assert_eq!(text(&registry), "# EOF\n");
