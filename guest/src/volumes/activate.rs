@@ -99,7 +99,10 @@ impl<M: Machine> Activation<'_, M> {
         let Pool { disk, partition, devices, opened, mirror } = pool;
         let quota = match opened {
             Opened::Made => {
-                self.delegate().await;
+                // In a pool that was just made nobody has rights that would have to be taken away.
+                if !spec.zfs_access.is_none() {
+                    self.delegate().await;
+                }
                 Bounds::of(spec).bound()
             }
             Opened::Found => {
