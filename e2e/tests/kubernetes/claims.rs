@@ -43,3 +43,16 @@ pub(crate) async fn wait_for_log(cluster: &Cluster, namespace: &str, pod: &str, 
         })
         .await
 }
+
+/// Waits until the events of a claim or a pod of the namespace `default` have all these words.
+pub(crate) async fn wait_for_events(cluster: &Cluster, kind: &str, name: &str, words: &[&str]) -> Result<()> {
+    let selector = format!("involvedObject.name={name},involvedObject.kind={kind}");
+    cluster
+        .wait(&format!("events of {kind} {name} with {words:?}"), async || {
+            let events = cluster.kubectl(&["get", "events", "--field-selector", &selector]).await?;
+            let missing: Vec<_> = words.iter().filter(|&&word| !events.contains(word)).collect();
+            ensure!(missing.is_empty(), "{missing:?} are not in the events: {events}");
+            Ok(())
+        })
+        .await
+}

@@ -10,6 +10,8 @@ use tokio::process::Command;
 use zpod_e2e::cluster::Cluster;
 use zpod_e2e::inputs;
 
+use super::claims::wait_for_events;
+
 const CALL: Duration = Duration::from_secs(300);
 const CLAIM: &str = include_str!("../../manifests/claim.yaml");
 const WRITER: &str = include_str!("../../manifests/pod.yaml");
@@ -24,7 +26,7 @@ pub(super) async fn plugin(cluster: &Cluster, arguments: &[&str], stdin: Stdio, 
     Ok(output)
 }
 
-async fn json(cluster: &Cluster, arguments: &[&str]) -> Result<Value> {
+pub(super) async fn json(cluster: &Cluster, arguments: &[&str]) -> Result<Value> {
     let all = [arguments, &["-o", "json"]].concat();
     let output = plugin(cluster, &all, Stdio::null(), Stdio::piped()).await?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -83,6 +85,9 @@ pub(crate) async fn a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl(clust
     ensure!(taken["snapshot"] == "before.1" && names == ["zpod-send-one", "before.1"], "{taken} {listed}");
     let destroyed = json(cluster, &["snapshots", "data", "--remove", "before.1"]).await?;
     ensure!(destroyed["snapshot"] == "before.1", "{destroyed}");
+    for reason in ["SnapshotTaken", "SnapshotDestroyed"] {
+        wait_for_events(cluster, "PersistentVolumeClaim", "data", &[reason, "before.1"]).await?;
+    }
     let bytes = fs::metadata(&file)?.len();
     ensure!(bytes > 1 << 20, "a stream of {bytes} bytes with a file of 1 MiB in it");
 

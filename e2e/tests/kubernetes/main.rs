@@ -3,6 +3,7 @@
 //! A scenario is an `async fn(&Cluster) -> Result<()>` in a module of its own, and a line in `main`. All share one
 //! cluster, which the first one starts, and run one after another: each leaves the cluster as it was.
 
+mod access;
 mod attributes;
 mod block;
 mod capacity;
@@ -98,6 +99,10 @@ fn main() -> Result<ExitCode> {
         stage.trial(
             "a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl",
             kubectl::a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl,
+        ),
+        stage.trial(
+            "a_pod_with_zfs_of_its_own_leaves_its_datasets_to_the_next",
+            access::a_pod_with_zfs_of_its_own_leaves_its_datasets_to_the_next,
         ),
         stage.trial("the_scheduler_goes_where_the_room_is", capacity::the_scheduler_goes_where_the_room_is),
         // After all that use the chart: it looks for what they were refused, and uninstalls it.

@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, ensure};
 use zpod_e2e::cluster::Cluster;
 use zpod_e2e::cluster::chart::{NAMESPACE, chart};
 
-use super::claims::volume;
-use super::kubectl::plugin;
+use super::claims::{volume, wait_for_events};
+use super::kubectl::{json, plugin};
 
 const SECOND: Duration = Duration::from_secs(1);
 const KIND: &str = "zfsvolumes.zpod.storage";
@@ -154,24 +154,29 @@ pub(crate) async fn a_volume_that_fills_is_told_of_on_its_claim_and_its_pod(clus
     cluster.install_chart().await?;
     cluster.apply(FILLER).await?;
     cluster.wait_for_pod("default", "filler", "Running").await?;
-    for reason in ["VolumeFilling", "VolumeNearlyFull"] {
-        cluster
-            .wait(reason, async || {
-                let (claim, pod) = (events(cluster, "PersistentVolumeClaim").await?, events(cluster, "Pod").await?);
-                ensure!(claim.contains(reason) && pod.contains(reason), "on the claim: {claim}\non the pod: {pod}");
-                Ok(())
-            })
-            .await?;
+    for reason in ["VolumeFilling", "VolumeNearlyFull", "SnapshotsPaused"] {
+        told_of(cluster, reason).await?;
     }
     let volume = volume(cluster).await?;
     ensure!(volume["status"]["pool"]["health"] == "Online", "its status: {}", volume["status"]["pool"]);
+
+    // What is removed is held by the snapshot that was taken at the start, unless that goes too.
+    let listed = json(cluster, &["snapshots", "filler"]).await?;
+    let taken: Vec<_> = listed["pool"]["snapshots"].as_array().into_iter().flatten().collect();
+    for snapshot in taken.iter().filter_map(|snapshot| snapshot["name"].as_str()) {
+        ensure!(snapshot.starts_with("zpod-auto-hourly-"), "{listed}");
+        json(cluster, &["snapshots", "filler", "--remove", snapshot]).await?;
+    }
+    cluster.sh("filler", "rm /data/most /data/more; sync").await?;
+    told_of(cluster, "SnapshotsResumed").await?;
     cluster.delete(FILLER).await?;
     cluster.wait_for_no_volumes().await
 }
 
-async fn events(cluster: &Cluster, kind: &str) -> Result<String> {
-    let selector = format!("involvedObject.name=filler,involvedObject.kind={kind}");
-    cluster.kubectl(&["get", "events", "--field-selector", &selector]).await
+/// By an event of that reason on the claim and on the pod.
+async fn told_of(cluster: &Cluster, reason: &str) -> Result<()> {
+    wait_for_events(cluster, "PersistentVolumeClaim", "filler", &[reason]).await?;
+    wait_for_events(cluster, "Pod", "filler", &[reason]).await
 }
 
 async fn health(cluster: &Cluster, wanted: &str) -> Result<()> {
