@@ -5,6 +5,7 @@ use std::time::Duration;
 use tonic::Code;
 use zpod_volume::{Bytes, Mark, VolumeId};
 
+use crate::lost::Seen;
 use crate::machine::{Fault, Health};
 
 /// Why a volume can't be used.
@@ -57,8 +58,9 @@ pub enum VolumeError {
     },
     /// There is no pool where one must be.
     #[error(
-        "volume {id}: disk {disk} (GUID {id}) is blank, but the volume is recorded as in use since before; nothing was \
-         formatted; check that the backing device is the right one and was not replaced"
+        "volume {id}: disk {disk} (GUID {id}) is blank, but the volume is recorded as in use since before: its backing device \
+         is another one, or somebody in its pod wiped the labels of its pool (zpool labelclear); nothing was formatted; put \
+         the right device back, or restore the volume from a snapshot or a backup"
     )]
     Blank {
         /// The volume.
@@ -80,7 +82,10 @@ pub enum VolumeError {
         cause: Fault,
     },
     /// There is something on the disk, and ZFS can't import it.
-    #[error("volume {id}: the pool {pool} on disk {disk} can't be imported: {cause}; nothing was changed on the disk")]
+    #[error(
+        "volume {id}: the pool {pool} on disk {disk} can't be imported{seen}; nothing was changed on the disk, and nothing is \
+         made over it; {}; ZFS says: {cause}", seen.remedy()
+    )]
     Import {
         /// The volume.
         id: VolumeId,
@@ -88,6 +93,8 @@ pub enum VolumeError {
         pool: String,
         /// Its disk.
         disk: String,
+        /// What its label says.
+        seen: Box<Seen>,
         /// What ZFS said.
         cause: Fault,
     },
@@ -178,8 +185,8 @@ pub enum VolumeError {
     },
     /// The pool has no dataset.
     #[error(
-        "volume {id}: the pool has no dataset {dataset}; nothing was made in its place; somebody destroyed it: restore the \
-         volume from a snapshot or a backup"
+        "volume {id}: the pool has no dataset {dataset}; nothing was made in its place; somebody destroyed it or \
+         gave it another name: restore the volume from a snapshot or a backup, or see docs/pod-zfs.md"
     )]
     NoDataset {
         /// The volume.

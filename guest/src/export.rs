@@ -58,14 +58,14 @@ mod tests {
 
     #[test]
     fn a_note_is_of_one_export_of_one_volume() {
-        let (id, label) = (VolumeId::from_name("a"), Label { guid: 7, txg: 100, exported: true });
+        let (id, label) = (VolumeId::from_name("a"), Label { guid: 7, txg: 100, exported: true, ..Label::default() });
         let note = encode(id, &label);
         assert!(is_last(&note, id, &label));
         for (other, label) in [
-            (VolumeId::from_name("b"), label),
-            (id, Label { exported: false, ..label }),
-            (id, Label { txg: 101, ..label }),
-            (id, Label { guid: 8, ..label }),
+            (VolumeId::from_name("b"), label.clone()),
+            (id, Label { exported: false, ..label.clone() }),
+            (id, Label { txg: 101, ..label.clone() }),
+            (id, Label { guid: 8, ..label.clone() }),
         ] {
             assert!(!is_last(&note, other, &label), "{label:?}");
         }

@@ -25,6 +25,7 @@ pub mod journal;
 pub mod key;
 pub mod kmsg;
 pub mod launcher;
+pub mod lost;
 pub mod machine;
 pub mod modules;
 pub mod mounts;

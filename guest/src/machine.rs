@@ -43,7 +43,7 @@ pub struct Disk {
 }
 
 /// What ZFS's label on a partition says of its pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Label {
     /// GUID of the pool.
     pub guid: u64,
@@ -51,6 +51,12 @@ pub struct Label {
     pub txg: u64,
     /// Nobody has had the pool since it was exported.
     pub exported: bool,
+    /// Somebody destroyed the pool.
+    pub destroyed: bool,
+    /// Its name, with nothing in it but what names of pools may have.
+    pub name: String,
+    /// How many devices it lies on; a mirror counts once.
+    pub devices: u64,
 }
 
 impl Disk {

@@ -153,7 +153,7 @@ impl Tools {
         if status.success() {
             return Ok(stdout);
         }
-        let text: String = String::from_utf8_lossy(&stderr).trim().chars().take(ERROR_TEXT).collect();
+        let text = plain(&stderr);
         Err(Fault { busy: text.contains("busy"), text: format!("{}: {status}: {text}", name()) })
     }
 
@@ -485,6 +485,13 @@ fn settings(properties: &[(String, String)]) -> Vec<String> {
 /// is one, unless the volume was made before that was so.
 fn whole_blocks(size: Bytes) -> u64 {
     size.round_up(DiskLayout::BLOCK_DEVICE_UNIT).0
+}
+
+/// What a tool said, in one line: it quotes names, which are a tenant's, and this is read on terminals.
+fn plain(output: &[u8]) -> String {
+    let text = String::from_utf8_lossy(output);
+    let words: Vec<_> = text.split(|part: char| part.is_whitespace() || part.is_control()).collect();
+    words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ").chars().take(ERROR_TEXT).collect()
 }
 
 /// Reads all of it and keeps the first part: a tool that is not read blocks.

@@ -12,6 +12,7 @@ mod fail_closed;
 mod growth;
 mod image;
 mod lifecycle;
+mod lost_pool;
 mod memory;
 mod mirror;
 mod pod;

@@ -66,6 +66,8 @@ pub(crate) struct SimPool {
     labelled: (u64, bool),
     /// What containers have written is in its log only, which waits to be replayed.
     log_waits: bool,
+    /// Somebody destroyed it.
+    pub(crate) destroyed: bool,
     /// What it is encrypted with, and whether the kernel knows it.
     pub(crate) key: Option<Key>,
     loaded: bool,
@@ -464,7 +466,14 @@ impl Machine for SimMachine {
     async fn label(&self, disk: &Disk, _start: u64) -> Result<Option<Label>, Fault> {
         self.look(|_, disks| {
             let pool = disks[image(disks, index(disks, disk)?)].pool.as_ref();
-            Ok(pool.map(|pool| Label { guid: pool.guid, txg: pool.labelled.0, exported: pool.labelled.1 }))
+            Ok(pool.map(|pool| Label {
+                guid: pool.guid,
+                txg: pool.labelled.0,
+                exported: pool.labelled.1,
+                destroyed: pool.destroyed,
+                name: pool.name.clone(),
+                devices: 1,
+            }))
         })
     }
 
@@ -545,8 +554,10 @@ impl Machine for SimMachine {
         let _importing = self.begin_import(devices)?;
         tokio::time::sleep(time).await;
         self.step("import", |kernel, disks| {
-            let named =
-                |at: &usize| !disks[*at].lost && disks[*at].pool.as_ref().is_some_and(|on| on.name == found.as_str());
+            let named = |at: &usize| {
+                !disks[*at].lost
+                    && disks[*at].pool.as_ref().is_some_and(|on| on.name == found.as_str() && !on.destroyed)
+            };
             let opened: Vec<_> = devices.iter().map(|device| kernel.links[device]).collect();
             if !read_only && opened.iter().any(|at| disks[*at].read_only) {
                 return Err(Fault::new("permission denied"));
@@ -867,9 +878,8 @@ impl Machine for SimMachine {
                 return Err(Fault { text: "pool is busy".into(), busy: true });
             }
             let read_only = kernel.read_only.remove(pool.as_str());
-            if let Some((index, _)) = kernel.imported.remove(pool.as_str())
-                && let Some(on) = disks[index].pool.as_mut().filter(|_| !read_only)
-            {
+            let (index, _) = kernel.imported.remove(pool.as_str()).ok_or_else(|| Fault::new("no such pool"))?;
+            if let Some(on) = disks[index].pool.as_mut().filter(|_| !read_only) {
                 on.labelled = (on.txg, true);
             }
             Ok(())

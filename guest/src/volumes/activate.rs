@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use zpod_volume::{Bytes, Create, DiskLayout, Mirror, Origin, VolumeId};
+use zpod_volume::{Bytes, Create, DiskLayout, Mirror, Origin, PoolName, VolumeId};
 
 use super::bounds::Bounds;
 use super::device;
@@ -13,6 +13,7 @@ use super::{Active, Request, Volume, progress::Progress};
 use crate::disk;
 use crate::error::VolumeError;
 use crate::journal::{self, Journal};
+use crate::lost::Seen;
 use crate::machine::{Disk, Fault, Health, Machine, MountFlags, Properties};
 use crate::place::Place;
 
@@ -234,13 +235,8 @@ impl<M: Machine> Activation<'_, M> {
                 return Err(VolumeError::Refused { id: self.id, reason });
             }
             Journal::Blank | Journal::Created | Journal::Foreign => {
-                if !imported {
-                    self.import(devices).await.map_err(|cause| VolumeError::Import {
-                        id: self.id,
-                        pool: spec.pool.to_string(),
-                        disk: disk.name.clone(),
-                        cause,
-                    })?;
+                if !imported && let Err(cause) = self.import(devices).await {
+                    return Err(self.unimportable(disk, cause).await);
                 }
                 return Ok(Opened::Found);
             }
@@ -284,6 +280,19 @@ impl<M: Machine> Activation<'_, M> {
         let pool = &self.request.spec.pool;
         let _alone = self.imports.alone(self.id).await;
         self.machine.import(pool, pool, devices, false).await
+    }
+
+    /// Why its pool can't be imported, with what its label says has become of it.
+    pub(super) async fn unimportable(&self, disk: &Disk, cause: Fault) -> VolumeError {
+        let spec = &self.request.spec;
+        let origin = spec.origin.as_ref().map(|origin| PoolName::for_volume(origin.volume));
+        let names: Vec<_> = [Some(&spec.pool), origin.as_ref()].into_iter().flatten().map(PoolName::as_str).collect();
+        let seen = match self.machine.label(disk, DiskLayout::PARTITION_START).await {
+            Ok(label) => Seen::of(label.as_ref(), &names),
+            Err(_) => Seen::Nothing,
+        };
+        let (pool, seen) = (spec.pool.to_string(), Box::new(seen));
+        VolumeError::Import { id: self.id, pool, disk: disk.name.clone(), seen, cause }
     }
 
     pub(super) async fn make(&self, devices: &[PathBuf], force: bool) -> Result<(), VolumeError> {

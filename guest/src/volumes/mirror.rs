@@ -119,13 +119,10 @@ impl<M: Machine> Activation<'_, M> {
                 let whole =
                     sides.iter().zip(complete).filter(|(_, complete)| *complete).filter_map(|(side, _)| side.as_ref());
                 let whole: Vec<_> = whole.map(|side| side.device.clone()).collect();
-                self.import(&whole).await.map_err(|cause| VolumeError::Import {
-                    id: self.id,
-                    pool: self.request.spec.pool.to_string(),
-                    disk: disks.first().map(|disk| disk.name.clone()).unwrap_or_default(),
-                    cause,
-                })?;
-                return Ok(Opened::Found);
+                return match (self.import(&whole).await, disks.first()) {
+                    (Err(cause), Some(disk)) => Err(self.unimportable(disk, cause).await),
+                    (imported, _) => imported.map(|()| Opened::Found).map_err(self.failed("importing its pool")),
+                };
             }
             Plan::Make => {
                 // Without its key nothing is begun. Both say so before either has a label.

@@ -168,12 +168,9 @@ impl<M: Machine> Activation<'_, M> {
             self.progress.stage("importing its pool read-only");
             let _alone = self.imports.alone(self.id).await;
             let imported = self.machine.import(&spec.pool, &spec.pool, &[device], true).await;
-            imported.map_err(|cause| VolumeError::Import {
-                id: self.id,
-                pool: spec.pool.to_string(),
-                disk: disk.name.clone(),
-                cause,
-            })?;
+            if let Err(cause) = imported {
+                return Err(self.unimportable(&disk, cause).await);
+            }
         }
         let now = self.dataset().await?;
         self.unlock(&now, true).await?;

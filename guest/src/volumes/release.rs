@@ -66,6 +66,11 @@ impl<M: Machine> Volumes<M> {
                     self.note_export(&active).await;
                 }
             }
+            // Who has ZFS in a container may have exported it, destroyed it or given it another name.
+            Err(fault) if self.machine.health(pool).await == Ok(None) => {
+                volume.state().active = None;
+                tracing::error!(volume = %volume.id, "pool {pool} is not imported any more, and nobody here has exported it: {fault}");
+            }
             Err(fault) => tracing::error!(
                 volume = %volume.id,
                 "pool {pool} can't be exported and stays imported, written out: {fault}"

@@ -65,12 +65,9 @@ impl<M: Machine> Activation<'_, M> {
         let _alone = self.imports.alone(origin.volume).await;
         if !imported {
             self.progress.stage("importing the pool it is a copy of");
-            self.import_copy(devices, origin).await.map_err(|cause| VolumeError::Import {
-                id: self.id,
-                pool: pool.to_string(),
-                disk: disk.name.clone(),
-                cause,
-            })?;
+            if let Err(cause) = self.import_copy(devices, origin).await {
+                return Err(self.unimportable(disk, cause).await);
+            }
         }
         let done = match self.machine.reguid(pool).await {
             // What the origin's owner kept for a way back is of the origin's GUID: it can't be gone back to in a copy.

@@ -127,6 +127,35 @@ async fn a_failing_volume_releases_the_ones_before_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pool_that_a_container_exported_is_imported_again_and_one_that_it_destroyed_is_refused() {
+    let disks = disks(&["a"]);
+    let volumes = guest(&disks);
+    let volume = |create| wanted("a", create, "/m1");
+    let _ = prepare(&volumes, "c1", volume(Create::Fresh)).await.unwrap();
+    for destroyed in [false, true] {
+        // With CAP_SYS_ADMIN, and our mounts out of the way.
+        for (at, ..) in volumes.machine().mounts() {
+            volumes.machine().unmount(&at, false).await.unwrap();
+        }
+        volumes.machine().export(&spec("a", Create::Never).pool).await.unwrap();
+        disks.lock().unwrap()[0].pool.as_mut().unwrap().destroyed = destroyed;
+        volumes.release_all().await;
+        assert_eq!(volumes.status(Duration::ZERO).await, [], "nothing is told of what is not here");
+        let made = count(&volumes, "create");
+        let again = prepare(&volumes, "c1", volume(Create::Never)).await;
+        match again {
+            Ok(_) => assert!(!destroyed),
+            Err(error) => {
+                let error = error.to_string();
+                assert!(destroyed && error.contains("somebody has destroyed it"), "{error}");
+                assert!(error.contains("zpool import -D") && error.contains("from a snapshot"), "{error}");
+            }
+        }
+        assert_eq!(count(&volumes, "create"), made);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn killed_between_any_two_steps_the_next_start_does_the_right_thing() {
     let mut finished = 0;
     for number in 1.. {
