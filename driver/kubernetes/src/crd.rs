@@ -15,7 +15,7 @@ mod volume;
 pub use node::{BackingStatus, ZfsNode, ZfsNodeSpec, ZfsNodeStatus};
 pub use snapshot::{GroupRef, SnapshotPhase, ZfsSnapshot, ZfsSnapshotSpec, ZfsSnapshotStatus};
 pub use volume::{
-    ClaimRef, Mode, OriginStatus, Phase, Pod, PoolStatus, PublicationStatus, Scrub, SourceRef, ZfsVolume,
+    ClaimRef, LastSnapshot, Mode, OriginStatus, Phase, Pod, PoolStatus, PublicationStatus, Scrub, SourceRef, ZfsVolume,
     ZfsVolumeSpec, ZfsVolumeStatus,
 };
 

@@ -25,13 +25,13 @@ use kube::{Client, Resource as _};
 use serde_json::json;
 use tokio::sync::Notify;
 use tokio::time::Instant;
-use zpod_kubernetes::crd::{Manager, ZfsVolume};
+use zpod_kubernetes::crd::{LastSnapshot, Manager, ZfsVolume};
 use zpod_kubernetes::{HEALTHY, is_refusal};
 use zpod_volume::VolumeId;
 
 use crate::bucket::Bucket;
 use crate::guest::VolumeReport;
-use crate::volumes::{Observed, Observer};
+use crate::volumes::{Observed, Observer, SnapshotChange};
 use said::Said;
 use track::{Base, Next, Track, Written};
 
@@ -107,6 +107,16 @@ impl Observer for PoolStates {
 
     fn unheard(&self, volume: &Observed, reason: &str) {
         self.tracks().entry(volume.id).or_default().unheard(Said::unheard(volume.id, reason));
+        self.wake.notify_one();
+    }
+
+    fn snapshot_changed(&self, volume: &Observed, change: &SnapshotChange) {
+        let (name, state) = match change {
+            SnapshotChange::Taken(name) => (name, "Taken"),
+            SnapshotChange::Destroyed(name) => (name, "Destroyed"),
+        };
+        let last = LastSnapshot { name: name.to_string(), state: state.to_owned(), time: Time(Timestamp::now()) };
+        self.tracks().entry(volume.id).or_default().snapshot(last);
         self.wake.notify_one();
     }
 

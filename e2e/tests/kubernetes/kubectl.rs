@@ -10,7 +10,7 @@ use tokio::process::Command;
 use zpod_e2e::cluster::Cluster;
 use zpod_e2e::inputs;
 
-use super::claims::wait_for_events;
+use super::claims::{volume, wait_for_events};
 
 const CALL: Duration = Duration::from_secs(300);
 const CLAIM: &str = include_str!("../../manifests/claim.yaml");
@@ -88,6 +88,14 @@ pub(crate) async fn a_volume_is_shown_changed_scrubbed_and_sent_by_kubectl(clust
     for reason in ["SnapshotTaken", "SnapshotDestroyed"] {
         wait_for_events(cluster, "PersistentVolumeClaim", "data", &[reason, "before.1"]).await?;
     }
+    cluster
+        .wait("the last snapshot is in the status", async || {
+            let status = volume(cluster).await?["status"].clone();
+            let last = &status["pool"]["lastSnapshot"];
+            ensure!(last["name"] == "before.1" && last["state"] == "Destroyed", "its status: {status}");
+            Ok(())
+        })
+        .await?;
     let bytes = fs::metadata(&file)?.len();
     ensure!(bytes > 1 << 20, "a stream of {bytes} bytes with a file of 1 MiB in it");
 

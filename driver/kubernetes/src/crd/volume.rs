@@ -355,6 +355,9 @@ pub struct PoolStatus {
     /// Space that the volume's own contents hold, rounded up to MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used_by_dataset: Option<Quantity>,
+    /// The snapshot in the pool that somebody last had taken or destroyed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_snapshot: Option<LastSnapshot>,
     /// Logical over stored size, such as `1.43x`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub compress_ratio: String,
@@ -373,6 +376,19 @@ pub struct PoolStatus {
     /// The last scrub.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_scrub: Option<Scrub>,
+}
+
+/// What `kubectl zpod` has had done with a snapshot in the pool. Those of a schedule, and those that a container takes, are
+/// not told of here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LastSnapshot {
+    /// Its name.
+    pub name: String,
+    /// `Taken` or `Destroyed`.
+    pub state: String,
+    /// When, by the node's clock.
+    pub time: Time,
 }
 
 /// A scrub.

@@ -1,6 +1,6 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
-use zpod_kubernetes::crd::{PoolStatus, Scrub, ZfsVolumeStatus};
+use zpod_kubernetes::crd::{LastSnapshot, PoolStatus, Scrub, ZfsVolumeStatus};
 use zpod_kubernetes::{HEALTHY, Quantity};
 use zpod_volume::{Bytes, PoolName, VolumeId};
 
@@ -68,6 +68,7 @@ impl Said {
             used_by_snapshots: known.and_then(|_| size(report.snapshots.0)),
             used_by_children: known.and_then(|_| size(report.children.0)),
             used_by_dataset: known.and_then(|_| size(report.dataset.0)),
+            last_snapshot: None,
             compress_ratio: known.map_or_else(String::new, |_| format!("{:.2}x", report.compress_ratio)),
             read_errors: count(report.errors.read),
             write_errors: count(report.errors.write),
@@ -130,6 +131,15 @@ impl Said {
             (pool, _) => pool,
         };
         Self { pool, ..self }
+    }
+
+    /// With what was last done with a snapshot, or what stands there of it.
+    pub(super) fn with_snapshot(mut self, last: Option<&LastSnapshot>, written: Option<&Self>) -> Self {
+        if let Some(pool) = &mut self.pool {
+            let before = || written?.pool.as_ref()?.last_snapshot.as_ref();
+            pool.last_snapshot = last.or_else(before).cloned();
+        }
+        self
     }
 
     fn with_usage_of(mut self, other: &Self) -> Self {

@@ -268,3 +268,38 @@ async fn a_refused_volume_keeps_the_usage_that_was_known_and_says_why() {
     assert_eq!(writes[0].body["status"]["conditions"][0]["reason"], "VolumeRefused");
     assert_eq!(writes[0].body["status"]["conditions"][0]["message"], "no disk");
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_last_snapshot_that_was_asked_for_is_written_at_once_and_stays() {
+    let world = world(json!({"publication": {"targetPath": "/t", "token": uuid::Uuid::nil(), "bootId": "boot-1"}}));
+    world.say(Health::Online, 100 * MIB);
+    let writes = world.within(secs(2)).await;
+    assert!(pool(&writes[0], "lastSnapshot").is_null(), "{writes:?}");
+    let name = || "before.1".parse().unwrap();
+    for (change, state) in [(SnapshotChange::Taken(name()), "Taken"), (SnapshotChange::Destroyed(name()), "Destroyed")]
+    {
+        world.states.snapshot_changed(&observed(), &change);
+        let writes = world.within(secs(2)).await;
+        assert_eq!(writes.len(), 1, "{writes:?}");
+        let last = pool(&writes[0], "lastSnapshot");
+        assert_eq!((&last["name"], &last["state"]), (&json!("before.1"), &json!(state)));
+        assert!(last["time"].is_string(), "{last}");
+    }
+    // A report says nothing of it, and takes nothing of it away; nor does the end of the pod.
+    world.say(Health::Degraded, 100 * MIB);
+    assert_eq!(pool(&world.within(secs(2)).await[0], "lastSnapshot")["state"], "Destroyed");
+    world.states.withdrawn(id());
+    assert_eq!(pool(&world.within(secs(20)).await[0], "lastSnapshot")["state"], "Destroyed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_snapshot_that_stands_in_an_object_outlives_the_process_that_has_written_it() {
+    let last = json!({"name": "before.1", "state": "Taken", "time": "2026-11-30T12:00:00Z"});
+    let pool_before = json!({"name": "p", "health": "Online", "used": "1Mi", "available": "1Mi", "lastSnapshot": last});
+    let condition = json!({"type": "Healthy", "status": "True", "reason": "PoolOnline", "message": "",
+                           "lastTransitionTime": "2026-11-30T12:00:00Z"});
+    let publication = json!({"targetPath": "/t", "token": uuid::Uuid::nil(), "bootId": "boot-1"});
+    let world = world(json!({"publication": publication, "pool": pool_before, "conditions": [condition]}));
+    world.say(Health::Degraded, 100 * MIB);
+    assert_eq!(pool(&world.within(secs(2)).await[0], "lastSnapshot"), &last);
+}

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use tokio::time::Instant;
+use zpod_kubernetes::crd::LastSnapshot;
 use zpod_volume::Bytes;
 
 use super::said::Said;
@@ -22,6 +23,8 @@ const REST: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Track {
     wanted: Wanted,
+    /// Told by this process. What an earlier one has told stands in the object.
+    snapshot: Option<LastSnapshot>,
     capacity: Bytes,
     base: Base,
     news: Bucket,
@@ -72,6 +75,7 @@ impl Default for Track {
     fn default() -> Self {
         Self {
             wanted: Wanted::Withdrawn(None),
+            snapshot: None,
             capacity: Bytes(0),
             base: Base::Unknown,
             news: Bucket::new(NEWS_BURST, NEWS_EVERY),
@@ -97,6 +101,11 @@ impl Track {
     /// Notes that a container runs without it, until a guest reports or it is withdrawn.
     pub(super) fn unheard(&mut self, said: Said) {
         self.wanted = Wanted::Unheard(said);
+    }
+
+    /// Notes that a snapshot was taken or destroyed.
+    pub(super) fn snapshot(&mut self, last: LastSnapshot) {
+        self.snapshot = Some(last);
     }
 
     /// Notes that no pod uses it any more.
@@ -165,7 +174,7 @@ impl Track {
             // Of one that was never heard of there is nothing to say.
             Wanted::Withdrawn(None) => written?.clone().exported(),
         };
-        Some(said.or_usage_of(written))
+        Some(said.or_usage_of(written).with_snapshot(self.snapshot.as_ref(), written))
     }
 
     /// What is to be done, and when; `None` while there is nothing.
