@@ -54,7 +54,7 @@ async fn until(boot: Boot, text: &str) -> Result<f64> {
 
 async fn until_answered() -> Result<f64> {
     let node = Node::idle()?;
-    let pod = Sandbox::start(&node, Runtime::Rs).await?;
+    let pod = Sandbox::start_with(&node, Runtime::Rs, Boot::Zpod).await?;
     Ok(seconds(pod.boot_time))
 }
 

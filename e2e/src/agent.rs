@@ -12,6 +12,17 @@ use zpod_proto::agent::{self, HEALTH_SERVICE, SERVICE};
 /// configuration sets for CreateContainer.
 pub const DEADLINE: Duration = Duration::from_secs(120);
 
+/// kata-agent's `SetGuestDateTimeRequest`.
+#[derive(Clone, PartialEq, Message)]
+pub struct SetGuestDateTimeRequest {
+    /// Seconds since 1970.
+    #[prost(int64, tag = "1")]
+    pub sec: i64,
+    /// Microseconds.
+    #[prost(int64, tag = "2")]
+    pub usec: i64,
+}
+
 /// What a call fails with.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {

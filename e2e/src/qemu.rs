@@ -21,6 +21,7 @@ use crate::workdir::Workdir;
 use crate::{PATIENCE, base_initrd, console, inputs, postgresql, vsock};
 
 mod faults;
+mod template;
 
 pub use faults::Fault;
 
@@ -30,12 +31,19 @@ const PORTS: usize = 9;
 /// runtime-rs waits 10 s for DEVICE_DELETED (`DEVICE_DELETED_TIMEOUT`); guests in emulation may be slower.
 const UNPLUG: Duration = Duration::from_secs(60);
 const MEMORY_MIB: u32 = 512;
+/// The id of the vsock device and of its socket; the port it is plugged into, and that one's slot.
+const VSOCK: &str = "vsock";
+const VSOCK_BUS: &str = "vsock-port";
+const VSOCK_PORT: usize = FIRST_PORT + PORTS;
 
 /// What the guest starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Boot {
     /// zpod-guest, which starts the agent: what a node is set up for.
     Zpod,
+    /// The same from where another machine's kernel had come up and was about to start zpod-guest, as with Kata's VM
+    /// templates. By hardware it boots as that other one did.
+    FromTemplate,
     /// The same, with PostgreSQL for the containers.
     PostgreSql,
     /// The agent alone, with ZFS in the kernel but nothing of ours before it.
@@ -47,7 +55,7 @@ pub enum Boot {
 impl Boot {
     fn command_line(self) -> String {
         let start = match self {
-            Self::Zpod | Self::PostgreSql => {
+            Self::Zpod | Self::FromTemplate | Self::PostgreSql => {
                 "rdinit=/zpod/init agent.server_addr=unix:///run/kata-agent.sock".to_owned()
             }
             Self::Bare => format!("rdinit={} agent.server_addr=vsock://-1:1024", base_initrd::BARE_INIT),
@@ -63,7 +71,7 @@ impl Boot {
     /// guest's driver was there: seen in one boot of some sixty.
     fn ready_line(self) -> &'static str {
         match self {
-            Self::Zpod | Self::PostgreSql => "zpod-guest: proxy ready",
+            Self::Zpod | Self::FromTemplate | Self::PostgreSql => "zpod-guest: proxy ready",
             Self::Bare => "ZFS: Loaded module",
             Self::Empty => "Kernel panic",
         }
@@ -129,7 +137,13 @@ impl Guest {
     ///
     /// # Errors
     /// When a part is missing or QEMU doesn't start.
-    pub async fn boot_in(boot: Boot, parent: &Path) -> Result<Self> {
+    pub async fn boot_in(mut boot: Boot, parent: &Path) -> Result<Self> {
+        if boot == Boot::FromTemplate {
+            if Accel::detect().await? == Accel::Tcg {
+                return Self::restore(parent).await;
+            }
+            boot = Boot::Zpod;
+        }
         let image = inputs::guest_image()?;
         Self::start(boot, parent, &image.kernel, |to| boot.write_initrd(&image, to)).await
     }
@@ -154,63 +168,51 @@ impl Guest {
         let initrd = dir.path().join("initrd");
         write_initrd(&initrd)?;
         let vsock_device = start_vsock_device(dir.path())?;
-        let (accel, memory) = (Accel::detect().await?, boot.memory_mib());
-        let place = |name: &str| dir.path().join(name).display().to_string();
-        let mut arguments: Vec<String> = vec![
-            "-nodefaults".into(),
-            "-no-user-config".into(),
-            "-no-reboot".into(),
-            "-display".into(),
-            "none".into(),
-            "-machine".into(),
-            "q35,memory-backend=mem".into(),
-            "-accel".into(),
-            accel.argument().into(),
-            "-cpu".into(),
-            "max".into(),
-            "-smp".into(),
-            processors(accel),
-            "-m".into(),
-            memory.to_string(),
-            "-object".into(),
-            // vhost-user: the device process maps the guest's memory.
-            format!("memory-backend-memfd,id=mem,size={memory}M,share=on"),
-            "-chardev".into(),
-            format!("socket,id=vsock,path={}", place("vhost.sock")),
-            "-device".into(),
-            "vhost-user-vsock-pci,chardev=vsock".into(),
-            "-serial".into(),
-            format!("file:{}", place("console")),
-            "-qmp".into(),
-            format!("unix:{},server=on,wait=off", place("qmp.sock")),
-            "-kernel".into(),
-            kernel.display().to_string(),
-            "-initrd".into(),
-            initrd.display().to_string(),
-            "-append".into(),
-            boot.command_line(),
-        ];
-        for port in 0..PORTS {
-            arguments.push("-device".into());
-            let slot = FIRST_PORT + port;
-            arguments.push(format!("pcie-root-port,id=port{port},chassis={},addr={slot:#x}", port + 1));
-        }
+        let mut arguments = machine(boot, dir.path()).await?;
+        arguments.extend(boots(boot, kernel, &initrd));
+        arguments.extend(vsock_backend(dir.path()));
+        arguments.extend(["-device", "vhost-user-vsock-pci,chardev=vsock"].map(str::to_owned));
         let power_on = Instant::now();
-        let qemu = Process::start(&inputs::qemu()?, arguments, &[], &dir.path().join("qemu.log"))?;
-        let qmp = Qmp::connect(&dir.path().join("qmp.sock"), PATIENCE).await;
-        let qmp = qmp.with_context(|| format!("QEMU: {}", qemu.tail()))?;
-        Ok(Self {
-            qmp,
-            qemu,
-            vsock_device,
-            disks: BTreeMap::new(),
-            leaving: BTreeSet::new(),
-            dir,
-            _slot: slot,
-            boot,
-            reports_errors: false,
-            power_on,
-        })
+        let (qemu, qmp) = launch(dir.path(), arguments).await?;
+        Ok(Self::new(boot, dir, slot, (qemu, qmp), vsock_device, power_on))
+    }
+
+    /// Goes on where the template's machine was stopped: with new entropy, and with a vsock device of its own, which is
+    /// plugged in.
+    async fn restore(parent: &Path) -> Result<Self> {
+        let slot = Slot::take().await?;
+        let template = template::get().await?;
+        let dir = Workdir::within(parent)?;
+        fs::copy(template.join(template::CONSOLE), dir.path().join("console"))
+            .context("copy the template's console")?;
+        let vsock_device = start_vsock_device(dir.path())?;
+        let mut arguments = machine(Boot::FromTemplate, dir.path()).await?;
+        arguments.extend(vsock_backend(dir.path()));
+        arguments.extend(["-incoming", "defer"].map(str::to_owned));
+        let power_on = Instant::now();
+        let (qemu, mut qmp) = launch(dir.path(), arguments).await?;
+        template::load(&mut qmp, &template).await?;
+        let device = json!({"driver": "vhost-user-vsock-pci", "id": VSOCK, "chardev": VSOCK, "bus": VSOCK_BUS});
+        qmp.execute("device_add", device).await?;
+        qmp.execute("cont", json!({})).await?;
+        Ok(Self::new(Boot::FromTemplate, dir, slot, (qemu, qmp), vsock_device, power_on))
+    }
+
+    fn new(
+        boot: Boot,
+        dir: Workdir,
+        slot: Slot,
+        (qemu, qmp): (Process, Qmp),
+        vsock_device: Process,
+        power_on: Instant,
+    ) -> Self {
+        let (disks, leaving) = (BTreeMap::new(), BTreeSet::new());
+        Self { qmp, qemu, vsock_device, disks, leaving, dir, _slot: slot, boot, reports_errors: false, power_on }
+    }
+
+    /// Whether its clock stood still while its template was kept.
+    pub fn is_restored(&self) -> bool {
+        self.boot == Boot::FromTemplate
     }
 
     /// The unix socket of its hybrid vsock.
@@ -224,7 +226,7 @@ impl Guest {
     /// When nobody does within the deadline, or QEMU has ended.
     pub async fn connect(&mut self, port: u32, deadline: Duration) -> Result<UnixStream> {
         let end = Instant::now() + deadline;
-        while !self.console_has(self.boot.ready_line()) {
+        while !(self.console_has(self.boot.ready_line()) && self.has_vsock().await?) {
             self.qemu.must_run()?;
             if Instant::now() >= end {
                 bail!("the guest didn't come up in {deadline:?}");
@@ -241,6 +243,16 @@ impl Guest {
                 Err(_) => sleep(Duration::from_millis(20)).await,
             }
         }
+    }
+
+    /// Whether the guest's driver has its vsock device. Before, nobody may dial: see [`Boot::ready_line`].
+    async fn has_vsock(&mut self) -> Result<bool> {
+        if self.boot != Boot::FromTemplate {
+            return Ok(true);
+        }
+        let device = json!({"path": format!("/machine/peripheral/{VSOCK}/virtio-backend")});
+        let status = self.qmp.execute("x-query-virtio-status", device).await?;
+        Ok(status["status"].to_string().contains("DRIVER_OK"))
     }
 
     /// Disks that are plugged in from now on tell the guest of every error, as cloud-hypervisor does. By itself QEMU stops
@@ -386,6 +398,57 @@ impl Drop for Guest {
 /// guests run at once on small machines anyway. `ZPOD_E2E_CPUS` asks for another number.
 fn processors(accel: Accel) -> String {
     std::env::var("ZPOD_E2E_CPUS").unwrap_or_else(|_| if accel == Accel::Kvm { "2" } else { "1" }.to_owned())
+}
+
+/// The processor. ZFS measures each of its vector routines when it is loaded, and AVX is slow in emulation: without it a
+/// guest has ZFS after 2.1 s of processor time instead of 2.7 s.
+fn processor(accel: Accel) -> &'static str {
+    if accel == Accel::Kvm { "max" } else { "max,-avx,-avx2" }
+}
+
+/// What all machines have, and their files in a directory. A new identity each time: a kernel that goes on from a template
+/// mixes it into its random numbers, so that no two guests draw the same.
+async fn machine(boot: Boot, dir: &Path) -> Result<Vec<String>> {
+    let (accel, memory) = (Accel::detect().await?, boot.memory_mib());
+    let place = |name: &str| dir.join(name).display().to_string();
+    let mut arguments: Vec<String> =
+        ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35,memory-backend=mem"]
+            .map(str::to_owned)
+            .to_vec();
+    let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
+    add("-accel", accel.argument().into());
+    add("-cpu", processor(accel).into());
+    add("-smp", processors(accel));
+    add("-m", memory.to_string());
+    // vhost-user: the device process maps the guest's memory.
+    add("-object", format!("memory-backend-memfd,id=mem,size={memory}M,share=on"));
+    add("-device", "vmgenid,guid=auto".into());
+    add("-chardev", format!("file,id=console,path={},append=on", place("console")));
+    add("-serial", "chardev:console".into());
+    add("-qmp", format!("unix:{},server=on,wait=off", place("qmp.sock")));
+    for port in 0..PORTS {
+        let slot = FIRST_PORT + port;
+        add("-device", format!("pcie-root-port,id=port{port},chassis={},addr={slot:#x}", port + 1));
+    }
+    add("-device", format!("pcie-root-port,id={VSOCK_BUS},chassis={},addr={VSOCK_PORT:#x}", PORTS + 1));
+    Ok(arguments)
+}
+
+/// What it starts.
+fn boots(boot: Boot, kernel: &Path, initrd: &Path) -> [String; 6] {
+    let path = |path: &Path| path.display().to_string();
+    ["-kernel".into(), path(kernel), "-initrd".into(), path(initrd), "-append".into(), boot.command_line()]
+}
+
+fn vsock_backend(dir: &Path) -> [String; 2] {
+    ["-chardev".into(), format!("socket,id={VSOCK},path={}", dir.join("vhost.sock").display())]
+}
+
+async fn launch(dir: &Path, arguments: Vec<String>) -> Result<(Process, Qmp)> {
+    let qemu = Process::start(&inputs::qemu()?, arguments, &[], &dir.join("qemu.log"))?;
+    let qmp = Qmp::connect(&dir.join("qmp.sock"), PATIENCE).await;
+    let qmp = qmp.with_context(|| format!("QEMU: {}", qemu.tail()))?;
+    Ok((qemu, qmp))
 }
 
 /// Starts the device and waits until it listens: QEMU connects to it once, at its start.

@@ -9,14 +9,14 @@ mod runtime;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
 use tokio::time::{Instant, sleep, timeout};
 use zpod_proto::agent;
 
 use crate::PATIENCE;
-use crate::agent::{AgentClient, AgentError};
+use crate::agent::{AgentClient, AgentError, SetGuestDateTimeRequest};
 use crate::direct_volume::DirectVolume;
 use crate::node::Node;
 use crate::qemu::{Boot, Guest, Plug};
@@ -74,7 +74,7 @@ impl Sandbox {
     /// # Errors
     /// When the agent doesn't answer in time.
     pub async fn start(node: &Node, runtime: Runtime) -> Result<Self> {
-        Self::start_with(node, runtime, Boot::Zpod).await
+        Self::start_with(node, runtime, Boot::FromTemplate).await
     }
 
     /// The same, with a choice of what the guest starts.
@@ -104,6 +104,9 @@ impl Sandbox {
             Err(error) => return Err(guest.explain(error)),
         };
         let boot_time = guest.power_on.elapsed();
+        if guest.is_restored() {
+            set_clock(&agent).await?;
+        }
         let monitor = Monitor::serve(run_dir, &id, &guest.vsock())?;
         let request = agent::CreateSandboxRequest { hostname: hostname.into(), sandbox_id: id, ..Default::default() };
         if let Err(error) = agent.run("CreateSandbox", &request).await {
@@ -389,6 +392,13 @@ impl Sandbox {
     pub fn guest_mut(&mut self) -> &mut Guest {
         &mut self.guest
     }
+}
+
+/// As Kata's shim does for a guest that comes of a template: its clock stood still.
+async fn set_clock(agent: &AgentClient) -> Result<()> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+    let (sec, usec) = (i64::try_from(now.as_secs())?, i64::from(now.subsec_micros()));
+    agent.run("SetGuestDateTime", &SetGuestDateTimeRequest { sec, usec }).await.context("set the guest's clock")
 }
 
 async fn connect(guest: &mut Guest) -> Result<AgentClient> {

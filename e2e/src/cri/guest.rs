@@ -40,7 +40,7 @@ impl GuestPod {
         // As short as the sandbox's directory: its sockets must be where zpod-node sees them.
         let dir = runtime.run_dir().join(id);
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        let guest = Guest::boot_in(Boot::Zpod, &dir).await?;
+        let guest = Guest::boot_in(Boot::FromTemplate, &dir).await?;
         let process = guest.process();
         let (run_dir, volumes) = (runtime.run_dir(), PathBuf::from(DIRECT_VOLUMES));
         let mut sandbox = Sandbox::start_in(run_dir, volumes, id.to_owned(), hostname, runtime, guest).await?;

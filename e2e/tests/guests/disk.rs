@@ -79,5 +79,5 @@ impl Disk {
 pub(crate) async fn pod(dir: &Workdir) -> Result<Sandbox> {
     let (run, volumes) = (dir.subdirectory("kata")?, dir.subdirectory("direct-volumes")?);
     let id = Uuid::new_v4().simple().to_string();
-    Sandbox::start_in(&run, volumes, id, "e2e", Runtime::Rs, Guest::boot(Boot::Zpod).await?).await
+    Sandbox::start_in(&run, volumes, id, "e2e", Runtime::Rs, Guest::boot(Boot::FromTemplate).await?).await
 }

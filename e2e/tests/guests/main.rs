@@ -21,3 +21,4 @@ mod runtimes;
 mod schedule;
 mod send;
 mod snapdir;
+mod template;

@@ -20,7 +20,7 @@ const GROUP: u32 = 2000;
 async fn pod(dir: &Workdir, runtime: Runtime) -> Result<Sandbox> {
     let (run, volumes) = (dir.subdirectory("kata")?, dir.subdirectory("direct-volumes")?);
     let id = Uuid::new_v4().simple().to_string();
-    let mut pod = Sandbox::start_in(&run, volumes, id, "e2e", runtime, Guest::boot(Boot::Zpod).await?).await?;
+    let mut pod = Sandbox::start_in(&run, volumes, id, "e2e", runtime, Guest::boot(Boot::FromTemplate).await?).await?;
     pod.run(Container::debug("tools")).await?;
     Ok(pod)
 }

@@ -6,12 +6,15 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, anyhow};
 use async_trait::async_trait;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
 use nix::unistd::Pid;
 use prost::Message;
 use tokio::sync::{Mutex, oneshot};
 use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
 use ttrpc::proto::{Request, Response};
 use ttrpc::{Code, get_status};
+use zpod_e2e::agent::SetGuestDateTimeRequest;
 use zpod_proto::agent::{self, volume_usage::Unit};
 
 use crate::process::{Process, Stream};
@@ -133,7 +136,8 @@ impl Agent {
                 }
                 Ok(Vec::new())
             }
-            "SetGuestDateTime" | "OnlineCPUMem" => Ok(Vec::new()),
+            "SetGuestDateTime" => done(set_clock(&decode(payload)?)),
+            "OnlineCPUMem" => Ok(Vec::new()),
             other => Err((Code::UNIMPLEMENTED, anyhow!("{other} is not implemented"))),
         }
     }
@@ -196,4 +200,9 @@ fn volume_stats(path: &str) -> Result<agent::VolumeStatsResponse> {
         ],
         volume_condition: Some(agent::VolumeCondition { abnormal: false, message: "OK".to_owned() }),
     })
+}
+
+fn set_clock(time: &SetGuestDateTimeRequest) -> Result<()> {
+    let time = TimeSpec::new(time.sec, time.usec * 1000);
+    clock_settime(ClockId::CLOCK_REALTIME, time).context("set the clock")
 }
