@@ -161,12 +161,19 @@ pub(crate) async fn a_volume_that_fills_is_told_of_on_its_claim_and_its_pod(clus
     ensure!(volume["status"]["pool"]["health"] == "Online", "its status: {}", volume["status"]["pool"]);
 
     // What is removed is held by the snapshot that was taken at the start, unless that goes too.
-    let listed = json(cluster, &["snapshots", "filler"]).await?;
-    let taken: Vec<_> = listed["pool"]["snapshots"].as_array().into_iter().flatten().collect();
-    for snapshot in taken.iter().filter_map(|snapshot| snapshot["name"].as_str()) {
-        ensure!(snapshot.starts_with("zpod-auto-hourly-"), "{listed}");
-        json(cluster, &["snapshots", "filler", "--remove", snapshot]).await?;
-    }
+    cluster
+        .wait("no snapshot is left", async || {
+            let listed = json(cluster, &["snapshots", "filler"]).await?;
+            let taken: Vec<_> = listed["pool"]["snapshots"].as_array().context("its guest can be asked")?.clone();
+            for snapshot in taken.iter().filter_map(|snapshot| snapshot["name"].as_str()) {
+                // The guest may have removed it meanwhile, for it makes room too.
+                let remove = ["snapshots", "filler", "--remove", snapshot];
+                plugin(cluster, &remove, Stdio::null(), Stdio::piped()).await?;
+            }
+            ensure!(taken.is_empty(), "{listed}");
+            Ok(())
+        })
+        .await?;
     cluster.sh("filler", "rm /data/most /data/more; sync").await?;
     told_of(cluster, "SnapshotsResumed").await?;
     cluster.delete(FILLER).await?;
