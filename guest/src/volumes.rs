@@ -79,6 +79,12 @@ pub struct Use {
     mount_point: PathBuf,
 }
 
+impl Use {
+    fn of(container: &str, wanted: &Wanted) -> Self {
+        Self { container: container.to_owned(), mount_point: wanted.mount_point.clone() }
+    }
+}
+
 /// What one call has added: to be taken back if the container does not come to be.
 #[derive(Debug, Default, PartialEq, Eq)]
 #[must_use = "what was added must be released when the container does not come to be"]
@@ -257,13 +263,19 @@ impl<M: Machine> Volumes<M> {
         // All at once, so that one slow disk does not hold up the others.
         let runs: Vec<_> = wanted.iter().map(|wanted| self.run(&self.volume(wanted.spec.id), wanted)).collect();
         for (wanted, run) in wanted.iter().zip(runs) {
+            let (volume, usage) = (self.volume(wanted.spec.id), Use::of(container, wanted));
+            let had = volume.state().uses.contains(&usage);
             match self.prepare_one(container, wanted, run, started, deadline).await {
                 Ok(usage) => {
-                    self.volume(wanted.spec.id).state().refusal = None;
+                    volume.state().refusal = None;
                     added.0.extend(usage.map(|usage| (wanted.spec.id, usage)));
                 }
                 Err(error) => {
-                    self.volume(wanted.spec.id).refuse(&wanted.spec, &error);
+                    volume.refuse(&wanted.spec, &error);
+                    // Its time may have been up when it was mounted, and what is below it was not.
+                    if !had && volume.state().uses.contains(&usage) {
+                        added.0.push((volume.id, usage));
+                    }
                     self.undo(added).await;
                     return Err(error);
                 }
@@ -305,7 +317,7 @@ impl<M: Machine> Volumes<M> {
         container: &str,
         wanted: &Wanted,
     ) -> Option<Result<Option<Use>, VolumeError>> {
-        let usage = Use { container: container.to_owned(), mount_point: wanted.mount_point.clone() };
+        let usage = Use::of(container, wanted);
         if let Some(refused) = self.writable_for(volume, wanted).await {
             return Some(Err(refused));
         }

@@ -173,6 +173,8 @@ pub(crate) struct SimMachine {
     pub(crate) held: Mutex<BTreeSet<PathBuf>>,
     /// How long an import takes.
     pub(crate) import_time: Mutex<std::time::Duration>,
+    /// How long it takes to mount a dataset below a volume's.
+    pub(crate) child_time: Mutex<std::time::Duration>,
     /// What time it is.
     pub(crate) clock: Mutex<Timestamp>,
     /// What is free in each file system.
@@ -207,6 +209,7 @@ impl SimMachine {
             failing: Mutex::default(),
             held: Mutex::default(),
             import_time: Mutex::default(),
+            child_time: Mutex::default(),
             clock: Mutex::default(),
             free: Mutex::new(60),
             used: Mutex::new(40),
@@ -918,6 +921,8 @@ impl Machine for SimMachine {
     }
 
     async fn mount_child(&self, dataset: &str, base: &Path, place: &Path, flags: MountFlags) -> Result<Step, Fault> {
+        let time = *self.child_time.lock().unwrap();
+        tokio::time::sleep(time).await;
         self.step(format!("mount child {}", place.display()), |kernel, _| {
             assert!(kernel.mounts.contains_key(base), "its volume is not mounted");
             if dataset.ends_with("broken") {

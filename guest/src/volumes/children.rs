@@ -146,6 +146,28 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_container_whose_time_is_up_while_they_are_mounted_leaves_nothing_of_its_volume() {
+        let disks = disks(&["a", "b"]);
+        let volumes = guest(&disks);
+        let two = ["a", "b"].map(|name| wanted(name, Create::Fresh, &format!("/m-{name}")));
+        let mut first = two[0].clone();
+        first.spec.zfs_access = ZfsAccess::Volume;
+        volumes.machine().has_children(&[child(&format!("{}/x", first.spec.dataset()), true)]);
+        *volumes.machine().child_time.lock().unwrap() = Duration::from_secs(9);
+        let all = [two[1].clone(), first.clone()];
+        let error = volumes.prepare("c1", &all, Instant::now() + Duration::from_secs(5)).await.unwrap_err();
+        assert!(matches!(error, crate::error::VolumeError::Overrun { .. }), "{error}");
+        assert!(mounted(&volumes).is_empty(), "{:?}", mounted(&volumes));
+        assert!(volumes.status(Duration::ZERO).await.iter().all(|volume| volume.containers.is_empty()));
+        // The same of a container that has it already is not taken from it.
+        *volumes.machine().child_time.lock().unwrap() = Duration::ZERO;
+        let _ = prepare(&volumes, "c1", first.clone()).await.unwrap();
+        *volumes.machine().child_time.lock().unwrap() = Duration::from_secs(9);
+        let _ = volumes.prepare("c1", &[first], Instant::now() + Duration::from_secs(5)).await;
+        assert_eq!(mounted(&volumes), ["/m-a", "/m-a/x"]);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn no_command_is_run_for_a_volume_that_can_have_none() {
         let disks = disks(&["a"]);
         let volumes = guest(&disks);
