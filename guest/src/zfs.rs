@@ -251,7 +251,9 @@ impl Tools {
     /// Loads the key of a dataset, or looks only whether it would fit (`-n`), which can be done while it is loaded. False
     /// where it does not fit.
     pub async fn load_key(&self, dataset: &str, key: &Key, only_look: bool) -> Result<bool, Fault> {
-        let arguments: Vec<_> = ["load-key"].into_iter().chain(only_look.then_some("-n")).chain([dataset]).collect();
+        // Whatever its owner has made of `keylocation`: the key is what the node provides, and no file of the guest's.
+        let arguments: Vec<_> =
+            ["load-key", "-L", "prompt"].into_iter().chain(only_look.then_some("-n")).chain([dataset]).collect();
         match self.run_with("zfs", &arguments, Some(&key.input()), KEY_DEADLINE).await {
             Ok(_) => Ok(true),
             Err(fault) if fault.text.contains("Incorrect key provided") => Ok(false),

@@ -45,13 +45,14 @@ impl<M: Machine> Volumes<M> {
 }
 
 /// What to set, before anything else and after it, for a block device to be as writable as its publication is. A file
-/// system's mounts are read-only instead; a device that is can't be given another size.
+/// system's mounts are read-only instead: where its owner has set the property on the dataset or on its pool, it goes. A
+/// device that is read-only can't be given another size.
 pub(super) fn read_only(spec: &VolumeSpec, now: &Properties, changes: bool) -> [Vec<(String, String)>; 2] {
     let set = |value: &str| vec![("readonly".to_owned(), value.to_owned())];
     let is = now.get("readonly").is_some_and(|value| value == "on");
     match (spec.mode.is_filesystem(), is, spec.read_only) {
-        (true, ..) | (false, false, false) => [vec![], vec![]],
-        (false, true, false) => [set("off"), vec![]],
+        (_, false, false) | (true, false, true) => [vec![], vec![]],
+        (true, true, _) | (false, true, false) => [set("off"), vec![]],
         (false, false, true) => [vec![], set("on")],
         (false, true, true) if changes => [set("off"), set("on")],
         (false, true, true) => [vec![], vec![]],
@@ -84,12 +85,14 @@ mod tests {
             ("on", true, true, ["off", "on"]),
         ] {
             let block = VolumeSpec { mode: VolumeMode::Block, read_only, ..new.clone() };
-            let now = [("readonly".to_owned(), now.to_owned())].into();
+            let now: Properties = [("readonly".to_owned(), now.to_owned())].into();
             let values = |spec: &VolumeSpec| {
                 super::read_only(spec, &now, changes).map(|set| set.first().map_or("", |(_, value)| value).to_owned())
             };
             assert_eq!(values(&block), want, "{now:?} {read_only} {changes}");
-            assert_eq!(values(&VolumeSpec { read_only, ..new.clone() }), ["", ""]);
+            // A file system's dataset is writable, whatever its owner has made of the property.
+            let off = if now["readonly"] == "on" { "off" } else { "" };
+            assert_eq!(values(&VolumeSpec { read_only, ..new.clone() }), [off, ""]);
         }
     }
 
