@@ -317,6 +317,13 @@ impl Guest for Liar {
         Err(Status::unimplemented(""))
     }
 
+    async fn check_rollback(
+        &self,
+        _: Request<CheckRollbackRequest>,
+    ) -> Result<Response<CheckRollbackResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn send(&self, _: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
         Err(Status::unimplemented(""))
     }

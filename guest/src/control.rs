@@ -13,12 +13,12 @@ use tonic::{Request, Response, Status, Streaming};
 use zpod_proto::guest::guest_server::{Guest, GuestServer};
 use zpod_proto::guest::scrub_request::Action;
 use zpod_proto::guest::{
-    DestroySnapshotRequest, DestroySnapshotResponse, GrowRequest, GrowResponse, MarkRequest, MarkResponse,
-    PropertiesRequest, PropertiesResponse, ProvideKeyRequest, ProvideKeyResponse, QuotaMode, ReceiveRequest,
-    ReceiveResponse, RemoveSendPointRequest, RemoveSendPointResponse, ScrubRequest, ScrubResponse, SendPointsRequest,
-    SendPointsResponse, SendRequest, SendResponse, SetPropertiesRequest, SetPropertiesResponse, SnapshotsRequest,
-    SnapshotsResponse, StatusRequest, StatusResponse, SyncRequest, SyncResponse, TakeSnapshotRequest,
-    TakeSnapshotResponse, UnmarkRequest, UnmarkResponse, WatchRequest,
+    CheckRollbackRequest, CheckRollbackResponse, DestroySnapshotRequest, DestroySnapshotResponse, GrowRequest,
+    GrowResponse, MarkRequest, MarkResponse, PropertiesRequest, PropertiesResponse, ProvideKeyRequest,
+    ProvideKeyResponse, QuotaMode, ReceiveRequest, ReceiveResponse, RemoveSendPointRequest, RemoveSendPointResponse,
+    ScrubRequest, ScrubResponse, SendPointsRequest, SendPointsResponse, SendRequest, SendResponse,
+    SetPropertiesRequest, SetPropertiesResponse, SnapshotsRequest, SnapshotsResponse, StatusRequest, StatusResponse,
+    SyncRequest, SyncResponse, TakeSnapshotRequest, TakeSnapshotResponse, UnmarkRequest, UnmarkResponse, WatchRequest,
 };
 use zpod_volume::{Bytes, Mark, SnapshotSchedule, VolumeId};
 
@@ -206,6 +206,13 @@ impl<M: Machine> Guest for Control<M> {
         let request = request.into_inner();
         self.volumes.destroy_snapshot(id(&request.volume_id)?, &request.snapshot).await?;
         Ok(Response::new(DestroySnapshotResponse {}))
+    }
+
+    async fn check_rollback(
+        &self,
+        request: Request<CheckRollbackRequest>,
+    ) -> Result<Response<CheckRollbackResponse>, Status> {
+        transfer::check_rollback(&self.volumes, request.into_inner()).await.map(Response::new)
     }
 
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {

@@ -15,6 +15,7 @@ use zpod_volume::{Bytes, Encryption, Half, PoolName, SECTOR, VolumeId, gpt};
 use crate::key::Key;
 
 mod linux;
+pub mod rollbacks;
 #[cfg(test)]
 pub(crate) mod simulated;
 pub mod streams;
@@ -82,6 +83,8 @@ pub struct DeviceNumber {
 
 /// The property of a pool's own dataset in which is noted to whom rights over it were given.
 pub const DELEGATED: &str = "storage.zpod:delegated";
+/// The one in which is noted which rollback was the last, and what came of it.
+pub const ROLLED_BACK: &str = "storage.zpod:rolled-back";
 
 /// Whom rights over a dataset are given to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,7 +299,7 @@ impl Fault {
 
 /// The machine.
 #[async_trait]
-pub trait Machine: streams::Streams + Send + Sync + 'static {
+pub trait Machine: streams::Streams + rollbacks::Rollbacks + Send + Sync + 'static {
     /// What time it is.
     fn now(&self) -> Timestamp;
 
@@ -413,10 +416,6 @@ pub trait Machine: streams::Streams + Send + Sync + 'static {
 
     /// Takes a snapshot of a dataset; it is on the disk when this returns.
     async fn snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault>;
-
-    /// Makes a dataset what it was at a snapshot. Snapshots that were taken later are destroyed, held or not, and
-    /// what was cloned from them.
-    async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault>;
 
     /// Bytes of what was destroyed that the pool has not freed yet.
     async fn freeing(&self, pool: &PoolName) -> Result<u64, Fault>;

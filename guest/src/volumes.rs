@@ -40,6 +40,7 @@ mod read_only;
 mod release;
 mod restore;
 mod resume;
+pub mod rollback;
 pub mod schedule;
 mod snapshots;
 pub mod status;
@@ -133,6 +134,8 @@ struct State {
     kept: schedule::Kept,
     /// Why the last container that asked for it did not get it. Stays while another try runs: that may take as long.
     refusal: Option<status::Refusal>,
+    /// What came of the rollback that was asked for.
+    rolled_back: Option<rollback::RolledBack>,
     /// It has datasets below its own.
     children: bool,
     /// Which of these containers don't have, and why.

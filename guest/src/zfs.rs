@@ -19,6 +19,7 @@ use crate::machine::{Child, Fault, Grantee, PoolReport, PoolState, Properties, S
 
 mod json;
 pub mod label;
+mod rollback;
 mod stream;
 
 /// What most commands get. They take a fraction of a second, some seconds under emulation.
@@ -368,33 +369,6 @@ impl Tools {
     /// Takes a snapshot of a dataset; it is on the disk when this returns. One: ZFS takes no two of a dataset at once.
     pub async fn snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
         self.run("zfs", &["snapshot", &format!("{dataset}@{name}")], DEADLINE).await.map(drop)
-    }
-
-    /// Makes a dataset what it was at a snapshot. `-R`: later snapshots go, and what was cloned from them. So do holds of
-    /// them, without which they can't.
-    pub async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault> {
-        let snapshot = format!("{dataset}@{name}");
-        let back = ["rollback", "-R", &snapshot];
-        match self.run("zfs", &back, IMPORT_DEADLINE).await {
-            Err(fault) if fault.busy => {
-                self.release_later(dataset, name).await?;
-                self.run("zfs", &back, IMPORT_DEADLINE).await.map(drop)
-            }
-            done => done.map(drop),
-        }
-    }
-
-    async fn release_later(&self, dataset: &str, name: &str) -> Result<(), Fault> {
-        let all = self.send_points(dataset).await?;
-        for later in all.iter().skip_while(|snapshot| snapshot.name != name).skip(1) {
-            let snapshot = format!("{dataset}@{}", later.name);
-            let holds = self.run("zfs", &["holds", "-H", &snapshot], DEADLINE).await?;
-            for hold in String::from_utf8_lossy(&holds).lines() {
-                let Some(tag) = hold.split('\t').nth(1) else { continue };
-                self.run("zfs", &["release", "--", tag, &snapshot], DEADLINE).await?;
-            }
-        }
-        Ok(())
     }
 
     /// Bytes of what was destroyed that the pool has not freed yet.

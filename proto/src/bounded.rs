@@ -51,7 +51,8 @@ without_lists! {
     StatusRequest WatchRequest GrowRequest GrowResponse SetPropertiesResponse SyncRequest SyncResponse ScrubRequest
     ScrubResponse MarkRequest MarkResponse UnmarkRequest UnmarkResponse ProvideKeyRequest ProvideKeyResponse
     PropertiesRequest SendPointsRequest RemoveSendPointRequest RemoveSendPointResponse SnapshotsRequest
-    TakeSnapshotRequest TakeSnapshotResponse DestroySnapshotRequest DestroySnapshotResponse SendRequest ReceiveRequest ReceiveResponse
+    TakeSnapshotRequest TakeSnapshotResponse DestroySnapshotRequest DestroySnapshotResponse CheckRollbackRequest
+    SendRequest ReceiveRequest ReceiveResponse
 }
 
 impl Bounded for SendResponse {
@@ -78,6 +79,11 @@ impl Bounded for SendPointsResponse {
 }
 
 impl Bounded for SnapshotsResponse {
+    const BYTES: usize = POINTS;
+    const LISTS: &'static [List] = &[List(1, SNAPSHOTS, &[])];
+}
+
+impl Bounded for CheckRollbackResponse {
     const BYTES: usize = POINTS;
     const LISTS: &'static [List] = &[List(1, SNAPSHOTS, &[])];
 }
@@ -210,6 +216,9 @@ mod tests {
         let snapshot = SendPoint { name: "n".repeat(234), guid, created, referenced_bytes, used_bytes };
         let all = SnapshotsResponse { snapshots: vec![snapshot; SNAPSHOTS], left_out: u64::MAX };
         assert!(walked(&all) && all.encoded_len() <= SnapshotsResponse::BYTES, "{}", all.encoded_len());
+        let (newer, left_out, written_bytes) = (vec!["n".repeat(234); SNAPSHOTS], u64::MAX, u64::MAX);
+        let all = CheckRollbackResponse { newer, left_out, written_bytes };
+        assert!(walked(&all) && all.encoded_len() <= CheckRollbackResponse::BYTES, "{}", all.encoded_len());
         let chunk = SendResponse { data: vec![0; CHUNK], estimated_bytes: u64::MAX };
         assert!(chunk.encoded_len() <= SendResponse::BYTES);
     }

@@ -4,6 +4,7 @@
 //! * [`VolumeParameters`]: what a StorageClass may say, parsed at the edge.
 //! * [`VolumeAttributes`]: what a VolumeAttributesClass may change later.
 //! * [`SnapshotSchedule`]: which snapshots the guest takes by itself.
+//! * [`Rollback`]: which one its next guest goes back to.
 //! * [`DiskLayout`] and [`gpt`]: what the virtual disk looks like.
 //! * [`Half`] and [`Mirror`]: a virtual disk of two halves.
 //! * [`VolumeSpec`]: what the node tells the guest about one volume, in the `zpod=` mount option, or in a [`note`] on the
@@ -17,6 +18,7 @@ mod layout;
 mod mirror;
 mod parameters;
 mod property;
+mod rollback;
 mod schedule;
 mod spec;
 mod token;
@@ -34,6 +36,7 @@ pub use parameters::{
     Backing, Encryption, ParameterError, Provisioning, QuotaMode, ScrubInterval, Vdevs, VolumeParameters, ZfsAccess,
 };
 pub use property::{Property, PropertyKind};
+pub use rollback::Rollback;
 pub use schedule::{ParseScheduleError, SnapshotKind, SnapshotSchedule};
 pub use spec::{Create, DecodeSpecError, MountFlag, OPTION_PREFIX, Origin, Version, VolumeMode, VolumeSpec};
 pub use token::{ParseTokenError, TokenDigest};

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    Bytes, DiskLayout, Encryption, Mark, Mirror, PoolName, Property, PropertyKind, QuotaMode, SnapshotSchedule,
-    VolumeId, VolumeParameters, ZfsAccess,
+    Bytes, DiskLayout, Encryption, Mark, Mirror, PoolName, Property, PropertyKind, QuotaMode, Rollback,
+    SnapshotSchedule, VolumeId, VolumeParameters, ZfsAccess,
 };
 
 /// What the option begins with that carries a [`VolumeSpec`].
@@ -100,6 +100,9 @@ pub struct VolumeSpec {
     /// The snapshots that the guest takes by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot_schedule: Option<SnapshotSchedule>,
+    /// What the guest does once, before a container has the volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<Rollback>,
 }
 
 /// What a container gets.
@@ -209,6 +212,9 @@ pub enum DecodeSpecError {
     /// A mirror that no node plugin makes.
     #[error("the zpod= option gives a mirror that is {0}, which no volume is")]
     Mirror(&'static str),
+    /// A name that no snapshot of an owner has.
+    #[error("the zpod= option goes back to snapshot {0:?}, which is not the name of one")]
+    Rollback(String),
 }
 
 impl VolumeSpec {
@@ -238,6 +244,7 @@ impl VolumeSpec {
             mirror: None,
             zfs_access: ZfsAccess::None,
             snapshot_schedule: None,
+            rollback: None,
         }
     }
 
@@ -298,6 +305,9 @@ impl VolumeSpec {
             Some(_) if self.origin.is_some() => return Err(DecodeSpecError::Mirror("a copy of another volume's disk")),
             _ => {}
         }
+        if let Some(rollback) = self.rollback.as_ref().filter(|rollback| !Rollback::allows(&rollback.snapshot)) {
+            return Err(DecodeSpecError::Rollback(rollback.snapshot.chars().take(64).collect()));
+        }
         let sound = self.capacity >= DiskLayout::MIN_CAPACITY
             && self.capacity <= DiskLayout::MAX_CAPACITY
             && self.partition == DiskLayout::partition_for(self.capacity);
@@ -319,6 +329,7 @@ mod tests {
             fs_group: Some(2000),
             mount_flags: vec![MountFlag::Nosuid],
             snapshot_schedule: Some("hourly=24 daily=7".parse().unwrap()),
+            rollback: Some(Rollback { id: Uuid::from_u128(3), snapshot: "before".into(), destroy_newer: true }),
             ..VolumeSpec::new(id, Uuid::from_u128(7), Create::Fresh, Bytes::gib(1))
         }
     }
@@ -347,6 +358,8 @@ mod tests {
             ("\"compression\":\"lz4\"", "\"compression\":\"lz4 -f\"", "not allowed"),
             ("hourly=24 daily=7", "hourly=24 -r", "none, or each of"),
             ("hourly=24 daily=7", "none", "none, or each of"),
+            ("\"before\"", "\"before,after\"", "goes back to"),
+            ("\"destroyNewer\":true", "\"destroyNewer\":true,\"clones\":true", "unknown field"),
             ("zpod-3addcb024c3d", "-f", "not a pool name"),
             ("1073741824", "1024", "don't belong together"),
             ("\"create\":\"fresh\"", "\"create\":\"fresh\",\"mirror\":{\"behind\":\"third\"}", "unknown variant"),

@@ -318,6 +318,13 @@ impl Guest for Service {
         Ok(Response::new(DestroySnapshotResponse {}))
     }
 
+    async fn check_rollback(
+        &self,
+        request: Request<CheckRollbackRequest>,
+    ) -> Result<Response<CheckRollbackResponse>, Status> {
+        streams::check_rollback(&self.state.passed, request.get_ref())
+    }
+
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<Self::SendStream>, Status> {
         streams::send(&self.state, request.get_ref())
     }

@@ -1,7 +1,7 @@
 //! Streams of a guest that has no pool: a pattern of any length out, and whatever comes in counted.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,6 +17,8 @@ pub(crate) struct Passed {
     pub(crate) removed: Mutex<Vec<String>>,
     /// Snapshots that were taken.
     pub(crate) taken: Mutex<Vec<String>>,
+    /// It is of an image from before there were rollbacks.
+    pub(crate) knows_no_rollbacks: AtomicBool,
     /// Bytes that were taken from the guest's sends.
     pub(crate) sent: AtomicU64,
     /// Bytes that have come in by now.
@@ -25,6 +27,27 @@ pub(crate) struct Passed {
     pub(crate) received: Mutex<Vec<(u64, bool)>>,
     /// Where a receive broke off.
     pub(crate) resume_token: Mutex<String>,
+}
+
+/// What is newer than a snapshot that was taken.
+pub(crate) fn check_rollback(
+    passed: &Passed,
+    request: &CheckRollbackRequest,
+) -> Result<Response<CheckRollbackResponse>, Status> {
+    if passed.knows_no_rollbacks.load(Ordering::SeqCst) {
+        return Err(Status::unimplemented(""));
+    }
+    let taken = passed.taken.lock().unwrap();
+    let place = taken.iter().position(|name| *name == request.snapshot);
+    let place = place.ok_or_else(|| Status::failed_precondition(format!("it has no snapshot {}", request.snapshot)))?;
+    let newer = taken[place + 1..].to_vec();
+    if !newer.is_empty() && !request.destroy_newer {
+        return Err(Status::failed_precondition(format!(
+            "these are newer and would be destroyed: {}",
+            newer.join(", ")
+        )));
+    }
+    Ok(Response::new(CheckRollbackResponse { newer, left_out: 0, written_bytes: 4096 }))
 }
 
 /// Sends as many MiB as the snapshot's name says: `zpod-send-<MiB>`. `zpod-send-<MiB>-breaks` fails then.

@@ -17,6 +17,7 @@ mod memory;
 mod mirror;
 mod pod;
 mod refusals;
+mod rollback;
 mod runtimes;
 mod schedule;
 mod send;

@@ -1,12 +1,17 @@
-//! What is told of the volumes, within the 128 KiB that the node takes of a report: 64 volumes with all their texts.
+//! What is told of the volumes, within the 128 KiB that the node takes of a report: 64 volumes, with their texts cut shorter
+//! where all of them have much to tell.
 
 use std::time::Duration;
 
+use prost::Message as _;
+use zpod_proto::bounded::LONG;
 use zpod_proto::guest::last_scrub::State;
-use zpod_proto::guest::{Health, LastScrub, SnapshotsPaused, StatusResponse, VolumeStatus};
+use zpod_proto::guest::rolled_back::State as RolledBackState;
+use zpod_proto::guest::{Health, LastScrub, RolledBack, SnapshotsPaused, StatusResponse, VolumeStatus};
 
 use crate::machine::{self, Machine};
 use crate::volumes::Volumes;
+use crate::volumes::rollback;
 use crate::volumes::schedule::Paused;
 use crate::volumes::status::Snapshot;
 
@@ -22,11 +27,27 @@ const CONTAINER: usize = 64;
 
 /// All that is told, with details no older than `age`.
 pub(super) async fn state<M: Machine>(volumes: &Volumes<M>, age: Duration) -> StatusResponse {
-    StatusResponse {
+    fitting(StatusResponse {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         zfs_version: cut(volumes.machine().zfs_version(), VERSION),
         volumes: volumes.status(age).await.into_iter().take(VOLUMES).map(volume_status).collect(),
+    })
+}
+
+/// With texts no longer than there is room for.
+fn fitting(mut report: StatusResponse) -> StatusResponse {
+    let mut most = TEXT;
+    while report.encoded_len() > LONG && most > 0 {
+        most /= 2;
+        for volume in &mut report.volumes {
+            let rolled_back = volume.rolled_back.as_mut().map(|rolled_back| &mut rolled_back.message);
+            let texts = [&mut volume.message, &mut volume.refusal, &mut volume.trouble];
+            for text in texts.into_iter().chain(rolled_back) {
+                *text = cut(std::mem::take(text), most);
+            }
+        }
     }
+    report
 }
 
 fn volume_status(snapshot: Snapshot) -> VolumeStatus {
@@ -77,6 +98,7 @@ fn volume_status(snapshot: Snapshot) -> VolumeStatus {
         }
         .into(),
         trouble: cut(snapshot.trouble.unwrap_or_default(), TEXT),
+        rolled_back: snapshot.rolled_back.map(rolled_back),
         behind: snapshot.behind.map_or(0, |half| half.index() as u32 + 1),
     }
 }
@@ -91,6 +113,12 @@ fn last_scrub(scrub: machine::LastScrub) -> LastScrub {
     LastScrub { state: state.into(), ended: scrub.ended, errors: scrub.errors, bytes: scrub.bytes }
 }
 
+fn rolled_back(rolled_back: rollback::RolledBack) -> RolledBack {
+    let state = if rolled_back.refused.is_some() { RolledBackState::Refused } else { RolledBackState::Done };
+    let message = cut(rolled_back.refused.unwrap_or_default(), TEXT);
+    RolledBack { id: rolled_back.id.to_string(), state: state.into(), message }
+}
+
 /// At most this many bytes of a text, and no half of a character.
 fn cut(mut text: String, most: usize) -> String {
     let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
@@ -101,9 +129,7 @@ fn cut(mut text: String, most: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use prost::Message as _;
     use uuid::Uuid;
-    use zpod_proto::bounded::LONG;
     use zpod_volume::{Bytes, Half, VolumeId};
 
     use crate::machine::{PoolReport, Usage};
@@ -162,14 +188,22 @@ mod tests {
                 device: usage,
             },
             paused: Some(Paused::Failing),
+            rolled_back: Some(rollback::RolledBack { id: Uuid::from_u128(1), refused: Some("é".repeat(128)) }),
             refusal: Some("é".repeat(10_000)),
-            trouble: None,
+            trouble: Some("é".repeat(10_000)),
         };
         let status = volume_status(snapshot);
         assert_eq!((status.message.len(), status.refusal.len(), status.containers.len()), (TEXT, TEXT, CONTAINERS));
         let version = "v".repeat(VERSION);
-        let report = StatusResponse { version: version.clone(), zfs_version: version, volumes: vec![status; VOLUMES] };
+        let all = |count| StatusResponse {
+            version: version.clone(),
+            zfs_version: version.clone(),
+            volumes: vec![status.clone(); count],
+        };
+        assert_eq!(fitting(all(VOLUMES / 2)), all(VOLUMES / 2), "nothing is cut where there is room");
+        let report = fitting(all(VOLUMES));
         println!("{} bytes", report.encoded_len());
         assert!(report.encoded_len() <= LONG, "{} bytes", report.encoded_len());
+        assert!(report.volumes[0].message.len() >= TEXT / 4, "{}", report.volumes[0].message.len());
     }
 }

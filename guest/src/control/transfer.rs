@@ -9,7 +9,8 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
 use zpod_proto::bounded::SNAPSHOTS;
 use zpod_proto::guest::{
-    ReceiveRequest, ReceiveResponse, SendPoint, SendPointsResponse, SendRequest, SendResponse, SnapshotsResponse,
+    CheckRollbackRequest, CheckRollbackResponse, ReceiveRequest, ReceiveResponse, SendPoint, SendPointsResponse,
+    SendRequest, SendResponse, SnapshotsResponse,
 };
 use zpod_volume::VolumeId;
 
@@ -30,6 +31,17 @@ pub(super) async fn snapshots<M: Machine>(volumes: &Volumes<M>, id: VolumeId) ->
     let left_out = all.len().saturating_sub(SNAPSHOTS);
     let snapshots = all.into_iter().skip(left_out).map(told).collect();
     Ok(SnapshotsResponse { snapshots, left_out: left_out as u64 })
+}
+
+pub(super) async fn check_rollback<M: Machine>(
+    volumes: &Volumes<M>,
+    request: CheckRollbackRequest,
+) -> Result<CheckRollbackResponse, Status> {
+    let id = super::id(&request.volume_id)?;
+    let losses = volumes.check_rollback(id, &request.snapshot, request.destroy_newer).await?;
+    let left_out = losses.newer.len().saturating_sub(SNAPSHOTS) as u64;
+    let newer = losses.newer.into_iter().take(SNAPSHOTS).collect();
+    Ok(CheckRollbackResponse { newer, left_out, written_bytes: losses.written })
 }
 
 fn told(snapshot: streams::SendPoint) -> SendPoint {

@@ -1,5 +1,6 @@
 //! The machine as it is.
 
+mod rollbacks;
 mod streams;
 
 use std::collections::BTreeSet;
@@ -407,10 +408,6 @@ impl Machine for LinuxMachine {
 
     async fn snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
         self.tools.snapshot(dataset, name).await
-    }
-
-    async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault> {
-        self.tools.rollback(dataset, name).await
     }
 
     async fn freeing(&self, pool: &PoolName) -> Result<u64, Fault> {

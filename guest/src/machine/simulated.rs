@@ -1,5 +1,6 @@
 //! A machine in memory, which can be killed before or after any step. Its disks live on.
 
+mod rollbacks;
 mod streams;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -187,6 +188,10 @@ pub(crate) struct SimMachine {
     pub(crate) held_by_snapshots: Mutex<u64>,
     /// Snapshots that have a hold or a clone.
     pub(crate) pinned: Mutex<BTreeSet<String>>,
+    /// Where a receive broke off.
+    pub(crate) resume_token: Mutex<Option<String>>,
+    /// Bookmarks that are later than each snapshot.
+    pub(crate) bookmarks: Mutex<Vec<String>>,
     /// Datasets below that of each volume.
     children: Mutex<Vec<Child>>,
 }
@@ -216,6 +221,8 @@ impl SimMachine {
             freeing: Mutex::default(),
             held_by_snapshots: Mutex::new(1 << 40),
             pinned: Mutex::default(),
+            resume_token: Mutex::default(),
+            bookmarks: Mutex::default(),
             children: Mutex::default(),
         }
     }
@@ -782,17 +789,6 @@ impl Machine for SimMachine {
                 return Err(Fault::new("out of space"));
             }
             pool.snapshots.push((name.to_owned(), pool.data.clone()));
-            Ok(())
-        })
-    }
-
-    async fn rollback(&self, dataset: &str, name: &str) -> Result<(), Fault> {
-        self.pool_step("rollback".into(), pool_of(dataset), |pool, _| {
-            assert!(pool.loaded, "rolled back without its key");
-            let place = pool.snapshots.iter().position(|(there, _)| there == name);
-            let place = place.ok_or_else(|| Fault::new("could not find any snapshots"))?;
-            pool.snapshots.truncate(place + 1);
-            pool.data = pool.snapshots[place].1.clone();
             Ok(())
         })
     }

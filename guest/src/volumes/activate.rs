@@ -110,6 +110,7 @@ impl<M: Machine> Activation<'_, M> {
                 self.end_swap().await?;
                 let now = self.dataset().await?;
                 self.unlock(&now, false).await?;
+                let now = self.roll_back(now).await?;
                 let quota = self.settle(&devices, &now).await?;
                 self.remove_leftover_marks(&now).await;
                 self.keep(&now).await;

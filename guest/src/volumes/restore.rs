@@ -27,6 +27,7 @@ use zpod_volume::{Origin, PoolName, VolumeId};
 use super::activate::Activation;
 use crate::error::VolumeError;
 use crate::journal::Journal;
+use crate::machine::rollbacks::Later;
 use crate::machine::{Disk, Fault, Machine};
 
 /// Imports of pools that have one GUID, or may have it: a volume's own, and those of copies of it. One at a time: one that
@@ -106,7 +107,7 @@ impl<M: Machine> Activation<'_, M> {
                 let (origin, mark) = (origin.volume, mark.clone());
                 return Err(VolumeError::NoMark { id: self.id, origin, mark });
             }
-            let back = self.machine.rollback(&dataset, mark.as_str()).await;
+            let back = self.machine.rollback(&dataset, mark.as_str(), Later::DestroyedWithClones).await;
             back.map_err(self.failed("going back to the instant it is a copy of"))?;
         }
         // What the contents measure is another thing after the rollback.

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use zpod_volume::{Bytes, Half, PoolName, VolumeId, VolumeSpec};
 
+use super::rollback::RolledBack;
 use super::schedule::Paused;
 use super::{Active, Volume, Volumes, device};
 use crate::error::VolumeError;
@@ -55,6 +56,8 @@ pub struct Snapshot {
     pub details: Details,
     /// It has a schedule of snapshots, and takes none.
     pub paused: Option<Paused>,
+    /// What came of the rollback that was asked for.
+    pub rolled_back: Option<RolledBack>,
     /// Why the last container that asked for it did not get it.
     pub refusal: Option<String>,
     /// What containers don't have of it.
@@ -98,6 +101,7 @@ impl Refusal {
             behind: None,
             details: Details { compress_ratio: 1.0, ..Details::default() },
             paused: None,
+            rolled_back: None,
             refusal: Some(self.message),
             trouble: None,
         }
@@ -179,10 +183,10 @@ impl<M: Machine> Volumes<M> {
         let behind = active.mirror.as_ref().and_then(|halves| halves.behind);
         // ZFS itself calls a pool ONLINE whose half it has given up.
         let health = health.map(|health| if behind.is_some() { health.max(Health::Degraded) } else { health });
-        let (containers, paused, trouble) = {
+        let (containers, paused, rolled_back, trouble) = {
             let state = volume.state();
             let containers = state.uses.iter().map(|usage| usage.container.clone()).collect();
-            (containers, state.kept.paused, state.trouble.clone())
+            (containers, state.kept.paused, state.rolled_back.clone(), state.trouble.clone())
         };
         Snapshot {
             id: volume.id,
@@ -200,6 +204,7 @@ impl<M: Machine> Volumes<M> {
             containers,
             details,
             paused,
+            rolled_back,
             refusal: None,
             trouble,
         }

@@ -39,12 +39,12 @@ const POINT: &str = "zpod-send-";
 const POINT_NAME: usize = 64;
 const POINT_NAMES: &str = "zpod-send- and up to 64 of a-z, 0-9, -";
 /// How long a receive waits for what else goes on with its volume.
-const RECEIVING: Duration = Duration::from_secs(5);
+pub(super) const RECEIVING: Duration = Duration::from_secs(5);
 /// Far longer than any token.
 const TOKEN: usize = 16 << 10;
 
 /// Whether a snapshot is one that a send or a receive left.
-fn is_point(name: &str) -> bool {
+pub(super) fn is_point(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     name.strip_prefix(POINT).is_some_and(|rest| (1..=POINT_NAME).contains(&rest.len()) && rest.bytes().all(plain))
 }

@@ -23,7 +23,7 @@ impl Streams for SimMachine {
     }
 
     async fn resume_token(&self, _dataset: &str) -> Result<Option<String>, Fault> {
-        self.look(|_, _| Ok(None))
+        self.look(|_, _| Ok(self.resume_token.lock().unwrap().clone()))
     }
 
     async fn forget_receive(&self, _dataset: &str) -> Result<(), Fault> {

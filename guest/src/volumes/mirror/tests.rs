@@ -83,6 +83,30 @@ async fn used() -> Disks {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_mirror_goes_back_to_a_snapshot_on_both_halves_and_the_half_that_is_left_does_not_go_back_again() {
+    let disks = used().await;
+    let volumes = machine(&disks, Kill::Never);
+    let mut wanted = mirrored(Create::Never, None);
+    let _ = prepare(&volumes, "c1", wanted.clone()).await.unwrap();
+    volumes.take_snapshot(id(), "before").await.unwrap();
+    volumes.machine().container_writes(&wanted.spec.pool, "later");
+    volumes.release_container("c1").await;
+    let rollback =
+        zpod_volume::Rollback { id: uuid::Uuid::from_u128(1), snapshot: "before".into(), destroy_newer: false };
+    wanted.spec.rollback = Some(rollback);
+    let volumes = machine(&disks, Kill::Never);
+    let _ = prepare(&volumes, "c1", wanted.clone()).await.unwrap();
+    assert_eq!(data(&disks), [Some("precious".to_owned()), Some("precious".to_owned())]);
+    volumes.machine().container_writes(&wanted.spec.pool, "mine");
+    volumes.release_container("c1").await;
+    let disks = next(&disks, Some(Half::First), None);
+    wanted.spec.mirror = Some(Mirror { behind: Some(Half::First) });
+    let last = machine(&disks, Kill::Never);
+    let _ = prepare(&last, "c1", wanted).await.unwrap();
+    assert_eq!((data(&disks)[1].as_deref(), count(&last, "rollback")), (Some("mine"), 0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_fresh_mirror_is_made_on_both_halves_and_both_say_so() {
     let disks = used().await;
     assert_eq!(journals(&disks), [Journal::Created; 2]);

@@ -58,6 +58,27 @@ async fn a_key_that_comes_early_is_kept_for_the_life_of_the_guest() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_volume_goes_back_to_a_snapshot_once_its_key_is_there() {
+    let (volumes, disks) = made().await;
+    volumes.take_snapshot(id(), "before").await.unwrap();
+    volumes.machine().container_writes(&a(Create::Never).spec.pool, "later");
+    volumes.release_container("c1").await;
+    let mut wanted = a(Create::Never);
+    let rollback = zpod_volume::Rollback { id: Uuid::from_u128(1), snapshot: "before".into(), destroy_newer: false };
+    wanted.spec.rollback = Some(rollback);
+    let next = guest(&disks);
+    let running = {
+        let next = Arc::clone(&next);
+        tokio::spawn(async move { prepare(&next, "c1", wanted).await.map(drop) })
+    };
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!((count(&next, "rollback"), data(&disks).as_str()), (0, "later"));
+    next.provide_key(id(), TOKEN, keys("one", None)).await.unwrap();
+    running.await.unwrap().unwrap();
+    assert_eq!((count(&next, "rollback"), data(&disks).as_str()), (1, "secret"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_volume_waits_for_its_key_and_says_so_and_nothing_is_begun_without() {
     let disks = disks(&["a"]);
     let volumes = guest(&disks);
