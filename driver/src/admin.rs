@@ -23,7 +23,8 @@ mod transfer;
 use std::sync::Arc;
 
 use zpod_admin::{
-    Check, NewSnapshotName, PoolSnapshots, Properties, Removed, SendName, SendPoints, SnapshotName, Taken,
+    Check, NewSnapshotName, PoolSnapshots, Properties, Removed, RollbackPlan, RollbackQuery, RollbackRequested,
+    SendName, SendPoints, SnapshotName, Taken,
 };
 use zpod_volume::VolumeId;
 
@@ -33,7 +34,7 @@ pub use server::AdminServer;
 pub use tokens::{Refused, Tokens};
 
 use crate::guest::GuestClient;
-use crate::volumes::{NodeVolumes, Presence, SnapshotChange};
+use crate::volumes::{NodeVolumes, Presence, SnapshotChange, VolumeError};
 
 /// What is asked of.
 #[derive(Debug)]
@@ -83,6 +84,23 @@ impl Admin {
         tracing::info!(volume = %id, snapshot = %name, "snapshot destroyed, as was asked for");
         self.volumes.snapshot_changed(id, &SnapshotChange::Destroyed(name.clone()));
         Ok(Removed { snapshot: name.to_string() })
+    }
+
+    async fn rollback_plan(&self, id: VolumeId, query: &RollbackQuery) -> Result<RollbackPlan, AdminError> {
+        Ok(self.guest(id).await?.check_rollback(id, &query.snapshot, query.destroy_newer).await?)
+    }
+
+    async fn rollback(&self, id: VolumeId, query: RollbackQuery) -> Result<RollbackRequested, AdminError> {
+        // Without one there is another remedy than to wait for it.
+        self.guest(id).await?;
+        match self.volumes.request_rollback(id, query).await {
+            Err(VolumeError::Guest { source, .. }) => Err(AdminError::Guest(source)),
+            requested => Ok(requested?),
+        }
+    }
+
+    async fn cancel_rollback(&self, id: VolumeId) -> Result<RollbackRequested, AdminError> {
+        Ok(self.volumes.cancel_rollback(id).await?)
     }
 
     /// The guest that runs a volume.

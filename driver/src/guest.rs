@@ -15,5 +15,5 @@ mod turns;
 
 pub use client::{Changes, GuestClient, GuestError, MAX_CHUNK, Sending};
 pub use monitor::{Listener, Monitor};
-pub use report::{Errors, Health, Paused, Report, Scrub, ScrubState, Usage, VolumeReport, clean};
+pub use report::{Errors, Health, Paused, Report, RolledBack, Scrub, ScrubState, Usage, VolumeReport, clean};
 pub use turns::Wanted;

@@ -32,6 +32,7 @@ mod provision;
 mod publish;
 mod published;
 mod reports;
+mod rollback;
 mod scrubs;
 mod snapshots;
 mod spec;

@@ -30,7 +30,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
-use zpod_proto::guest::{Health, VolumeStatus};
+use zpod_proto::guest::{Health, RolledBack, VolumeStatus, rolled_back};
 
 const MIB: u64 = 1 << 20;
 
@@ -156,6 +156,86 @@ async fn the_socket_is_roots_alone_and_answers_what_its_paths_say() {
         assert!(names.contains(&name), "{name} in {names:?}");
     }
     assert_eq!(doctor.iter().find(|check| check["name"] == "guests").unwrap()["level"], "ok", "{doctor:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollback_is_planned_asked_for_taken_back_and_told_to_the_next_guest_alone() {
+    let world = World::new(Behaviour::Honest).await;
+    let ask = async |method: &str, call: &str| {
+        let answer = world.ask(method, &world.path(call), Full::<Bytes>::default()).await;
+        let code = answer.status().as_u16();
+        let body = answer.into_body().collect().await.unwrap().to_bytes();
+        (code, serde_json::from_slice::<Value>(&body).unwrap())
+    };
+    for name in ["one", "two"] {
+        assert_eq!(ask("POST", &format!("take-snapshot?snapshot={name}")).await.0, 200);
+    }
+    let (code, plan) = ask("GET", "rollback-plan?snapshot=one&destroy-newer").await;
+    assert_eq!((code, &plan["newer"][0], &plan["writtenBytes"]), (200, &Value::from("two"), &Value::from(4096)));
+    for (method, call, code, why) in [
+        ("GET", "rollback-plan?snapshot=one", 422, "would be destroyed: two"),
+        ("POST", "rollback?snapshot=one", 422, "would be destroyed: two"),
+        ("POST", "rollback?snapshot=none&destroy-newer", 422, "no snapshot none"),
+        ("POST", "rollback?snapshot=a%40b", 400, "is not the name of a snapshot"),
+        ("POST", "rollback?snapshot=one&clones", 400, "is not the name of a snapshot"),
+        ("POST", "cancel-rollback", 409, "nothing to take back"),
+        ("GET", "rollback?snapshot=one", 405, "POST"),
+    ] {
+        let (found, error) = ask(method, call).await;
+        assert_eq!(found, code, "{call}: {error}");
+        assert!(error["error"].as_str().unwrap().contains(why), "{call}: {error}");
+    }
+    world.guest.state.passed.knows_no_rollbacks.store(true, Ordering::SeqCst);
+    let (code, error) = ask("POST", "rollback?snapshot=two").await;
+    assert!(code == 422 && error["error"].as_str().unwrap().contains("an earlier image"), "{error}");
+    world.guest.state.passed.knows_no_rollbacks.store(false, Ordering::SeqCst);
+    let target = world.node.path("pods").join("a");
+    let told = || world.node.entry(&target).unwrap().rollback;
+
+    // The guest that runs is told nothing. A later request takes the place of an earlier one.
+    let (code, first) = ask("POST", "rollback?snapshot=two").await;
+    assert_eq!((code, &first["snapshot"], &first["destroyNewer"]), (200, &Value::from("two"), &Value::from(false)));
+    let (_, second) = ask("POST", "rollback?snapshot=one&destroy-newer").await;
+    assert_ne!(first["id"], second["id"]);
+    let mut calls = Calls::new(world.daemon.channel());
+    calls.modify(&world.id, &[("compression", "gzip")]).await.unwrap();
+    assert_eq!(told(), None);
+    let (code, taken_back) = ask("POST", "cancel-rollback").await;
+    assert_eq!((code, &taken_back["id"]), (200, &second["id"]));
+    let (_, third) = ask("POST", "rollback?snapshot=one&destroy-newer").await;
+
+    // The next publication tells its guest, a read-only one does not. It can't be taken back any more.
+    calls.unpublish(&world.id, &target).await.unwrap();
+    calls.publish(&world.id, &target).await.unwrap();
+    let rollback = told().unwrap();
+    assert_eq!((rollback.id.to_string(), rollback.destroy_newer), (third["id"].as_str().unwrap().to_owned(), true));
+    let (code, error) = ask("POST", "cancel-rollback").await;
+    assert!(code == 409 && error["error"].as_str().unwrap().contains("was told so already"), "{error}");
+
+    // What came of it is believed with the right token and id, recorded, and told to nobody any more.
+    let token = world.node.entry(&target).unwrap().token.to_string();
+    let say = |id: String, token: &str| {
+        let rolled_back = RolledBack { id, state: rolled_back::State::Done.into(), message: String::new() };
+        let mut volumes = world.guest.state.volumes.lock().unwrap();
+        volumes[0].token = token.to_owned();
+        volumes[0].rolled_back = Some(rolled_back);
+    };
+    say(first["id"].as_str().unwrap().to_owned(), &token);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while world.text("properties").await.0 == 503 {
+        assert!(Instant::now() < deadline, "guest is not heard\n{}", world.node.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(told().is_some(), "of another request");
+    say(rollback.id.to_string(), &token);
+    while told().is_some() {
+        assert!(Instant::now() < deadline, "what came of it is not recorded\n{}", world.node.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(world.node.log().contains("went back to snapshot one"), "{}", world.node.log());
+    calls.unpublish(&world.id, &target).await.unwrap();
+    calls.publish(&world.id, &target).await.unwrap();
+    assert_eq!(told(), None);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

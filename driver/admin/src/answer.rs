@@ -109,6 +109,32 @@ pub struct Removed {
     pub snapshot: String,
 }
 
+/// What going back to a snapshot would take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RollbackPlan {
+    /// The snapshot.
+    pub snapshot: String,
+    /// Snapshots that are newer and would be destroyed, oldest first; bookmarks have their `#` in front.
+    pub newer: Vec<String>,
+    /// How many more there are.
+    pub left_out: u64,
+    /// What was written since, in bytes.
+    pub written_bytes: u64,
+}
+
+/// A rollback that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RollbackRequested {
+    /// Its id.
+    pub id: String,
+    /// The snapshot.
+    pub snapshot: String,
+    /// Newer snapshots may be destroyed for it.
+    pub destroy_newer: bool,
+}
+
 /// What was received.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

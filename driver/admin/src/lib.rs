@@ -9,9 +9,12 @@ mod answer;
 mod name;
 mod route;
 
-pub use answer::{Check, Failed, Level, PoolSnapshots, Properties, Received, Removed, SendPoint, SendPoints, Taken};
+pub use answer::{
+    Check, Failed, Level, PoolSnapshots, Properties, Received, Removed, RollbackPlan, RollbackRequested, SendPoint,
+    SendPoints, Taken,
+};
 pub use name::{NewSnapshotName, ParseTokenError, ResumeToken, SendName, SnapshotName};
-pub use route::{Route, SendQuery, new_snapshot_name, snapshot, snapshot_name};
+pub use route::{RollbackQuery, Route, SendQuery, new_snapshot_name, snapshot, snapshot_name};
 
 /// The port of zpod-node.
 pub const PORT: u16 = 9812;

@@ -22,6 +22,12 @@ pub enum Route {
     TakeSnapshot(VolumeId),
     /// `POST /v1/volumes/<id>/destroy-snapshot?snapshot=NAME` ([`snapshot_name`]): answers [`crate::Removed`].
     DestroySnapshot(VolumeId),
+    /// `GET /v1/volumes/<id>/rollback-plan?...` ([`RollbackQuery`]): [`crate::RollbackPlan`].
+    RollbackPlan(VolumeId),
+    /// `POST /v1/volumes/<id>/rollback?...` ([`RollbackQuery`]): answers [`crate::RollbackRequested`].
+    Rollback(VolumeId),
+    /// `POST /v1/volumes/<id>/cancel-rollback`: answers [`crate::RollbackRequested`], what was taken back.
+    CancelRollback(VolumeId),
     /// `GET /v1/volumes/<id>/send?...`: a ZFS stream ([`SendQuery`]).
     Send(VolumeId),
     /// `POST /v1/volumes/<id>/receive`: reads one, and answers [`crate::Received`].
@@ -44,6 +50,9 @@ impl Route {
             "snapshots" => Some(Self::Snapshots(id)),
             "take-snapshot" => Some(Self::TakeSnapshot(id)),
             "destroy-snapshot" => Some(Self::DestroySnapshot(id)),
+            "rollback-plan" => Some(Self::RollbackPlan(id)),
+            "rollback" => Some(Self::Rollback(id)),
+            "cancel-rollback" => Some(Self::CancelRollback(id)),
             "send" => Some(Self::Send(id)),
             "receive" => Some(Self::Receive(id)),
             _ => None,
@@ -61,6 +70,9 @@ impl Route {
             Self::Snapshots(id) => ("snapshots", id),
             Self::TakeSnapshot(id) => ("take-snapshot", id),
             Self::DestroySnapshot(id) => ("destroy-snapshot", id),
+            Self::RollbackPlan(id) => ("rollback-plan", id),
+            Self::Rollback(id) => ("rollback", id),
+            Self::CancelRollback(id) => ("cancel-rollback", id),
             Self::Send(id) => ("send", id),
             Self::Receive(id) => ("receive", id),
         };
@@ -70,8 +82,18 @@ impl Route {
     /// The method it is asked with.
     pub fn method(self) -> &'static str {
         match self {
-            Self::Receive(_) | Self::RemoveSendPoint(_) | Self::TakeSnapshot(_) | Self::DestroySnapshot(_) => "POST",
-            Self::Doctor | Self::Properties(_) | Self::SendPoints(_) | Self::Snapshots(_) | Self::Send(_) => "GET",
+            Self::Receive(_)
+            | Self::RemoveSendPoint(_)
+            | Self::TakeSnapshot(_)
+            | Self::DestroySnapshot(_)
+            | Self::Rollback(_)
+            | Self::CancelRollback(_) => "POST",
+            Self::Doctor
+            | Self::Properties(_)
+            | Self::SendPoints(_)
+            | Self::Snapshots(_)
+            | Self::RollbackPlan(_)
+            | Self::Send(_) => "GET",
         }
     }
 }
@@ -86,6 +108,9 @@ impl fmt::Display for Route {
             Self::Snapshots(id) => write!(f, "/v1/volumes/{id}/snapshots"),
             Self::TakeSnapshot(id) => write!(f, "/v1/volumes/{id}/take-snapshot"),
             Self::DestroySnapshot(id) => write!(f, "/v1/volumes/{id}/destroy-snapshot"),
+            Self::RollbackPlan(id) => write!(f, "/v1/volumes/{id}/rollback-plan"),
+            Self::Rollback(id) => write!(f, "/v1/volumes/{id}/rollback"),
+            Self::CancelRollback(id) => write!(f, "/v1/volumes/{id}/cancel-rollback"),
             Self::Send(id) => write!(f, "/v1/volumes/{id}/send"),
             Self::Receive(id) => write!(f, "/v1/volumes/{id}/receive"),
         }
@@ -122,6 +147,38 @@ pub fn new_snapshot_name(query: &str) -> Result<NewSnapshotName, String> {
 fn only_name<T: FromStr<Err = ParseTokenError>>(query: &str) -> Result<T, String> {
     let name = query.strip_prefix("snapshot=").ok_or("snapshot=NAME is needed, and nothing else")?;
     name.parse().map_err(|error: ParseTokenError| error.to_string())
+}
+
+/// What is to be gone back to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RollbackQuery {
+    /// The snapshot.
+    pub snapshot: SnapshotName,
+    /// Newer snapshots may be destroyed for it.
+    pub destroy_newer: bool,
+}
+
+impl RollbackQuery {
+    /// Reads the part of an address behind the `?`: `snapshot=NAME`, and `&destroy-newer` or not.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(query: &str) -> Result<Self, String> {
+        let (name, destroy_newer) = match query.strip_suffix("&destroy-newer") {
+            Some(name) => (name, true),
+            None => (query, false),
+        };
+        let name =
+            name.strip_prefix("snapshot=").ok_or("snapshot=NAME is needed, and &destroy-newer or nothing else")?;
+        let snapshot = name.parse().map_err(|error: ParseTokenError| error.to_string())?;
+        Ok(Self { snapshot, destroy_newer })
+    }
+}
+
+impl fmt::Display for RollbackQuery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "snapshot={}{}", self.snapshot, if self.destroy_newer { "&destroy-newer" } else { "" })
+    }
 }
 
 /// What is to be sent.
@@ -190,7 +247,9 @@ mod tests {
         let id = VolumeId::from_name("a");
         let transfers = [Route::SendPoints(id), Route::RemoveSendPoint(id), Route::Send(id), Route::Receive(id)];
         let snapshots = [Route::Snapshots(id), Route::TakeSnapshot(id), Route::DestroySnapshot(id)];
-        for route in transfers.into_iter().chain(snapshots).chain([Route::Doctor, Route::Properties(id)]) {
+        let rollbacks = [Route::RollbackPlan(id), Route::Rollback(id), Route::CancelRollback(id)];
+        let others = rollbacks.into_iter().chain([Route::Doctor, Route::Properties(id)]);
+        for route in transfers.into_iter().chain(snapshots).chain(others) {
             assert_eq!(Route::parse(&route.to_string()), Some(route));
         }
         let upper = format!("/v1/volumes/{}/send", id.to_string().to_uppercase());
@@ -209,11 +268,12 @@ mod tests {
         let of = |id| {
             let transfers = [Route::SendPoints(id), Route::RemoveSendPoint(id), Route::Send(id), Route::Receive(id)];
             let snapshots = [Route::Snapshots(id), Route::TakeSnapshot(id), Route::DestroySnapshot(id)];
-            transfers.into_iter().chain(snapshots).chain([Route::Properties(id)])
+            let rollbacks = [Route::RollbackPlan(id), Route::Rollback(id), Route::CancelRollback(id)];
+            transfers.into_iter().chain(snapshots).chain(rollbacks).chain([Route::Properties(id)])
         };
         let routes = || of(a).chain(of(b)).chain([Route::Doctor]);
         let all = ["n1", "n2"].iter().flat_map(|node| routes().map(|route| route.audience(node)));
-        assert_eq!(all.collect::<std::collections::HashSet<_>>().len(), 34);
+        assert_eq!(all.collect::<std::collections::HashSet<_>>().len(), 46);
         assert_eq!(Route::Doctor.audience("n1"), "zpod.storage/n1/doctor");
         assert_eq!(Route::Send(a).audience("n1"), format!("zpod.storage/n1/send/{a}"));
     }
@@ -234,6 +294,13 @@ mod tests {
         }
         assert_eq!(new_snapshot_name("snapshot=before").unwrap().to_string(), "before");
         assert!(snapshot_name("snapshot=zpod-x").is_ok() && new_snapshot_name("snapshot=zpod-x").is_err());
+        for query in ["snapshot=Before.1", "snapshot=a&destroy-newer"] {
+            assert_eq!(RollbackQuery::parse(query).unwrap().to_string(), query);
+        }
+        for query in ["", "destroy-newer", "snapshot=", "snapshot=a&destroy-newer=1", "snapshot=a&destroy-newer&clones"]
+        {
+            assert!(RollbackQuery::parse(query).is_err(), "{query}");
+        }
         for (query, why) in [
             ("", "snapshot is missing"),
             ("from=a", "snapshot is missing"),

@@ -10,8 +10,8 @@ use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use zpod_admin::{
-    Check, ESTIMATE_HEADER, Failed, NewSnapshotName, PoolSnapshots, Properties, Received, Removed, Route, STREAM_TYPE,
-    SendName, SendPoints, SendQuery, SnapshotName, Taken,
+    Check, ESTIMATE_HEADER, Failed, NewSnapshotName, PoolSnapshots, Properties, Received, Removed, RollbackPlan,
+    RollbackQuery, RollbackRequested, Route, STREAM_TYPE, SendName, SendPoints, SendQuery, SnapshotName, Taken,
 };
 use zpod_volume::VolumeId;
 
@@ -65,7 +65,7 @@ impl Admin {
 
     /// Destroys a send point.
     pub(crate) async fn remove_send_point(&self, id: VolumeId, point: &SendName) -> Result<Removed, Failure> {
-        self.change(Route::RemoveSendPoint(id), &format!("snapshot={point}")).await
+        self.ask(Route::RemoveSendPoint(id), &format!("snapshot={point}")).await
     }
 
     pub(crate) async fn snapshots(&self, id: VolumeId) -> Result<PoolSnapshots, Trouble> {
@@ -74,12 +74,27 @@ impl Admin {
 
     /// Takes a snapshot in the pool.
     pub(crate) async fn take_snapshot(&self, id: VolumeId, name: &NewSnapshotName) -> Result<Taken, Failure> {
-        self.change(Route::TakeSnapshot(id), &format!("snapshot={name}")).await
+        self.ask(Route::TakeSnapshot(id), &format!("snapshot={name}")).await
     }
 
     /// Destroys one.
     pub(crate) async fn destroy_snapshot(&self, id: VolumeId, name: &SnapshotName) -> Result<Removed, Failure> {
-        self.change(Route::DestroySnapshot(id), &format!("snapshot={name}")).await
+        self.ask(Route::DestroySnapshot(id), &format!("snapshot={name}")).await
+    }
+
+    /// What going back to a snapshot would take.
+    pub(crate) async fn rollback_plan(&self, id: VolumeId, query: &RollbackQuery) -> Result<RollbackPlan, Failure> {
+        self.ask(Route::RollbackPlan(id), &query.to_string()).await
+    }
+
+    /// Asks for it.
+    pub(crate) async fn rollback(&self, id: VolumeId, query: &RollbackQuery) -> Result<RollbackRequested, Failure> {
+        self.ask(Route::Rollback(id), &query.to_string()).await
+    }
+
+    /// Takes it back.
+    pub(crate) async fn cancel_rollback(&self, id: VolumeId) -> Result<RollbackRequested, Failure> {
+        self.ask(Route::CancelRollback(id), "").await
     }
 
     /// Begins to send: the stream, and how long it will be by ZFS's estimate.
@@ -99,7 +114,7 @@ impl Admin {
         read(good(answer).await?).await
     }
 
-    async fn change<T: DeserializeOwned>(&self, route: Route, query: &str) -> Result<T, Failure> {
+    async fn ask<T: DeserializeOwned>(&self, route: Route, query: &str) -> Result<T, Failure> {
         let request = request(route, Some(query), line::nothing())?;
         let answer = within(BEGIN, self.line.ask(route, request).map_err(Trouble::Other)).await?;
         read(good(answer).await?).await

@@ -7,6 +7,7 @@ pub(crate) mod fake;
 mod helper;
 mod props;
 mod receive;
+mod rollback;
 mod scrub;
 mod send;
 mod snapshot;
@@ -32,11 +33,12 @@ pub(crate) async fn run(options: Options) -> Result<(), Failure> {
             Command::Props(Props::Get(options)) => props::of_socket(&Admin::new(line), &options, format).await,
             Command::Snapshot(options) => snapshot::run(Way::Socket(line), &options, format).await,
             Command::Snapshots(options) => snapshots::of_socket(line, &options, format).await,
+            Command::Rollback(options) => rollback::of_socket(line, &options, format).await,
             Command::Send(options) => send::run(Way::Socket(line), &options, format).await,
             Command::Receive(options) => receive::run(Way::Socket(line), &options, format).await,
             _ => Err(Failure::usage(
                 "this command reads and writes objects, and a zpod without a cluster has none",
-                "on one machine there are doctor, props get, snapshot, snapshots, send and receive",
+                "on one machine there are doctor, props get, snapshot, snapshots, rollback, send and receive",
             )),
         };
     }
@@ -49,6 +51,7 @@ pub(crate) async fn run(options: Options) -> Result<(), Failure> {
         Command::Props(Props::Set(options)) => props::set(&cluster, &options, format).await,
         Command::Snapshot(options) => snapshot::run(Way::Cluster(&cluster), &options, format).await,
         Command::Snapshots(options) => snapshots::run(&cluster, &options, format).await,
+        Command::Rollback(options) => rollback::run(&cluster, &options, format).await,
         Command::Adopt(options) => adopt::run(&cluster, &options, format).await,
         Command::Doctor(options) => doctor::run(&cluster, &options, format).await,
         Command::Send(options) => send::run(Way::Cluster(&cluster), &options, format).await,

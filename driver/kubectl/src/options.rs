@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Snapshot(Snapshot),
     /// The snapshots of a volume: copies of it on its node, and those in its pool.
     Snapshots(Snapshots),
+    /// Have a volume go back to a snapshot in its pool, at its next start.
+    Rollback(Rollback),
     /// Undo the deletion of ZfsVolumes and ZfsSnapshots whose data nobody asked to destroy.
     Adopt(Adopt),
     /// What is wrong with nodes, and how to mend it.
@@ -272,6 +274,57 @@ impl Snapshot {
 }
 
 #[derive(Debug, Clone, Args)]
+pub(crate) struct Rollback {
+    /// A PersistentVolumeClaim, an @ and the snapshot. With --volume the snapshot alone, with --cancel the claim alone.
+    #[arg(value_name = "PVC@NAME")]
+    pub(crate) what: Option<String>,
+    /// The id of a volume (the name of its ZfsVolume), in place of a claim.
+    #[arg(long = "volume", value_name = "ID")]
+    pub(crate) id: Option<VolumeId>,
+    /// Destroy the snapshots that are newer. Without, they are in the way.
+    #[arg(long)]
+    pub(crate) destroy_newer: bool,
+    /// End the pod that uses the volume, for its owner to make it anew, and wait for what comes of it.
+    #[arg(long)]
+    pub(crate) restart: bool,
+    /// Don't ask.
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    /// Take back what was asked for, as long as no pod has started with it.
+    #[arg(long, conflicts_with_all = ["destroy_newer", "restart"])]
+    pub(crate) cancel: bool,
+    /// How long to wait with --restart, such as 90s, 30m, 12h.
+    #[arg(long, default_value = "5m", value_parser = duration)]
+    pub(crate) timeout: Duration,
+    #[command(flatten)]
+    pub(crate) helper: HelperOptions,
+}
+
+impl Rollback {
+    /// The volume and the snapshot that are meant.
+    pub(crate) fn meant(&self) -> Result<(Named, SnapshotName), Failure> {
+        let missing = || Failure::usage("no snapshot is named", "write PVC@NAME, or --volume ID NAME");
+        let what = self.what.as_deref().ok_or_else(missing)?;
+        let (claim, name) = match what.split_once('@') {
+            Some((claim, name)) => (Some(claim).filter(|claim| !claim.is_empty()), name),
+            None if self.id.is_some() => (None, what),
+            None => return Err(missing()),
+        };
+        let target = Target { claim: claim.map(str::to_owned), id: self.id };
+        let name = name.parse().map_err(|error: zpod_admin::ParseTokenError| Failure::usage(error.to_string(), ""))?;
+        Ok((target.named()?, name))
+    }
+
+    /// The volume that is meant where there is no snapshot to name.
+    pub(crate) fn whole(&self) -> Result<Named, Failure> {
+        if self.what.as_ref().is_some_and(|what| what.contains('@')) {
+            return Err(Failure::usage("--cancel takes back whatever was asked for last", "name the claim alone"));
+        }
+        Target { claim: self.what.clone(), id: self.id }.named()
+    }
+}
+
+#[derive(Debug, Clone, Args)]
 pub(crate) struct Adopt {
     /// Names of ZfsVolumes and ZfsSnapshots that were deleted by hand. All of them, if none is given.
     #[arg(value_name = "ID")]
@@ -439,6 +492,10 @@ mod tests {
             "snapshot data-db-0 before-upgrade",
             "snapshots data-db-0",
             "snapshots data-db-0 --remove before-upgrade --remove zpod-auto-hourly-20261130T120000Z",
+            "rollback data-db-0@before-upgrade",
+            "rollback data-db-0@before-upgrade --destroy-newer --restart --yes --timeout 90s",
+            "rollback --volume 2d0f3c1e-8f5a-5d2a-9c4b-0123456789ab before-upgrade",
+            "rollback data-db-0 --cancel",
             "doctor n1 --all",
             "send data-db-0 --from monday --snapshot tuesday",
             "send data-db-0 --resume 1-ab-cd",
@@ -474,6 +531,7 @@ mod tests {
             "send db --from a@b",
             "send db --resume 1-ab --from monday",
             "send db --list --snapshot x",
+            "rollback data-db-0 --cancel --restart",
             "top --interval 0",
             "doctor -o yaml",
             "status --admin-endpoint run/admin.sock",

@@ -15,8 +15,8 @@ mod volume;
 pub use node::{BackingStatus, ZfsNode, ZfsNodeSpec, ZfsNodeStatus};
 pub use snapshot::{GroupRef, SnapshotPhase, ZfsSnapshot, ZfsSnapshotSpec, ZfsSnapshotStatus};
 pub use volume::{
-    ClaimRef, LastSnapshot, Mode, OriginStatus, Phase, Pod, PoolStatus, PublicationStatus, Scrub, SourceRef, ZfsVolume,
-    ZfsVolumeSpec, ZfsVolumeStatus,
+    ClaimRef, LastSnapshot, Mode, OriginStatus, Phase, Pod, PoolStatus, PublicationStatus, RollbackState,
+    RollbackStatus, Scrub, SourceRef, ZfsVolume, ZfsVolumeSpec, ZfsVolumeStatus,
 };
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;

@@ -22,7 +22,7 @@ pub(super) type Answer = Response<UnsyncBoxBody<Bytes, GuestError>>;
 pub enum AdminError {
     /// There is no such path.
     #[error(
-        "there is no such path; those of v1: /v1/doctor, /v1/volumes/<id>/{{properties,snapshots,take-snapshot,destroy-snapshot,send-points,remove-send-point,send,receive}}"
+        "there is no such path; those of v1: /v1/doctor, /v1/volumes/<id>/{{properties,snapshots,take-snapshot,destroy-snapshot,rollback-plan,rollback,cancel-rollback,send-points,remove-send-point,send,receive}}"
     )]
     Path,
     /// The path is asked with another method.

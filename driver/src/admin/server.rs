@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use zpod_admin::{Route, SendQuery, TOKEN_HEADER};
+use zpod_admin::{RollbackQuery, Route, SendQuery, TOKEN_HEADER};
 
 use super::answer::{Answer, Told, json};
 use super::transfer::Transfers;
@@ -111,6 +111,11 @@ impl Drop for AdminServer {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// What is to be gone back to.
+fn back(request: &Request<Incoming>) -> Result<RollbackQuery, AdminError> {
+    RollbackQuery::parse(request.uri().query().unwrap_or_default()).map_err(AdminError::Query)
 }
 
 async fn accepted<T>(accepted: io::Result<T>) -> Option<T> {
@@ -223,6 +228,9 @@ impl Service {
                 let name = zpod_admin::snapshot_name(request.uri().query().unwrap_or_default());
                 Ok(json(&admin.destroy_snapshot(id, &name.map_err(AdminError::Query)?).await?))
             }
+            Route::RollbackPlan(id) => Ok(json(&admin.rollback_plan(id, &back(&request)?).await?)),
+            Route::Rollback(id) => Ok(json(&admin.rollback(id, back(&request)?).await?)),
+            Route::CancelRollback(id) => Ok(json(&admin.cancel_rollback(id).await?)),
             Route::Send(id) => {
                 let query = SendQuery::parse(request.uri().query().unwrap_or_default()).map_err(AdminError::Query)?;
                 self.transfers.send(admin, id, &query).await

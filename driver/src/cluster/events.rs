@@ -22,7 +22,8 @@ use kube::{Api, Client};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use zpod_kubernetes::{CLAIM_UID, is_refusal};
-use zpod_volume::VolumeId;
+use zpod_storage::catalog::RollbackOutcome;
+use zpod_volume::{Rollback, VolumeId};
 
 use crate::bucket::Bucket;
 use crate::guest::VolumeReport;
@@ -144,6 +145,13 @@ impl Observer for PoolEvents {
 
     fn snapshot_changed(&self, volume: &Observed, change: &SnapshotChange) {
         let change = change::snapshot(volume, change);
+        if self.volumes().entry(volume.id).or_default().may_say(change.reason, Instant::now()) {
+            self.tell(volume, &change);
+        }
+    }
+
+    fn rolled_back(&self, volume: &Observed, rollback: &Rollback, outcome: &RollbackOutcome) {
+        let change = change::rolled_back(volume, rollback, outcome);
         if self.volumes().entry(volume.id).or_default().may_say(change.reason, Instant::now()) {
             self.tell(volume, &change);
         }
@@ -371,6 +379,27 @@ mod tests {
                 assert!(note.change.note.contains("before.1") && note.change.note.contains("claim data"), "{note:?}");
             }
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn claim_and_pod_are_told_what_came_of_a_rollback() {
+        let (events, mut waiting) = PoolEvents::new("n1");
+        let rollback = Rollback { id: uuid::Uuid::from_u128(1), snapshot: "before".into(), destroy_newer: false };
+        let outcome = |refused: Option<&str>| RollbackOutcome { refused: refused.map(str::to_owned), at: 1 };
+        events.rolled_back(&observed(), &rollback, &outcome(None));
+        events.rolled_back(&observed(), &rollback, &outcome(Some("it has no snapshot before")));
+        let mut told = Vec::new();
+        while let Ok(note) = waiting.notes.try_recv() {
+            let kind = note.regarding.kind.clone().unwrap();
+            told.push((kind, note.change.reason, note.change.warning, note.change.note));
+        }
+        let seen: Vec<_> = told.iter().map(|(kind, reason, warning, _)| (kind.as_str(), *reason, *warning)).collect();
+        let (claim, pod) = ("PersistentVolumeClaim", "Pod");
+        let want = [(claim, "RolledBack", false), (pod, "RolledBack", false)];
+        let refused = [(claim, "RollbackRefused", true), (pod, "RollbackRefused", true)];
+        assert_eq!(seen, [want, refused].concat());
+        assert!(told[0].3.contains("claim data") && told[0].3.contains("snapshot before"), "{told:?}");
+        assert!(told[2].3.contains("it has no snapshot before") && told[2].3.contains("as it was"), "{told:?}");
     }
 
     #[tokio::test(start_paused = true)]

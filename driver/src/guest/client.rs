@@ -1,4 +1,5 @@
 mod marks;
+mod rollback;
 mod transfer;
 
 use std::time::Duration;

@@ -1,5 +1,6 @@
 use uuid::Uuid;
 use zpod_proto::guest::last_scrub::State as WireState;
+use zpod_proto::guest::rolled_back::State as WireRolledBack;
 use zpod_proto::guest::{Health as WireHealth, LastScrub, SnapshotsPaused, StatusResponse, VolumeStatus};
 use zpod_volume::{Bytes, Half, TokenDigest, VolumeId};
 
@@ -76,8 +77,30 @@ pub struct VolumeReport {
     pub behind: Option<Half>,
     /// It is to take snapshots by itself, and takes none.
     pub paused: Option<Paused>,
+    /// What came of the rollback that it was told to do.
+    pub rolled_back: Option<RolledBack>,
     /// What this node itself knows to be wrong with it. Never the guest's word.
     pub trouble: Option<String>,
+}
+
+/// What came of a rollback.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RolledBack {
+    /// The id of the request.
+    pub id: Uuid,
+    /// Why it was refused, where it was.
+    pub refused: Option<String>,
+}
+
+impl RolledBack {
+    fn new(told: &zpod_proto::guest::RolledBack) -> Option<Self> {
+        let refused = match told.state() {
+            WireRolledBack::Unknown => return None,
+            WireRolledBack::Done => None,
+            WireRolledBack::Refused => Some(clean(&told.message, MAX_TEXT)),
+        };
+        Some(Self { id: Uuid::try_parse(&told.id).ok()?, refused })
+    }
 }
 
 /// Why a volume with a schedule takes no snapshots.
@@ -248,6 +271,7 @@ impl VolumeReport {
                 SnapshotsPaused::NoRoom => Some(Paused::NoRoom),
                 SnapshotsPaused::Failing => Some(Paused::Failing),
             },
+            rolled_back: status.rolled_back.as_ref().and_then(RolledBack::new),
             trouble: None,
         })
     }
@@ -350,6 +374,22 @@ mod tests {
         }
         let unknown = LastScrub { state: 99, ..LastScrub::default() };
         assert_eq!(VolumeReport::new(VolumeStatus { scrub: Some(unknown), ..status() }).unwrap().scrub, None);
+    }
+
+    #[test]
+    fn what_came_of_a_rollback_is_cleaned_and_one_of_no_request_is_left_out() {
+        let told = |id: &str, state: i32, message: &str| {
+            let rolled_back = zpod_proto::guest::RolledBack { id: id.into(), state, message: message.into() };
+            VolumeReport::new(VolumeStatus { rolled_back: Some(rolled_back), ..status() }).unwrap().rolled_back
+        };
+        let id = Uuid::from_u128(4);
+        let text = id.to_string();
+        assert_eq!(told(&text, WireRolledBack::Done.into(), "x"), Some(RolledBack { id, refused: None }));
+        let refused = told(&text, WireRolledBack::Refused.into(), &format!("a\nb{}", "x".repeat(9999))).unwrap();
+        let reason = refused.refused.unwrap();
+        assert!(reason.starts_with("a bx") && reason.len() <= MAX_TEXT, "{reason}");
+        assert_eq!(told(&text, 77, ""), None);
+        assert_eq!(told("../x", WireRolledBack::Done.into(), ""), None);
     }
 
     #[test]

@@ -423,6 +423,25 @@ pub enum VolumeError {
         /// What happened.
         source: GuestError,
     },
+    /// A guest has been told to go back to a snapshot, and has not said what came of it.
+    #[error(
+        "volume {id} goes back to snapshot {snapshot} with the start of {holder}, which was told so already: wait until its \
+         guest says what came of it, or end that pod"
+    )]
+    RollbackGiven {
+        /// The volume.
+        id: VolumeId,
+        /// The snapshot.
+        snapshot: String,
+        /// The pod.
+        holder: String,
+    },
+    /// No rollback is asked for.
+    #[error("volume {id} is not to go back to any snapshot: there is nothing to take back")]
+    NoRollback {
+        /// The volume.
+        id: VolumeId,
+    },
     /// The device provider refused or failed.
     #[error("node {node}: {source}")]
     Backing {

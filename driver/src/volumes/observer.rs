@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use zpod_admin::SnapshotName;
 use zpod_kubernetes::CLAIM_UID;
-use zpod_storage::catalog::{PodRef, Publication, Volume};
-use zpod_volume::{Bytes, VolumeId};
+use zpod_storage::catalog::{PodRef, Publication, RollbackOutcome, Volume};
+use zpod_volume::{Bytes, Rollback, VolumeId};
 
 use crate::guest::VolumeReport;
 
@@ -95,6 +95,11 @@ pub trait Observer: Send + Sync + fmt::Debug {
         let _ = (volume, change);
     }
 
+    /// What came of a rollback that was asked for is recorded. Told once.
+    fn rolled_back(&self, volume: &Observed, rollback: &Rollback, outcome: &RollbackOutcome) {
+        let _ = (volume, rollback, outcome);
+    }
+
     /// Whether it keeps a volume's condition where the catalog finds it. Then the node does not record it as well.
     fn keeps_condition(&self) -> bool {
         false
@@ -121,6 +126,10 @@ impl Observer for Vec<Arc<dyn Observer>> {
 
     fn snapshot_changed(&self, volume: &Observed, change: &SnapshotChange) {
         self.iter().for_each(|observer| observer.snapshot_changed(volume, change));
+    }
+
+    fn rolled_back(&self, volume: &Observed, rollback: &Rollback, outcome: &RollbackOutcome) {
+        self.iter().for_each(|observer| observer.rolled_back(volume, rollback, outcome));
     }
 
     fn keeps_condition(&self) -> bool {
@@ -150,6 +159,7 @@ mod tests {
                 read_only: false,
                 fs_group: None,
                 mount_flags: vec![],
+                rollback: None,
                 pod: Some(pod),
                 claim,
                 boot_id: String::new(),

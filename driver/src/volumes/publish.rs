@@ -333,6 +333,8 @@ impl NodeVolumes {
             read_only: request.read_only,
             fs_group: request.fs_group,
             mount_flags: mount_options::names(&request.flags),
+            // Whoever can't write can't go back: that is for the next one.
+            rollback: volume.pending_rollback().filter(|_| !request.read_only).map(|rollback| rollback.id),
             pod: request.pod,
             claim,
             boot_id: self.context.boot_id.clone(),

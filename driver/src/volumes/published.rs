@@ -60,6 +60,8 @@ struct Entry {
     /// It is older than this process, which does not know whether a guest has told of it.
     earlier: bool,
     recorded: Option<Instant>,
+    /// The rollback that its guest was told to do, until what came of it is recorded.
+    rollback: Option<Uuid>,
     /// Kata's entry may tell the next guest less than is recorded: it could not be written.
     stale: bool,
     grown: Option<Instant>,
@@ -115,8 +117,8 @@ pub(super) enum Note {
     Believed {
         /// The volume it speaks of.
         volume: Arc<Observed>,
-        /// It is the first to say that the pool is there, or that half of a mirror is lost, which must be recorded; or Kata's
-        /// entry does not say yet what is recorded.
+        /// It is the first to say that the pool is there, that half of a mirror is lost, or what came of a rollback, which
+        /// must be recorded; or Kata's entry does not say yet what is recorded.
         first: bool,
         /// The condition has changed, and it is time to record it.
         changed: bool,
@@ -157,6 +159,7 @@ impl Published {
             unheard: false,
             earlier: false,
             recorded: None,
+            rollback: None,
             stale: false,
             grown: None,
             changed: false,
@@ -188,6 +191,7 @@ impl Published {
             unheard: false,
             earlier: false,
             recorded: None,
+            rollback: volume.given_rollback().map(|rollback| rollback.id),
             stale: false,
             grown: None,
             changed: may_have_changed(volume),
@@ -209,6 +213,7 @@ impl Published {
                 entry.telling = Some(Instant::now());
             }
             entry.mirror = volume.is_mirrored().then_some(volume.behind);
+            entry.rollback = volume.given_rollback().map(|rollback| rollback.id);
             if let Some(observed) = entry.observed.as_mut().filter(|observed| observed.capacity != volume.capacity) {
                 *observed = Arc::new(Observed { capacity: volume.capacity, ..observed.as_ref().clone() });
             }
@@ -321,7 +326,8 @@ impl Published {
             halves_of(report, behind) != behind && (behind.is_none() || due(entry.recorded, RECORD_EVERY))
         });
         let stale = entry.stale && due(entry.recorded, RECORD_EVERY);
-        let first = report.health.is_imported() && !entry.initialized || lost || stale;
+        let rolled_back = report.rolled_back.as_ref().is_some_and(|told| entry.rollback == Some(told.id));
+        let first = report.health.is_imported() && !entry.initialized || lost || stale || rolled_back;
         let changed = entry.condition.as_ref() != Some(&condition_of(report)) && due(entry.recorded, RECORD_EVERY);
         let small = report.partition.0 > 0 && report.partition < entry.partition;
         let grow =

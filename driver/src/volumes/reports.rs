@@ -1,13 +1,14 @@
 use async_trait::async_trait;
-use zpod_storage::catalog::{Condition, Volume};
+use zpod_storage::catalog::{Condition, RollbackOutcome, Volume};
 use zpod_storage::crash;
-use zpod_volume::{VolumeAttributes, VolumeId};
+use zpod_volume::{Rollback, VolumeAttributes, VolumeId};
 
 use super::VolumeError;
 use super::context::to_the_end;
 use super::modify::modify;
 use super::publish::NodeVolumes;
 use super::published::{Note, halves_of};
+use super::rollback::outcome_of;
 use super::stats::condition_of;
 use crate::guest::{GuestClient, Listener, Report, VolumeReport, Wanted};
 
@@ -89,7 +90,9 @@ impl NodeVolumes {
         let behind = if volume.is_mirrored() { halves_of(report, volume.behind) } else { None };
         let moved = behind != volume.behind;
         let stale = self.context.published.is_stale(id);
-        if !first && !moved && !stale && volume.condition.as_ref() == Some(&condition) {
+        let given = volume.given_rollback().cloned();
+        let rolled_back = given.and_then(|given| outcome_of(given, report));
+        if !first && !moved && !stale && rolled_back.is_none() && volume.condition.as_ref() == Some(&condition) {
             self.context.published.refresh(&volume);
             return Ok(());
         }
@@ -99,6 +102,7 @@ impl NodeVolumes {
         crash::point("report: begin");
         let record =
             Volume { initialized: volume.initialized || imported, condition: Some(condition), behind, ..volume };
+        let record = record.with_outcome(rolled_back.as_ref().map(|(_, outcome)| outcome.clone()));
         let volume = self.context.catalog.update(record).await?;
         self.context.published.refresh(&volume);
         crash::point("report: recorded");
@@ -111,12 +115,27 @@ impl NodeVolumes {
                 None => tracing::info!(volume = %id, "both halves of its mirror have everything"),
             }
         }
-        if first || moved || stale {
+        if let Some((rollback, outcome)) = &rolled_back {
+            self.tell_rolled_back(id, rollback, outcome);
+        }
+        if first || moved || stale || rolled_back.is_some() {
             // The next container or virtual machine of this pod must not be allowed to make it either, nor to use that
-            // half alone.
+            // half alone, nor has it to go back once more.
             self.refresh_entry(&volume).await?;
         }
         Ok(())
+    }
+
+    fn tell_rolled_back(&self, id: VolumeId, rollback: &Rollback, outcome: &RollbackOutcome) {
+        match &outcome.refused {
+            None => tracing::info!(volume = %id, "its guest went back to snapshot {}", rollback.snapshot),
+            Some(reason) => {
+                tracing::warn!(volume = %id, "its guest did not go back to snapshot {}: {reason}", rollback.snapshot);
+            }
+        }
+        if let Some((observed, _)) = self.context.published.observed(id) {
+            self.observer.rolled_back(&observed, rollback, outcome);
+        }
     }
 
     /// Tells a guest of attributes that its note may be without: it runs on a virtual machine that was started after they

@@ -30,6 +30,7 @@ pub(super) fn volume_spec(volume: &Volume, publication: &Publication, token: Uui
         origin: volume.origin.clone().filter(|_| !volume.initialized),
         zfs_access: volume.parameters.zfs_access,
         snapshot_schedule: volume.attributes.snapshot_schedule(&volume.parameters),
+        rollback: volume.pending_rollback().filter(|rollback| publication.rollback == Some(rollback.id)).cloned(),
         mirror: volume.is_mirrored().then_some(Mirror { behind: volume.behind }),
         ..VolumeSpec::new(volume.id, token, create(volume), volume.capacity)
     }

@@ -16,9 +16,10 @@ use std::str::FromStr;
 use async_trait::async_trait;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 use zpod_volume::{
-    Bytes, DiskLayout, Encryption, GroupId, Half, Headroom, Mark, Origin, SnapshotId, TokenDigest, VolumeAttributes,
-    VolumeId, VolumeMode, VolumeParameters,
+    Bytes, DiskLayout, Encryption, GroupId, Half, Headroom, Mark, Origin, Rollback, SnapshotId, TokenDigest,
+    VolumeAttributes, VolumeId, VolumeMode, VolumeParameters,
 };
 
 /// Something that is recorded.
@@ -97,6 +98,9 @@ pub struct Volume {
     /// The largest disk that its place can have, where its headroom asks for a larger one: the disk is so large then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_limit: Option<Bytes>,
+    /// The last rollback to a snapshot in its pool that was asked for, and what came of it. A copy does not have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<RollbackRecord>,
     /// Counts the changes of this record. Zero until it is stored.
     pub revision: u64,
 }
@@ -161,6 +165,7 @@ impl Volume {
             ephemeral: false,
             behind: None,
             disk_limit: None,
+            rollback: None,
             revision: 0,
         }
     }
@@ -172,6 +177,27 @@ impl Volume {
             Some(origin) if !self.initialized => self.publication.is_none().then(|| origin.clone()),
             _ => Some(Origin { volume: self.id, mark, initialized: self.initialized, copy: None }),
         }
+    }
+
+    /// The rollback that its next guest is to do.
+    pub fn pending_rollback(&self) -> Option<&Rollback> {
+        self.rollback.as_ref().filter(|rollback| rollback.outcome.is_none()).map(|rollback| &rollback.request)
+    }
+
+    /// The one that the guest of its publication was told to do, and has not told of.
+    pub fn given_rollback(&self) -> Option<&Rollback> {
+        let given = self.publication.as_ref()?.rollback?;
+        self.pending_rollback().filter(|rollback| rollback.id == given)
+    }
+
+    /// With what came of its rollback, where that is told.
+    #[must_use]
+    pub fn with_outcome(self, outcome: Option<RollbackOutcome>) -> Self {
+        let rollback = match (self.rollback, outcome) {
+            (Some(rollback), Some(outcome)) => Some(RollbackRecord { outcome: Some(outcome), ..rollback }),
+            (rollback, _) => rollback,
+        };
+        Self { rollback, ..self }
     }
 
     /// Whether its pool is a mirror of two devices.
@@ -193,6 +219,30 @@ impl Volume {
     pub fn within(self, largest: Bytes) -> Self {
         if self.layout().disk > largest { Self { disk_limit: Some(largest), ..self } } else { self }
     }
+}
+
+/// A rollback that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RollbackRecord {
+    /// What its next guest is told.
+    pub request: Rollback,
+    /// When it was asked for, in seconds since 1970.
+    pub requested: u64,
+    /// What came of it; none as long as no guest has told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<RollbackOutcome>,
+}
+
+/// What came of a rollback, as a guest said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RollbackOutcome {
+    /// Why it was refused, where it was. Text from a guest is bounded before it gets here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+    /// When its node heard of it, in seconds since 1970.
+    pub at: u64,
 }
 
 /// How far a volume has come.
@@ -224,6 +274,9 @@ pub struct Publication {
     /// Mount flags as CSI gave them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mount_flags: Vec<String>,
+    /// The id of the rollback that its guest is told to do. One that is asked for later is for the next publication.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<Uuid>,
     /// The pod, where the orchestrator told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<PodRef>,

@@ -17,6 +17,7 @@ mod manifests;
 mod outage;
 mod refusals;
 mod restarts;
+mod rollback;
 mod running;
 mod runtime;
 mod smoke;
@@ -103,6 +104,10 @@ fn main() -> Result<ExitCode> {
         stage.trial(
             "a_pod_with_zfs_of_its_own_leaves_its_datasets_to_the_next",
             access::a_pod_with_zfs_of_its_own_leaves_its_datasets_to_the_next,
+        ),
+        stage.trial(
+            "a_volume_goes_back_to_a_snapshot_with_its_next_pod",
+            rollback::a_volume_goes_back_to_a_snapshot_with_its_next_pod,
         ),
         stage.trial("the_scheduler_goes_where_the_room_is", capacity::the_scheduler_goes_where_the_room_is),
         // After all that use the chart: it looks for what they were refused, and uninstalls it.

@@ -57,7 +57,7 @@ pub(super) fn text(volumes: &[VolumeView]) -> String {
                 or_dash(&view.compress_ratio),
                 view.state().to_owned(),
                 view.snapshots.to_string(),
-                view.message.clone(),
+                view.said(),
             ]
         }),
     )

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
-use zpod_kubernetes::crd::ZfsVolume;
+use zpod_kubernetes::crd::{RollbackState, ZfsVolume};
 use zpod_volume::VolumeId;
 
 use super::helper::Helper;
@@ -59,6 +59,7 @@ pub(super) async fn with_guest<F: Future<Output = Result<(), Failure>>>(
             return until_signal(work(reached)).await;
         }
     }
+    volume.as_ref().map_or(Ok(()), |volume| goes_nowhere(volume, named))?;
     if options.no_helper {
         let what = format!("no pod uses {named}, and only a running guest can open its pool");
         return Err(Failure::failed(what, "start its pod, or leave --no-helper out: a pod is made for that time then"));
@@ -84,6 +85,21 @@ pub(super) async fn with_guest<F: Future<Output = Result<(), Failure>>>(
     .await;
     helper.remove().await;
     done
+}
+
+/// A pod of this program's own would be the start with which a volume goes back, and nobody has asked for that now.
+fn goes_nowhere(volume: &ZfsVolume, named: &Named) -> Result<(), Failure> {
+    let rollback = volume.status.as_ref().and_then(|status| status.rollback.as_ref());
+    match rollback.filter(|rollback| rollback.state == RollbackState::Pending) {
+        None => Ok(()),
+        Some(rollback) => Err(Failure::failed(
+            format!(
+                "{named} goes back to snapshot {} with its next pod, and one made for this would be that",
+                rollback.snapshot
+            ),
+            format!("start its pod first, or take it back: kubectl zpod rollback {named} --cancel"),
+        )),
+    }
 }
 
 fn unbound(claim: &k8s_openapi::api::core::v1::PersistentVolumeClaim) -> bool {

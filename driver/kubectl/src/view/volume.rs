@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::Serialize;
-use zpod_kubernetes::crd::{Mode, Phase, SourceRef, ZfsSnapshot, ZfsVolume, ZfsVolumeStatus};
+use zpod_kubernetes::crd::{Mode, Phase, RollbackStatus, SourceRef, ZfsSnapshot, ZfsVolume, ZfsVolumeStatus};
 use zpod_kubernetes::{HEALTHY, Quantity, READY};
 
 use crate::options::Sort;
@@ -43,6 +43,9 @@ pub(crate) struct VolumeView {
     pub(crate) errors: Errors,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) last_scrub: Option<ScrubView>,
+    /// The last rollback that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) rollback: Option<RollbackView>,
     /// How many snapshots there are of it.
     pub(crate) snapshots: usize,
     /// What it was made from.
@@ -72,6 +75,34 @@ pub(crate) struct ScrubView {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) end_time: Option<Time>,
     pub(crate) errors: i64,
+}
+
+/// A rollback to a snapshot in the pool.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct RollbackView {
+    pub(crate) id: String,
+    pub(crate) snapshot: String,
+    /// `Pending`, `RolledBack` or `Refused`.
+    pub(crate) state: String,
+    pub(crate) requested_at: Time,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) end_time: Option<Time>,
+    /// Why it was refused.
+    pub(crate) message: String,
+}
+
+impl RollbackView {
+    fn new(rollback: RollbackStatus) -> Self {
+        Self {
+            id: rollback.id.to_string(),
+            state: format!("{:?}", rollback.state),
+            snapshot: rollback.snapshot,
+            requested_at: rollback.requested_at,
+            end_time: rollback.end_time,
+            message: rollback.message,
+        }
+    }
 }
 
 impl Errors {
@@ -127,6 +158,7 @@ impl VolumeView {
                 end_time: scrub.end_time,
                 errors: scrub.errors,
             }),
+            rollback: status.rollback.clone().map(RollbackView::new),
             snapshots: snapshots.iter().filter(|snapshot| snapshot.spec.volume == id).count(),
             source: spec.source.clone(),
             attributes: spec.attributes.clone(),
@@ -142,6 +174,14 @@ impl VolumeView {
     /// One word for how it is: the pool's health, or how far the device has come.
     pub(crate) fn state(&self) -> &str {
         if self.phase == "Ready" && !self.health.is_empty() { &self.health } else { &self.phase }
+    }
+
+    /// What is wrong, and whether it goes back to a snapshot at its next start.
+    pub(crate) fn said(&self) -> String {
+        let pending = self.rollback.as_ref().filter(|rollback| rollback.state == "Pending");
+        let pending = pending.map(|rollback| format!("goes back to snapshot {} at its next start", rollback.snapshot));
+        let all = [Some(self.message.clone()).filter(|message| !message.is_empty()), pending];
+        all.into_iter().flatten().collect::<Vec<_>>().join("; ")
     }
 
     /// Used over capacity, in percent.
@@ -212,6 +252,21 @@ pub(super) mod tests {
                             "pod": {"namespace": "prod", "name": "db-0"}},
             "pool": {"name": "zpod-0123456789ab", "health": "Online", "used": used, "compressRatio": "1.43x"},
         })
+    }
+
+    #[test]
+    fn a_rollback_that_is_to_come_is_said_and_is_no_sickness() {
+        let mut status = online("1Gi");
+        status["rollback"] = json!({"id": "00000000-0000-0000-0000-000000000001", "snapshot": "before",
+                                    "requestedAt": "2026-11-30T12:00:00Z", "state": "Pending"});
+        let view = VolumeView::new(&object("a", "data", status.clone()), &[]);
+        assert_eq!(
+            (view.said().as_str(), view.message.as_str()),
+            ("goes back to snapshot before at its next start", "")
+        );
+        assert_eq!(serde_json::to_value(&view).unwrap()["rollback"]["state"], "Pending");
+        status["rollback"]["state"] = json!("RolledBack");
+        assert_eq!(VolumeView::new(&object("a", "data", status), &[]).said(), "");
     }
 
     #[test]

@@ -248,6 +248,9 @@ pub struct ZfsVolumeStatus {
     /// The largest disk that the node's file system can hold, where the headroom asks for a larger one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_limit: Option<Quantity>,
+    /// The last rollback to a snapshot in its pool that was asked for (`kubectl zpod rollback`), and what came of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<RollbackStatus>,
     /// The attributes that the node has taken over: set in the running guest, or to be set at its next start.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub attributes: BTreeMap<String, String>,
@@ -265,6 +268,40 @@ pub struct ZfsVolumeStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "super::conditions")]
     pub conditions: Vec<Condition>,
+}
+
+/// A rollback to a snapshot in the volume's pool.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RollbackStatus {
+    /// Tells requests apart.
+    pub id: Uuid,
+    /// What stands behind the @.
+    pub snapshot: String,
+    /// Newer snapshots may be destroyed for it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub destroy_newer: bool,
+    /// When it was asked for.
+    pub requested_at: Time,
+    /// `Pending` until its next guest has told what came of it.
+    pub state: RollbackState,
+    /// When its node heard of that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_time: Option<Time>,
+    /// Why it was refused.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+}
+
+/// How far a rollback is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RollbackState {
+    /// Its next guest is to do it.
+    Pending,
+    /// The volume has gone back.
+    RolledBack,
+    /// It could not be done, and the volume is as it was.
+    Refused,
 }
 
 /// How far the device has come.
@@ -297,6 +334,9 @@ pub struct PublicationStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<i64>")]
     pub fs_group: Option<u32>,
+    /// The rollback that its guest is told to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<Uuid>,
     /// Mount flags.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mount_flags: Vec<String>,

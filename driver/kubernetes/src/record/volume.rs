@@ -1,16 +1,19 @@
 use std::collections::BTreeMap;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition as KubeCondition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition as KubeCondition, Time};
+use k8s_openapi::jiff::Timestamp;
 use zpod_storage::catalog::{
-    CatalogError, ClaimRef as BoundClaim, Condition, Phase as RecordPhase, PodRef, Publication, Source, Volume,
+    CatalogError, ClaimRef as BoundClaim, Condition, Phase as RecordPhase, PodRef, Publication, RollbackOutcome,
+    RollbackRecord, Source, Volume,
 };
-use zpod_volume::{ParameterError, VolumeAttributes, VolumeId};
+use zpod_volume::{ParameterError, Rollback, VolumeAttributes, VolumeId};
 
 use super::{EXPANDED, HEALTHY, READY, mode_of, mode_status, origin_of, origin_status, successor};
 use crate::Quantity;
 use crate::catalog::{Head, Kept, Requests};
 use crate::crd::{
-    ClaimRef, FINALIZER, Phase, Pod, PublicationStatus, SourceRef, ZfsVolume, ZfsVolumeSpec, ZfsVolumeStatus,
+    ClaimRef, FINALIZER, Phase, Pod, PublicationStatus, RollbackState, RollbackStatus, SourceRef, ZfsVolume,
+    ZfsVolumeSpec, ZfsVolumeStatus,
 };
 use crate::remark::{Remark, set};
 
@@ -211,6 +214,7 @@ fn volume_of(object: &ZfsVolume) -> Result<Volume, CatalogError> {
         ephemeral: spec.ephemeral,
         behind: status.behind,
         disk_limit: status.disk_limit.map(|limit| limit.0),
+        rollback: status.rollback.as_ref().map(rollback_of),
         revision: u64::try_from(status.revision).map_err(|_| unreadable("status.revision is negative"))?,
     })
 }
@@ -225,6 +229,7 @@ fn publication_of(status: &PublicationStatus) -> Result<Publication, &'static st
         read_only: status.read_only,
         fs_group: status.fs_group,
         mount_flags: status.mount_flags.clone(),
+        rollback: status.rollback,
         pod: status.pod.clone().map(|pod| PodRef { namespace: pod.namespace, name: pod.name, uid: pod.uid }),
         claim: status.claim.clone().map(|claim| BoundClaim {
             namespace: claim.namespace,
@@ -243,6 +248,7 @@ fn publication_status(publication: &Publication) -> PublicationStatus {
         read_only: publication.read_only,
         fs_group: publication.fs_group,
         mount_flags: publication.mount_flags.clone(),
+        rollback: publication.rollback,
         pod: publication.pod.clone().map(|pod| Pod { namespace: pod.namespace, name: pod.name, uid: pod.uid }),
         claim: publication.claim.clone().map(|claim| ClaimRef {
             namespace: claim.namespace,
@@ -251,6 +257,44 @@ fn publication_status(publication: &Publication) -> PublicationStatus {
             persistent_volume: String::new(),
         }),
         boot_id: publication.boot_id.clone(),
+    }
+}
+
+fn seconds(time: &Time) -> u64 {
+    u64::try_from(time.0.as_second()).unwrap_or(0)
+}
+
+fn time(seconds: u64) -> Time {
+    let stamp = i64::try_from(seconds).ok().and_then(|seconds| Timestamp::from_second(seconds).ok());
+    Time(stamp.unwrap_or(Timestamp::UNIX_EPOCH))
+}
+
+fn rollback_of(status: &RollbackStatus) -> RollbackRecord {
+    let request = Rollback { id: status.id, snapshot: status.snapshot.clone(), destroy_newer: status.destroy_newer };
+    let at = status.end_time.as_ref().map_or(0, seconds);
+    let outcome = match status.state {
+        RollbackState::Pending => None,
+        RollbackState::RolledBack => Some(RollbackOutcome { refused: None, at }),
+        RollbackState::Refused => Some(RollbackOutcome { refused: Some(status.message.clone()), at }),
+    };
+    RollbackRecord { request, requested: seconds(&status.requested_at), outcome }
+}
+
+fn rollback_status(rollback: &RollbackRecord) -> RollbackStatus {
+    let (request, outcome) = (&rollback.request, rollback.outcome.as_ref());
+    let refused = outcome.and_then(|outcome| outcome.refused.clone());
+    RollbackStatus {
+        id: request.id,
+        snapshot: request.snapshot.clone(),
+        destroy_newer: request.destroy_newer,
+        requested_at: time(rollback.requested),
+        state: match (outcome, &refused) {
+            (None, _) => RollbackState::Pending,
+            (Some(_), None) => RollbackState::RolledBack,
+            (Some(_), Some(_)) => RollbackState::Refused,
+        },
+        end_time: outcome.map(|outcome| time(outcome.at)),
+        message: refused.unwrap_or_default(),
     }
 }
 
@@ -282,6 +326,7 @@ fn node_status(object: &ZfsVolume, volume: &Volume) -> ZfsVolumeStatus {
         origin: volume.origin.as_ref().map(origin_status),
         behind: volume.behind,
         disk_limit: volume.disk_limit.map(Quantity),
+        rollback: volume.rollback.as_ref().map(rollback_status),
         attributes: volume.attributes.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         observed_generation: generation,
         revision: i64::try_from(volume.revision).unwrap_or(i64::MAX - 1) + 1,
@@ -320,6 +365,7 @@ mod tests {
                 read_only: true,
                 fs_group: Some(1000),
                 mount_flags: vec!["noexec".into()],
+                rollback: Some(Uuid::from_u128(3)),
                 pod: Some(PodRef { namespace: "ns".into(), name: "db-0".into(), uid: "u".into() }),
                 claim: Some(BoundClaim { namespace: "ns".into(), name: "data-db-0".into(), uid: "c".into() }),
                 boot_id: "boot".into(),
@@ -343,6 +389,11 @@ mod tests {
             ephemeral: false,
             behind: Some(Half::Second),
             disk_limit: Some(Bytes::gib(16)),
+            rollback: Some(RollbackRecord {
+                request: Rollback { id: Uuid::from_u128(3), snapshot: "before".into(), destroy_newer: true },
+                requested: 1_764_000_000,
+                outcome: None,
+            }),
             revision: 4,
         }
     }
@@ -358,7 +409,12 @@ mod tests {
         let volume = volume();
         let text = serde_json::to_string(&object(&volume)).unwrap();
         let read: ZfsVolume = serde_json::from_str(&text).unwrap();
-        assert_eq!(volume_of(&read).unwrap(), Volume { revision: 5, ..volume });
+        assert_eq!(volume_of(&read).unwrap(), Volume { revision: 5, ..volume.clone() });
+        // So does what came of a rollback.
+        for refused in [None, Some("it has no snapshot before".to_owned())] {
+            let told = volume.clone().with_outcome(Some(RollbackOutcome { refused, at: 1_764_000_060 }));
+            assert_eq!(volume_of(&object(&told)).unwrap().rollback, told.rollback);
+        }
     }
 
     #[test]

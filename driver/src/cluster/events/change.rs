@@ -1,6 +1,7 @@
 use crate::guest::{Health, Paused, VolumeReport};
 use crate::volumes::{CLAIM_NAME, Observed, SnapshotChange};
-use zpod_volume::Bytes;
+use zpod_storage::catalog::RollbackOutcome;
+use zpod_volume::{Bytes, Rollback};
 
 /// Marks of usage in percent, and how far below one it must fall before it counts again.
 const FILLING: u64 = 80;
@@ -39,6 +40,26 @@ pub(super) fn snapshot(volume: &Observed, change: &SnapshotChange) -> Change {
     };
     let note = format!("snapshot {snapshot} {done} of {}, as was asked for by kubectl zpod", name(volume));
     Change { reason, warning: false, note }
+}
+
+/// What came of a rollback.
+pub(super) fn rolled_back(volume: &Observed, rollback: &Rollback, outcome: &RollbackOutcome) -> Change {
+    let (name, snapshot) = (name(volume), &rollback.snapshot);
+    match &outcome.refused {
+        None => Change {
+            reason: "RolledBack",
+            warning: false,
+            note: format!("{name} went back to snapshot {snapshot} before its first container, as was asked for"),
+        },
+        Some(reason) => Change {
+            reason: "RollbackRefused",
+            warning: true,
+            note: format!(
+                "{name} did not go back to snapshot {snapshot}, and is as it was: {reason}. It is not tried again: ask \
+                 once more when that is mended (kubectl zpod rollback)"
+            ),
+        },
+    }
 }
 
 /// What was told of a volume.

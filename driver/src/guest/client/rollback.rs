@@ -1,0 +1,46 @@
+use std::time::Duration;
+
+use zpod_admin::{RollbackPlan, SnapshotName};
+use zpod_proto::bounded::SNAPSHOTS;
+use zpod_proto::guest::{CheckRollbackRequest, CheckRollbackResponse};
+use zpod_volume::VolumeId;
+
+use super::{GuestClient, GuestError, clean};
+
+/// A few tools, and a turn of its schedule that is waited for.
+const CHECK_DEADLINE: Duration = Duration::from_secs(60);
+
+const NO_ROLLBACKS: &str = "this guest was started from an earlier image and knows nothing of rollbacks; end the pod, and ask \
+                            when the next one runs";
+/// ZFS's own bound for a name.
+const MAX_NAME: usize = 256;
+
+impl GuestClient {
+    /// What going back to a snapshot would take. Nothing is changed.
+    ///
+    /// # Errors
+    /// When the guest does not answer in time, is of an earlier version, or says that it could not be done.
+    pub async fn check_rollback(
+        &self,
+        id: VolumeId,
+        snapshot: &SnapshotName,
+        destroy_newer: bool,
+    ) -> Result<RollbackPlan, GuestError> {
+        let mut stub = self.stub::<CheckRollbackResponse>();
+        let request = CheckRollbackRequest { volume_id: id.to_string(), snapshot: snapshot.to_string(), destroy_newer };
+        let answer = self.call("CheckRollback", CHECK_DEADLINE, stub.check_rollback(request)).await;
+        let answer = answer.map_err(|error| match error {
+            GuestError::Refused { sandbox, call, message } if message.starts_with("Unimplemented") => {
+                GuestError::Refused { sandbox, call, message: NO_ROLLBACKS.into() }
+            }
+            error => error,
+        })?;
+        let newer = answer.newer.iter().take(SNAPSHOTS).map(|name| clean(name, MAX_NAME)).collect();
+        Ok(RollbackPlan {
+            snapshot: snapshot.to_string(),
+            newer,
+            left_out: answer.left_out,
+            written_bytes: answer.written_bytes,
+        })
+    }
+}
