@@ -87,20 +87,23 @@ pub(super) fn is_mark(name: &str) -> bool {
     name.parse::<Mark>().is_ok()
 }
 
-/// Removes the marks of a dataset that are wanted no more, and no other snapshot; gives their number.
+/// Removes the marks of a dataset that are wanted no more, and no other snapshot; gives their number. One that can't be
+/// removed, such as one that a tenant holds, keeps no other: the first error is given at the end.
 pub(super) async fn remove_marks<M: Machine>(
     machine: &M,
     dataset: &str,
     unwanted: impl Fn(&str) -> bool + Send,
 ) -> Result<usize, Fault> {
-    let mut removed = 0;
+    let (mut removed, mut failed) = (0, None);
     for name in machine.snapshots(dataset).await? {
         if is_mark(&name) && unwanted(&name) {
-            machine.destroy_snapshot(dataset, &name).await?;
-            removed += 1;
+            match machine.destroy_snapshot(dataset, &name).await {
+                Ok(()) => removed += 1,
+                Err(fault) => failed = failed.or(Some(fault)),
+            }
         }
     }
-    Ok(removed)
+    failed.map_or(Ok(removed), Err)
 }
 
 #[cfg(test)]
@@ -134,6 +137,25 @@ mod tests {
         volume.spec.create = Create::Never;
         let _ = prepare(&volumes, "c1", volume).await.unwrap();
         assert_eq!(kept().await, "1073741824");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_mark_that_its_tenant_holds_keeps_no_other_one() {
+        let volumes = guest(&disks(&["a"]));
+        let mut volume = wanted("a", Create::Fresh, "/m1");
+        let (id, dataset) = (volume.spec.id, volume.spec.dataset());
+        let _ = prepare(&volumes, "c1", volume.clone()).await.unwrap();
+        let mut marks = ["s", "t", "u"].map(|name| Mark::for_snapshot(SnapshotId::from_name(name)).to_string());
+        marks.sort_unstable();
+        for mark in &marks {
+            volumes.mark(id, &mark.parse().unwrap()).await.unwrap();
+        }
+        volumes.machine().pinned.lock().unwrap().insert(marks[0].clone());
+        volumes.release_all().await;
+        volume.spec.create = Create::Never;
+        let _ = prepare(&volumes, "c1", volume).await.unwrap();
+        assert_eq!(volumes.machine().snapshots(&dataset).await.unwrap(), marks[..1]);
+        assert!(volumes.unmark(id, &marks[0].parse().unwrap()).await.is_err());
     }
 
     #[tokio::test(start_paused = true)]
