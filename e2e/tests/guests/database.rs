@@ -132,6 +132,7 @@ async fn clone_and_roll_back(pod: &mut Sandbox, server: &Server, volume: &Volume
     let thin = Server { at: "/thin" };
     thin.start(pod).await?;
     thin.has(pod, acknowledged).await?;
+    thin.check(pod).await?;
     thin.query(pod, "drop table told").await?;
     thin.stop(pod).await?;
     server.has(pod, acknowledged).await.context("beside its clone")?;
@@ -169,7 +170,10 @@ async fn postgresql_loses_nothing_it_has_acknowledged_when_its_machine_is_killed
     let begun = Instant::now();
     let snapshot = node.csi.snapshot(&volume, "while-it-runs").await?;
     println!("snapshot in {:?}", begun.elapsed());
-    writer.acknowledged(50).await?;
+    let cloned_after = writer.acknowledged(50).await?;
+    let begun = Instant::now();
+    let copy = node.csi.clone_volume("pvc-copy", Bytes::gib(1), &CLASS, &volume).await?;
+    println!("clone in {:?}", begun.elapsed());
 
     let grown = Bytes::gib(2);
     node.csi.controller_expand(&volume, grown).await?;
@@ -181,7 +185,7 @@ async fn postgresql_loses_nothing_it_has_acknowledged_when_its_machine_is_killed
     node.csi.unpublish(&volume, &target).await?;
     let clone = node.csi.restore("pvc-clone", Bytes::gib(1), &CLASS, &snapshot).await?;
     let mut targets = Vec::new();
-    for one in [&volume, &clone] {
+    for one in [&volume, &clone, &copy] {
         let target = node.target("two", &one.volume_id)?;
         // The machine is on its way out.
         let end = Instant::now() + PATIENCE;
@@ -192,7 +196,8 @@ async fn postgresql_loses_nothing_it_has_acknowledged_when_its_machine_is_killed
         targets.push(target);
     }
     let mut pod = Sandbox::start_with(&node, Runtime::Go, Boot::PostgreSql).await?;
-    container(&mut pod, [Mount::new(&targets[0], "/data"), Mount::new(&targets[1], "/clone")]).await?;
+    container(&mut pod, targets.iter().zip(["/data", "/clone", "/copy"]).map(|(target, at)| Mount::new(target, at)))
+        .await?;
     server.start(&mut pod).await?;
     server.has(&mut pod, acknowledged).await?;
     server.check(&mut pod).await?;
@@ -203,8 +208,14 @@ async fn postgresql_loses_nothing_it_has_acknowledged_when_its_machine_is_killed
     clone_server.start(&mut pod).await?;
     clone_server.has(&mut pod, before).await?;
     clone_server.check(&mut pod).await?;
+    clone_server.stop(&mut pod).await?;
+    // What was made from the volume itself while it ran.
+    let copy_server = Server { at: "/copy" };
+    copy_server.start(&mut pod).await?;
+    copy_server.has(&mut pod, cloned_after).await?;
+    copy_server.check(&mut pod).await?;
     pod.stop().await?;
-    for (volume, target) in [&volume, &clone].into_iter().zip(&targets) {
+    for (volume, target) in [&volume, &clone, &copy].into_iter().zip(&targets) {
         node.csi.unpublish(volume, target).await?;
         node.csi.delete(volume).await?;
     }
