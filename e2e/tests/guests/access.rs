@@ -5,22 +5,25 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 use tonic::Code;
 use zpod_e2e::csi::Publish;
-use zpod_e2e::shim::{Output, Running, User};
+use zpod_e2e::shim::{Device, Output, Running, User};
 use zpod_e2e::slot::Pair;
+use zpod_e2e::workdir::Workdir;
 use zpod_e2e::{Container, Mount, Node, PATIENCE, Runtime, Sandbox, node};
 use zpod_proto::csi::{NodeGetVolumeStatsResponse, Volume};
 use zpod_volume::{Bytes, DiskLayout, PoolName, VolumeId};
 
-const SIZE: Bytes = Bytes::mib(256);
-const GROUP: u32 = 2000;
-const ALLOW: &str = "--allow-zfs-access";
-const ASKING: [(&str, &str); 1] = [("zfsAccess", "volume")];
+use crate::disk::{DEVICE, Disk};
+
+pub(crate) const SIZE: Bytes = Bytes::mib(256);
+pub(crate) const GROUP: u32 = 2000;
+pub(crate) const ALLOW: &str = "--allow-zfs-access";
+pub(crate) const ASKING: [(&str, &str); 1] = [("zfsAccess", "volume")];
 
 /// The users of the table in docs/pod-zfs.md, in its order.
 const ROOT: (&str, User) = ("app", User::ROOT);
 const MEMBER: (&str, User) = ("app", User { uid: 1000, group: Some(GROUP) });
 const STRANGER: (&str, User) = ("app", User { uid: 1001, group: None });
-const ADMIN: (&str, User) = ("admin", User::ROOT);
+pub(crate) const ADMIN: (&str, User) = ("admin", User::ROOT);
 
 /// Who can do something: all of them; all but a stranger; none but root with CAP_SYS_ADMIN; nobody.
 #[derive(Clone, Copy, PartialEq)]
@@ -88,28 +91,28 @@ const RIGHTS: [(Who, &str); 51] = [
 ];
 
 /// A volume, and where it is published.
-struct Published {
-    volume: Volume,
-    target: PathBuf,
-    pool: PoolName,
+pub(crate) struct Published {
+    pub(crate) volume: Volume,
+    pub(crate) target: PathBuf,
+    pub(crate) pool: PoolName,
 }
 
 impl Published {
-    fn mount(&self, at: &str) -> Mount {
+    pub(crate) fn mount(&self, at: &str) -> Mount {
         Mount::new(&self.target, at)
     }
 
-    fn dataset(&self) -> String {
+    pub(crate) fn dataset(&self) -> String {
         format!("{}/data", self.pool)
     }
 
     /// A command with its names in it.
-    fn named(&self, command: &str) -> String {
+    pub(crate) fn named(&self, command: &str) -> String {
         command.replace("$D", &self.dataset()).replace("$P", self.pool.as_str())
     }
 }
 
-async fn publish(node: &mut Node, name: &str, parameters: &[(&str, &str)]) -> Result<Published> {
+pub(crate) async fn publish(node: &mut Node, name: &str, parameters: &[(&str, &str)]) -> Result<Published> {
     let volume = node.csi.create(name, SIZE, parameters).await?;
     let target = node.target("pod", name)?;
     node.csi.publish(&volume, &target, &Publish { fs_group: Some(GROUP), ..Publish::default() }).await?;
@@ -117,7 +120,7 @@ async fn publish(node: &mut Node, name: &str, parameters: &[(&str, &str)]) -> Re
     Ok(Published { volume, target, pool })
 }
 
-async fn end(node: &mut Node, published: &[Published]) -> Result<()> {
+pub(crate) async fn end(node: &mut Node, published: &[Published]) -> Result<()> {
     for Published { volume, target, .. } in published {
         node.csi.unpublish(volume, target).await?;
         node.csi.delete(volume).await?;
@@ -131,11 +134,11 @@ async fn run(pod: &mut Sandbox, (container, user): (&str, User), command: &str) 
     pod.spawn(container, user, &["/bin/sh", "-c", &script]).await?.finish().await
 }
 
-async fn ok(pod: &mut Sandbox, who: (&str, User), command: &str) -> Result<String> {
+pub(crate) async fn ok(pod: &mut Sandbox, who: (&str, User), command: &str) -> Result<String> {
     run(pod, who, command).await?.ok().with_context(|| command.to_owned())
 }
 
-fn admin(volumes: Vec<Mount>) -> Container {
+pub(crate) fn admin(volumes: Vec<Mount>) -> Container {
     Container { capabilities: vec!["CAP_SYS_ADMIN"], ..Container::new("admin", volumes) }
 }
 
@@ -331,45 +334,81 @@ async fn a_tenant_with_the_tools_takes_no_more_than_its_partition_and_loses_noth
     node.must_be_empty()
 }
 
+/// What is said of a pool that another kernel has: nothing.
+async fn sees_its_own_alone(pod: &mut Sandbox, volume: &Published) -> Result<()> {
+    assert_eq!(ok(pod, ADMIN, "zpool list -Ho name").await?, volume.pool.as_str());
+    assert_eq!(ok(pod, ADMIN, "ls /proc/spl/kstat/zfs | grep ^zpod-").await?, volume.pool.as_str());
+    let none = run(pod, ADMIN, "zpool import; zpool import mine").await?;
+    ensure!(none.code != 0 && none.stdout.is_empty(), "{none:?}");
+    Ok(())
+}
+
 #[tokio::test]
-async fn two_pods_with_zfs_on_one_node_see_and_break_their_own_alone() -> Result<()> {
+async fn pods_with_zfs_on_one_node_see_and_break_their_own_alone_and_one_without_has_none() -> Result<()> {
     let mut node = Node::start_with(&[ALLOW]).await?;
-    let volumes = [publish(&mut node, "pvc-left", &ASKING).await?, publish(&mut node, "pvc-right", &ASKING).await?];
+    let [left_volume, right_volume] =
+        [publish(&mut node, "pvc-left", &ASKING).await?, publish(&mut node, "pvc-right", &ASKING).await?];
+    let plain_volume = publish(&mut node, "pvc-plain", &[]).await?;
+    let dir = Workdir::new()?;
+    let block = Disk::new(dir.path(), "pvc-block-of-left", SIZE)?;
     let _pair = Pair::take().await?;
     let (mut left, mut right) =
         tokio::try_join!(Sandbox::start(&node, Runtime::Go), Sandbox::start(&node, Runtime::Rs))?;
-    for (pod, volume) in [(&mut left, &volumes[0]), (&mut right, &volumes[1])] {
+    for (pod, volume) in [(&mut left, &left_volume), (&mut right, &right_volume)] {
         pod.run(admin(vec![volume.mount("/data")])).await?;
-        assert_eq!(ok(pod, ADMIN, "zpool list -Ho name").await?, volume.pool.as_str());
-        assert_eq!(ok(pod, ADMIN, "ls /proc/spl/kstat/zfs | grep zpod").await?, volume.pool.as_str());
+        sees_its_own_alone(pod, volume).await?;
     }
-    // A pool that one makes is its own. No other kernel knows of it, the node's least of all. The kernel looks for the file in
-    // the guest's own tree.
-    let place = format!("/zpod/volumes/{}", volumes[0].volume.volume_id);
-    let make = format!(
+    let writer = right.spawn("admin", User::ROOT, &["/bin/e2e", "append", "/data/records"]).await?;
+    let mut before = records(&writer, 3).await?;
+
+    // A pool that one makes is its own. Its kernel looks for the file in the guest's own tree.
+    let devices = vec![Device::new(&block.file, DEVICE)];
+    left.run(Container { id: "block".to_owned(), devices, ..admin(vec![left_volume.mount("/data")]) }).await?;
+    let place = format!("/zpod/volumes/{}", left_volume.volume.volume_id);
+    let on_file = format!(
         "mkdir -p {place} && mount --bind /data {place} && truncate -s 80M {place}/file && \
          zpool create -o cachefile=none -O mountpoint=none mine {place}/file"
     );
-    ok(&mut left, ADMIN, &make).await?;
+    ok(&mut left, ("block", User::ROOT), &on_file).await?;
+    // On a block volume it is not to be had: the tool wants a partition table there, which this kernel does not read.
+    let node_of = "mknod /dev/zd0 b $(printf '%d %d' $(stat -c '0x%t 0x%T' /dev/xvda))";
+    let on_block = format!("{node_of} && zpool create -f -O mountpoint=none own /dev/zd0");
+    let refused = run(&mut left, ("block", User::ROOT), &on_block).await?;
+    ensure!(refused.code != 0 && refused.stderr.contains("cannot label 'zd0'"), "{refused:?}");
     assert_eq!(ok(&mut left, ADMIN, "zpool list -Ho name mine").await?, "mine");
-    assert_eq!(ok(&mut right, ADMIN, "zpool list -Ho name").await?, volumes[1].pool.as_str());
-    let none = run(&mut right, ADMIN, "zpool import; zpool import mine").await?;
-    assert!(none.code != 0 && none.stdout.is_empty(), "{none:?}");
-    assert!(!std::path::Path::new("/proc/spl/kstat/zfs/mine").exists());
+    sees_its_own_alone(&mut right, &right_volume).await?;
+    for name in [left_volume.pool.as_str(), right_volume.pool.as_str(), "mine"] {
+        ensure!(!std::path::Path::new("/proc/spl/kstat/zfs").join(name).exists(), "the node has pool {name}");
+    }
     ok(&mut left, ADMIN, "zpool destroy mine").await?;
 
-    // The kernel of one panics. The other goes on writing.
-    let writer = right.spawn("admin", User::ROOT, &["/bin/e2e", "append", "/data/records"]).await?;
-    let before = records(&writer, 3).await?;
+    // Root of one's guest writes over its own disk, behind ZFS's back; then its kernel panics. The other goes on writing.
+    left.run(Container::debug("raw")).await?;
+    let scribble = "dd if=/dev/urandom of=/dev/vda1 bs=1M seek=2 count=120 conv=notrunc,fsync 2>&1";
+    left.sh("raw", scribble).await?;
     let panic = "mount -t proc proc /mnt && echo c > /mnt/sysrq-trigger";
     let _crash = left.spawn("admin", User::ROOT, &["/bin/sh", "-c", panic]).await?;
     left.guest().shows("Kernel panic - not syncing: sysrq triggered crash", PATIENCE).await?;
-    let after = records(&writer, 3).await?;
-    println!("the other had written {before} records before the panic, and {after} some time after it");
-    assert!(after > before);
     drop(left);
+
+    // A third one, whose class does not ask.
+    let mut plain = Sandbox::start(&node, Runtime::Go).await?;
+    plain.run(Container::new("plain", [plain_volume.mount("/data")])).await?;
+    let nothing = plain.sh("plain", "ls -d /dev/zfs /opt/zpod 2>&1; true").await?;
+    ensure!(nothing.matches("No such file or directory").count() == 2, "{nothing}");
+    let pools = plain.sh("plain", "ls /proc/spl/kstat/zfs | grep ^zpod-").await?;
+    assert_eq!(pools, plain_volume.pool.as_str());
+    for _ in 0..2 {
+        let after = records(&writer, 3).await?;
+        println!("the other had written {before} records before, and {after} now");
+        ensure!(after > before, "{after}");
+        before = after;
+    }
+    let whole: u64 = right.sh("admin", "e2e check /data/records").await?.parse()?;
+    ensure!(whole >= before, "{whole} of {before}");
+    plain.stop().await?;
     right.stop().await?;
-    end(&mut node, &volumes).await
+    end(&mut node, &[left_volume, right_volume, plain_volume]).await
 }
 
 /// Reads so many more lines of what a writer prints, which are numbers; gives the last one.

@@ -23,3 +23,4 @@ mod schedule;
 mod send;
 mod snapdir;
 mod template;
+mod tenant;
