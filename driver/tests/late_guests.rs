@@ -13,6 +13,7 @@ mod watched;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use eventually::eventually;
@@ -159,6 +160,26 @@ fn the_bounds_are_those_that_the_documents_promise() {
     let MarkBounds { mark, unmark } = MarkBounds::default();
     assert_eq!((mark.as_secs(), unmark.as_secs()), (30, 5));
     assert!(include_str!("../../docs/limitations.md").contains("for up to 35 s each"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_whose_mark_somebody_destroyed_is_no_snapshot_and_the_next_one_is() {
+    let world = World::new(MarkBounds::default()).await;
+    let victim = world.pod("victim").await;
+    victim.guest.state.loses_marks.store(true, Ordering::SeqCst);
+    let error = world.take("nightly", &victim).await.unwrap_err();
+    assert!(matches!(error, VolumeError::MarkLost { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("nothing was kept") && text.contains("has destroyed the volume's ZFS snapshots"), "{text}");
+    assert!(
+        world.snapshots.get(SnapshotId::from_name("nightly")).await.unwrap().is_none(),
+        "nothing of it is recorded"
+    );
+    // Repeated, as the snapshotter does, it is a copy of a later instant.
+    victim.guest.state.loses_marks.store(false, Ordering::SeqCst);
+    let taken = world.take("nightly", &victim).await.unwrap();
+    assert_eq!((taken.phase, victim.guest.state.marks.lock().unwrap().len()), (SnapshotPhase::Ready, 0));
+    timeout(EVER, world.snapshotter.delete(taken.id)).await.unwrap().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

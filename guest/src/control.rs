@@ -148,8 +148,8 @@ impl<M: Machine> Guest for Control<M> {
 
     async fn unmark(&self, request: Request<UnmarkRequest>) -> Result<Response<UnmarkResponse>, Status> {
         let request = request.into_inner();
-        self.volumes.unmark(id(&request.volume_id)?, &mark(&request.mark)?).await?;
-        Ok(Response::new(UnmarkResponse {}))
+        let step = self.volumes.unmark(id(&request.volume_id)?, &mark(&request.mark)?).await?;
+        Ok(Response::new(UnmarkResponse { removed: Some(step == Step::Changed) }))
     }
 
     async fn provide_key(&self, request: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {

@@ -343,10 +343,11 @@ pub enum VolumeError {
         /// The node.
         node: String,
     },
-    /// The instant was marked, but by a guest that is gone.
+    /// The instant was marked, but by a guest that is gone, or somebody has destroyed the mark.
     #[error(
-        "snapshot {id} of volume {volume}: the instant was marked, but the pod or zpod-node has restarted since on node \
-         {node}; take it again"
+        "snapshot {id} of volume {volume}: the instant was marked, but the mark was gone before the copy was whole: the pod or \
+         zpod-node has restarted since on node {node}, or somebody in the pod has destroyed the volume's ZFS snapshots; \
+         nothing was kept; take it again"
     )]
     MarkLost {
         /// The snapshot.

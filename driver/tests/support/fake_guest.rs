@@ -53,6 +53,8 @@ pub(crate) struct State {
     pub(crate) provided: Mutex<Vec<ProvideKeyRequest>>,
     /// Marks that were taken, of which volume and by which name.
     pub(crate) marks: Mutex<BTreeSet<(String, String)>>,
+    /// Somebody in the pod destroys each snapshot as soon as it is taken.
+    pub(crate) loses_marks: AtomicBool,
     /// When Mark and Unmark are answered.
     pub(crate) late: late::Late,
     /// What was sent and received.
@@ -233,7 +235,9 @@ impl Guest for Service {
         self.deaf().await;
         self.state.late.hold("Mark").await;
         let MarkRequest { volume_id, mark, .. } = request.into_inner();
-        self.state.marks.lock().unwrap().insert((volume_id, mark));
+        if !self.state.loses_marks.load(Ordering::SeqCst) {
+            self.state.marks.lock().unwrap().insert((volume_id, mark));
+        }
         Ok(Response::new(MarkResponse {}))
     }
 
@@ -241,8 +245,8 @@ impl Guest for Service {
         self.deaf().await;
         self.state.late.hold("Unmark").await;
         let UnmarkRequest { volume_id, mark, .. } = request.into_inner();
-        self.state.marks.lock().unwrap().remove(&(volume_id, mark));
-        Ok(Response::new(UnmarkResponse {}))
+        let removed = self.state.marks.lock().unwrap().remove(&(volume_id, mark));
+        Ok(Response::new(UnmarkResponse { removed: Some(removed) }))
     }
 
     async fn provide_key(&self, request: Request<ProvideKeyRequest>) -> Result<Response<ProvideKeyResponse>, Status> {

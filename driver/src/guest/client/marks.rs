@@ -26,14 +26,14 @@ impl GuestClient {
         self.call("Mark", within, stub.mark(request)).await.map(drop)
     }
 
-    /// Removes a mark. One that is not there is no error.
+    /// Removes a mark. One that is not there is no error. Gives whether it was there, where the guest says so.
     ///
     /// # Errors
     /// When the guest does not answer within this time, or refuses.
-    pub async fn unmark(&self, id: VolumeId, mark: &Mark, within: Duration) -> Result<(), GuestError> {
+    pub async fn unmark(&self, id: VolumeId, mark: &Mark, within: Duration) -> Result<Option<bool>, GuestError> {
         let mut stub = self.stub::<UnmarkResponse>();
         let request = UnmarkRequest { volume_id: id.to_string(), mark: mark.to_string() };
-        self.call("Unmark", within, stub.unmark(request)).await.map(drop)
+        self.call("Unmark", within, stub.unmark(request)).await.map(|answer| answer.removed)
     }
 
     /// Changes a running volume.

@@ -132,11 +132,25 @@ fn holder(publication: &Publication) -> String {
     publication.pod.as_ref().map_or_else(|| "a pod".to_owned(), |pod| format!("pod {pod}"))
 }
 
+/// What is known of a mark that is to be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::volumes) enum Unmarked {
+    /// Its guest has removed it, or nobody can say.
+    Done,
+    /// Its guest had none: somebody in the pod has destroyed it.
+    WasGone,
+}
+
 /// Takes a mark away again, if a guest can be heard. Where none can, the next one does it when it starts.
-pub(in crate::volumes) async fn unmark(context: &Context, volume: VolumeId, mark: &Mark) {
-    let Some(heard) = context.published.heard(volume) else { return };
-    if let Err(error) = heard.guest.unmark(volume, mark, context.mark_bounds.unmark).await {
-        tracing::info!(%volume, %mark, "mark is left to the next start of its pod: {error}");
+pub(in crate::volumes) async fn unmark(context: &Context, volume: VolumeId, mark: &Mark) -> Unmarked {
+    let Some(heard) = context.published.heard(volume) else { return Unmarked::Done };
+    match heard.guest.unmark(volume, mark, context.mark_bounds.unmark).await {
+        Ok(Some(false)) => Unmarked::WasGone,
+        Ok(_) => Unmarked::Done,
+        Err(error) => {
+            tracing::info!(%volume, %mark, "mark is left to the next start of its pod: {error}");
+            Unmarked::Done
+        }
     }
 }
 
@@ -189,7 +203,7 @@ async fn copy(context: &Arc<Context>, snapshot: Snapshot) -> Result<Snapshot, Vo
             })
             .await?;
         crash::point("snapshot: copied");
-        return finish(context, snapshot).await;
+        return finish_copied(context, snapshot).await;
     }
     let (backing, after) = (context.backing.clone(), Arc::clone(context));
     let work = move |how: &Copying<'_>| {
@@ -216,13 +230,34 @@ pub(super) async fn is_there(context: &Context, id: SnapshotId) -> Result<bool, 
     }
 }
 
-/// Records that the copy is there.
-async fn finish(context: &Context, snapshot: Snapshot) -> Result<Snapshot, VolumeError> {
+/// Records that the copy is there that was just made. It is worth nothing without its mark: no guest would start a volume
+/// that is made from it. So the copy goes where the mark was gone, which only somebody in the pod can have done.
+async fn finish_copied(context: &Context, snapshot: Snapshot) -> Result<Snapshot, VolumeError> {
     let id = snapshot.id;
-    let mark = Mark::for_snapshot(id);
-    if snapshot.contents.as_ref().is_some_and(|contents| contents.origin.mark.as_ref() == Some(&mark)) {
-        unmark(context, snapshot.volume, &mark).await;
+    if remove_mark(context, &snapshot).await == Unmarked::WasGone {
+        context.with_backing(move |backing: &dyn Backing| backing.destroy_snapshot(id)).await?;
+        context.marks().remove(&id);
+        return Err(lost(context, &snapshot));
     }
+    record(context, snapshot).await
+}
+
+/// Records that a copy is there of which it is not known when it was made: its mark may be gone since.
+async fn finish(context: &Context, snapshot: Snapshot) -> Result<Snapshot, VolumeError> {
+    remove_mark(context, &snapshot).await;
+    record(context, snapshot).await
+}
+
+async fn remove_mark(context: &Context, snapshot: &Snapshot) -> Unmarked {
+    let mark = Mark::for_snapshot(snapshot.id);
+    if snapshot.contents.as_ref().is_some_and(|contents| contents.origin.mark.as_ref() == Some(&mark)) {
+        return unmark(context, snapshot.volume, &mark).await;
+    }
+    Unmarked::Done
+}
+
+async fn record(context: &Context, snapshot: Snapshot) -> Result<Snapshot, VolumeError> {
+    let id = snapshot.id;
     context.marks().remove(&id);
     crash::point("snapshot: unmarked");
     let ready = context.snapshots.update(Snapshot { phase: SnapshotPhase::Ready, ..snapshot }).await?;
