@@ -9,7 +9,7 @@ use zpod_e2e::accel::Accel;
 use zpod_e2e::csi::{Publish, bytes};
 use zpod_e2e::screen::Screen;
 use zpod_e2e::slot::Pair;
-use zpod_e2e::{Container, Mount, Node, Runtime, Sandbox, inputs};
+use zpod_e2e::{Boot, Container, Mount, Node, Runtime, Sandbox, inputs};
 use zpod_proto::csi::{NodeGetVolumeStatsResponse, volume_usage::Unit};
 use zpod_volume::{Bytes, PoolName, VolumeId};
 
@@ -64,7 +64,7 @@ async fn volume_survives(screen: &mut Screen, node: &mut Node) -> Result<()> {
 
     screen.begin("Pod 1 boots");
     let accel = if Accel::detect().await? == Accel::Kvm { "with KVM" } else { "in pure emulation" };
-    let mut pod = Sandbox::start(node, Runtime::Rs).await?;
+    let mut pod = Sandbox::start_with(node, Runtime::Rs, Boot::Zpod).await?;
     screen.done(&format!("a Kata-style guest in QEMU, {accel}"));
     screen.begin("Its container starts");
     pod.run(Container::new("app", [Mount::new(&target, "/data")])).await?;
@@ -94,7 +94,7 @@ async fn volume_survives(screen: &mut Screen, node: &mut Node) -> Result<()> {
     let target = node.target("pod-2", "demo")?;
     screen.begin("Pod 2 boots");
     node.csi.publish(&volume, &target, &Publish::default()).await?;
-    let mut pod = Sandbox::start(node, Runtime::Go).await?;
+    let mut pod = Sandbox::start_with(node, Runtime::Go, Boot::Zpod).await?;
     screen.done("another guest, the same volume");
     screen.begin("Its container starts");
     pod.run(Container::new("app", [Mount::new(&target, "/data")])).await?;
@@ -138,7 +138,7 @@ async fn zfs_in_two_pods(screen: &mut Screen, node: &mut Node) -> Result<()> {
         let volume = node.csi.create(name, SIZE, &[("zfsAccess", "volume")]).await?;
         let target = node.target(name, name)?;
         node.csi.publish(&volume, &target, &Publish::default()).await?;
-        let mut pod = Sandbox::start(node, runtime).await?;
+        let mut pod = Sandbox::start_with(node, runtime, Boot::Zpod).await?;
         pod.run(Container::new("app", [Mount::new(&target, "/data")])).await?;
         screen.done("its class says zfsAccess: volume");
         pools.push(PoolName::for_volume(volume.volume_id.parse::<VolumeId>()?).to_string());
