@@ -22,6 +22,7 @@ mod transfer;
 
 use std::sync::Arc;
 
+use uuid::Uuid;
 use zpod_admin::{
     Check, NewSnapshotName, PoolSnapshots, Properties, Removed, RollbackPlan, RollbackQuery, RollbackRequested,
     SendName, SendPoints, SnapshotName, Taken,
@@ -99,8 +100,8 @@ impl Admin {
         }
     }
 
-    async fn cancel_rollback(&self, id: VolumeId) -> Result<RollbackRequested, AdminError> {
-        Ok(self.volumes.cancel_rollback(id).await?)
+    async fn cancel_rollback(&self, id: VolumeId, one: Option<Uuid>) -> Result<RollbackRequested, AdminError> {
+        Ok(self.volumes.cancel_rollback(id, one).await?)
     }
 
     /// The guest that runs a volume.

@@ -204,7 +204,12 @@ async fn a_rollback_is_planned_asked_for_taken_back_and_told_to_the_next_guest_a
     assert_eq!((code, &taken_back["id"]), (200, &second["id"]));
     let (_, third) = ask("POST", "rollback?snapshot=one&destroy-newer").await;
 
-    // The next publication tells its guest, a read-only one does not. It can't be taken back any more.
+    // A read-only publication does not tell its guest, the next one that writes does. It can't be taken back any more.
+    calls.unpublish(&world.id, &target).await.unwrap();
+    let mut read_only = Calls::publication(&world.id, &target);
+    read_only.readonly = true;
+    calls.publish_as(read_only).await.unwrap();
+    assert_eq!(told(), None);
     calls.unpublish(&world.id, &target).await.unwrap();
     calls.publish(&world.id, &target).await.unwrap();
     let rollback = told().unwrap();
@@ -226,7 +231,19 @@ async fn a_rollback_is_planned_asked_for_taken_back_and_told_to_the_next_guest_a
         assert!(Instant::now() < deadline, "guest is not heard\n{}", world.node.log());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    // Each answer is of a report that was believed, or not, before.
+    let later = async || {
+        let before = world.guest.state.reports.load(Ordering::SeqCst);
+        while world.guest.state.reports.load(Ordering::SeqCst) < before + 3 {
+            assert!(Instant::now() < deadline, "no more reports are asked for\n{}", world.node.log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    later().await;
     assert!(told().is_some(), "of another request");
+    say(rollback.id.to_string(), "00000000-0000-4000-8000-000000000001");
+    later().await;
+    assert!(told().is_some(), "with another token");
     say(rollback.id.to_string(), &token);
     while told().is_some() {
         assert!(Instant::now() < deadline, "what came of it is not recorded\n{}", world.node.log());

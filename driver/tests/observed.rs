@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use fake_guest::{Behaviour, FakeGuest};
+use zpod_admin::RollbackQuery;
 use zpod_driver::guest::{Health, Monitor, VolumeReport};
 use zpod_driver::kata::{DirectVolumes, TargetPath};
 use zpod_driver::volumes::{
@@ -22,12 +23,14 @@ use zpod_driver::volumes::{
 use zpod_proto::guest::{Health as WireHealth, VolumeStatus};
 use zpod_storage::backing::sim::SimBacking;
 use zpod_storage::catalog::dir::DirCatalog;
-use zpod_storage::catalog::{Catalog, CatalogError, ClaimRef, Created, Page, PodRef, Volume};
-use zpod_volume::{Bytes, VolumeId};
+use zpod_storage::catalog::{
+    Catalog, CatalogError, ClaimRef, Created, Page, PodRef, RollbackOutcome, RollbackRecord, Volume,
+};
+use zpod_volume::{Bytes, Rollback, VolumeId};
 
-/// A catalog that counts how often it is read.
+/// A catalog that counts how often it is read, and may fail behind what it has written.
 #[derive(Debug)]
-struct Counting(DirCatalog, AtomicUsize);
+struct Counting(DirCatalog, AtomicUsize, AtomicBool);
 
 #[async_trait]
 impl Catalog for Counting {
@@ -41,7 +44,15 @@ impl Catalog for Counting {
     }
 
     async fn update(&self, volume: Volume) -> Result<Volume, CatalogError> {
-        self.0.update(volume).await
+        let written = self.0.update(volume).await?;
+        match self.2.load(Ordering::Relaxed) {
+            true => Err(CatalogError::Io {
+                what: "can't read",
+                path: "/answer".into(),
+                source: std::io::Error::other("the answer was lost"),
+            }),
+            false => Ok(written),
+        }
     }
 
     async fn remove(&self, id: VolumeId) -> Result<(), CatalogError> {
@@ -59,6 +70,8 @@ struct Notes {
     reported: Mutex<Vec<(Observed, Health)>>,
     withdrawn: Mutex<Vec<VolumeId>>,
     unheard: Mutex<Vec<String>>,
+    rollbacks: Mutex<Vec<(u128, bool)>>,
+    outcomes: Mutex<Vec<RollbackOutcome>>,
     /// What it was told last.
     last: Mutex<&'static str>,
 }
@@ -72,6 +85,14 @@ impl Observer for Notes {
     fn withdrawn(&self, id: VolumeId) {
         self.withdrawn.lock().unwrap().push(id);
         *self.last.lock().unwrap() = "withdrawn";
+    }
+
+    fn rollback_changed(&self, _: &Observed, rollback: &Rollback, asked: bool) {
+        self.rollbacks.lock().unwrap().push((rollback.id.as_u128(), asked));
+    }
+
+    fn rolled_back(&self, _: &Observed, _: &Rollback, outcome: &RollbackOutcome) {
+        self.outcomes.lock().unwrap().push(outcome.clone());
     }
 
     fn unheard(&self, _: &Observed, reason: &str) {
@@ -120,7 +141,7 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("kata")).unwrap();
         let (catalog, snapshots) = zpod_storage::catalog::dir::open(dir.path().join("state")).unwrap();
-        let catalog = Arc::new(Counting(catalog, AtomicUsize::default()));
+        let catalog = Arc::new(Counting(catalog, AtomicUsize::default(), AtomicBool::default()));
         let backing = SimBacking::new(Bytes::gib(100), 1.0);
         let (snapshots, shared) = (Arc::new(snapshots), Arc::new(backing.clone()));
         let context = Context::new("node-1".into(), "boot-1".into(), catalog.clone(), snapshots, shared);
@@ -318,4 +339,59 @@ async fn growth_waits_for_a_guest_that_is_not_heard_yet_and_goes_on_when_its_mac
     drop(vmm);
     assert_eq!(waits.await.unwrap().unwrap(), Bytes::gib(2));
     assert_eq!(world.backing.table(id), Some(zpod_volume::DiskLayout::partition_for(Bytes::gib(2))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollback_is_asked_for_by_who_saw_this_pod_and_what_is_answered_is_what_is_recorded() {
+    let world = World::new().await;
+    let (id, target) = (world.volume().await, world.dir.path().join("pod"));
+    world.publish(id, &target, "good").await.unwrap();
+    let direct = DirectVolumes::open(&world.dir.path().join("direct-volumes")).unwrap();
+    let token = direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap().token.to_string();
+    let said =
+        VolumeStatus { volume_id: id.to_string(), token, health: WireHealth::Online.into(), ..Default::default() };
+    let kata = world.dir.path().join("kata");
+    let guest = FakeGuest::start(&kata, "guest", Behaviour::Honest, vec![said]);
+    guest.state.passed.taken.lock().unwrap().push("one".into());
+    let _monitor = Monitor::start(vec![kata], Arc::new(world.node.clone()));
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while world.node.looks().iter().all(|look| look.heard.is_none()) {
+        assert!(Instant::now() < deadline, "nothing is heard");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let query = |number: u128, pod: &str| RollbackQuery {
+        snapshot: "one".parse().unwrap(),
+        destroy_newer: false,
+        id: Some(uuid::Uuid::from_u128(number)),
+        pod: Some(pod.to_owned()),
+    };
+    let recorded = async || world.catalog.0.get(id).await.unwrap().unwrap().rollback;
+    for other in ["u-2", ""] {
+        let error = world.node.request_rollback(id, query(1, other)).await.unwrap_err();
+        assert!(matches!(error, VolumeError::RollbackPodChanged { .. }), "{error}");
+        assert!(recorded().await.is_none());
+    }
+    // Written, and then the answer is lost.
+    world.catalog.2.store(true, Ordering::Relaxed);
+    let requested = world.node.request_rollback(id, query(2, "u-1")).await.unwrap();
+    assert_eq!(requested.id, recorded().await.unwrap().request.id.to_string());
+    let other = world.node.cancel_rollback(id, Some(uuid::Uuid::from_u128(3))).await;
+    assert!(matches!(other, Err(VolumeError::NoRollback { .. })), "{other:?}");
+    let taken_back = world.node.cancel_rollback(id, Some(uuid::Uuid::from_u128(2))).await.unwrap();
+    assert_eq!((taken_back.id, taken_back.given), (requested.id, false));
+    assert!(recorded().await.is_none());
+    world.catalog.2.store(false, Ordering::Relaxed);
+    assert_eq!(*world.notes.rollbacks.lock().unwrap(), [(2, true), (2, false)], "those that were recorded");
+
+    // A pod that comes too late does not go back.
+    world.node.request_rollback(id, query(4, "u-1")).await.unwrap();
+    world.node.unpublish(id, target.clone()).await.unwrap();
+    let volume = world.catalog.0.get(id).await.unwrap().unwrap();
+    let old = volume.rollback.clone().map(|record| RollbackRecord { requested: record.requested - 90_000, ..record });
+    world.catalog.0.update(Volume { rollback: old, ..volume }).await.unwrap();
+    world.publish(id, &target, "good").await.unwrap();
+    let outcome = recorded().await.unwrap().outcome.unwrap();
+    assert!(outcome.refused.as_ref().unwrap().contains("more than 24 h ago"), "{outcome:?}");
+    assert_eq!(direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap().rollback, None);
+    assert_eq!(*world.notes.outcomes.lock().unwrap(), [outcome]);
 }

@@ -133,6 +133,9 @@ pub struct RollbackRequested {
     pub snapshot: String,
     /// Newer snapshots may be destroyed for it.
     pub destroy_newer: bool,
+    /// A pod was started with it: one that has ended unheard may have gone back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub given: bool,
 }
 
 /// What was received.

@@ -14,7 +14,18 @@ pub use answer::{
     SendPoints, Taken,
 };
 pub use name::{NewSnapshotName, ParseTokenError, ResumeToken, SendName, SnapshotName};
-pub use route::{RollbackQuery, Route, SendQuery, new_snapshot_name, snapshot, snapshot_name};
+pub use route::{RollbackQuery, Route, SendQuery, canceled, new_snapshot_name, snapshot, snapshot_name};
+
+/// What the names of the pods begin with that kubectl-zpod makes to have a volume for a time.
+pub const HELPER_PREFIX: &str = "zpod-transfer-";
+
+/// Whether a pod is one of those: the prefix, the time in milliseconds and a process, both in hexadecimal digits. No volume goes
+/// back with the start of one.
+pub fn is_helper(pod: &str) -> bool {
+    let hex = |text: &str, least: usize| text.len() >= least && text.bytes().all(|c| c.is_ascii_hexdigit());
+    let rest = pod.strip_prefix(HELPER_PREFIX).and_then(|rest| rest.split_once('-'));
+    rest.is_some_and(|(time, process)| hex(time, 11) && hex(process, 1))
+}
 
 /// The port of zpod-node.
 pub const PORT: u16 = 9812;

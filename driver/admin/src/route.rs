@@ -1,6 +1,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use uuid::Uuid;
 use zpod_volume::VolumeId;
 
 use crate::{AUDIENCE, NewSnapshotName, ParseTokenError, ResumeToken, SendName, SnapshotName};
@@ -156,28 +157,69 @@ pub struct RollbackQuery {
     pub snapshot: SnapshotName,
     /// Newer snapshots may be destroyed for it.
     pub destroy_newer: bool,
+    /// The id of the request, chosen by who asks: to take back what may have been recorded.
+    pub id: Option<Uuid>,
+    /// The UID of the pod that had the volume when it was looked at, empty for none. Where another one has it by now, what
+    /// was said yes to is something else. Without, nobody has looked.
+    pub pod: Option<String>,
 }
 
 impl RollbackQuery {
-    /// Reads the part of an address behind the `?`: `snapshot=NAME`, and `&destroy-newer` or not.
+    /// Reads the part of an address behind the `?`: `snapshot=NAME`, and in this order, each or not, `&id=UUID`, `&pod=UID`
+    /// and `&destroy-newer`.
     ///
     /// # Errors
     /// What is wrong with it.
     pub fn parse(query: &str) -> Result<Self, String> {
-        let (name, destroy_newer) = match query.strip_suffix("&destroy-newer") {
-            Some(name) => (name, true),
+        let (rest, destroy_newer) = match query.strip_suffix("&destroy-newer") {
+            Some(rest) => (rest, true),
             None => (query, false),
         };
-        let name =
-            name.strip_prefix("snapshot=").ok_or("snapshot=NAME is needed, and &destroy-newer or nothing else")?;
+        let (rest, pod) = match rest.split_once("&pod=") {
+            Some((rest, pod)) if pod.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_')) => {
+                (rest, Some(pod.to_owned()))
+            }
+            Some((_, pod)) => return Err(format!("pod={pod} is not the UID of a pod")),
+            None => (rest, None),
+        };
+        let (rest, id) = match rest.split_once("&id=") {
+            Some((rest, id)) => (rest, Some(uuid_of(id)?)),
+            None => (rest, None),
+        };
+        let name = rest
+            .strip_prefix("snapshot=")
+            .ok_or("snapshot=NAME is needed, then &id=UUID, &pod=UID and &destroy-newer or nothing else")?;
         let snapshot = name.parse().map_err(|error: ParseTokenError| error.to_string())?;
-        Ok(Self { snapshot, destroy_newer })
+        Ok(Self { snapshot, destroy_newer, id, pod })
+    }
+}
+
+fn uuid_of(text: &str) -> Result<Uuid, String> {
+    text.parse().map_err(|_| format!("id={text} is not a UUID"))
+}
+
+/// The part of an address behind the `?` that names the one request that is taken back: `id=UUID`, or nothing for any.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn canceled(query: &str) -> Result<Option<Uuid>, String> {
+    match query.strip_prefix("id=") {
+        Some(id) => uuid_of(id).map(Some),
+        None if query.is_empty() => Ok(None),
+        None => Err("id=UUID is what there is, and nothing else".into()),
     }
 }
 
 impl fmt::Display for RollbackQuery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "snapshot={}{}", self.snapshot, if self.destroy_newer { "&destroy-newer" } else { "" })
+        write!(f, "snapshot={}", self.snapshot)?;
+        if let Some(id) = self.id {
+            write!(f, "&id={id}")?;
+        }
+        if let Some(pod) = &self.pod {
+            write!(f, "&pod={pod}")?;
+        }
+        f.write_str(if self.destroy_newer { "&destroy-newer" } else { "" })
     }
 }
 
@@ -294,11 +336,29 @@ mod tests {
         }
         assert_eq!(new_snapshot_name("snapshot=before").unwrap().to_string(), "before");
         assert!(snapshot_name("snapshot=zpod-x").is_ok() && new_snapshot_name("snapshot=zpod-x").is_err());
-        for query in ["snapshot=Before.1", "snapshot=a&destroy-newer"] {
+        let id = "00000000-0000-0000-0000-000000000007";
+        for query in [
+            "snapshot=Before.1",
+            "snapshot=a&destroy-newer",
+            &format!("snapshot=a&id={id}&pod=u-1&destroy-newer"),
+            &format!("snapshot=a&id={id}&pod="),
+            "snapshot=a&pod=u-1",
+        ] {
             assert_eq!(RollbackQuery::parse(query).unwrap().to_string(), query);
         }
-        for query in ["", "destroy-newer", "snapshot=", "snapshot=a&destroy-newer=1", "snapshot=a&destroy-newer&clones"]
-        {
+        assert_eq!(RollbackQuery::parse("snapshot=a&pod=").unwrap().pod.as_deref(), Some(""), "none, and looked at");
+        assert_eq!(canceled(&format!("id={id}")).unwrap().unwrap().to_string(), id);
+        assert!(canceled("").unwrap().is_none() && canceled("id=").is_err() && canceled("all").is_err());
+        for query in [
+            "",
+            "destroy-newer",
+            "snapshot=",
+            "snapshot=a&destroy-newer=1",
+            "snapshot=a&destroy-newer&clones",
+            "snapshot=a&id=7",
+            "snapshot=a&pod=a%20b",
+            "snapshot=a&pod=a&pod=b",
+        ] {
             assert!(RollbackQuery::parse(query).is_err(), "{query}");
         }
         for (query, why) in [

@@ -9,6 +9,7 @@ use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
+use uuid::Uuid;
 use zpod_admin::{
     Check, ESTIMATE_HEADER, Failed, NewSnapshotName, PoolSnapshots, Properties, Received, Removed, RollbackPlan,
     RollbackQuery, RollbackRequested, Route, STREAM_TYPE, SendName, SendPoints, SendQuery, SnapshotName, Taken,
@@ -87,14 +88,25 @@ impl Admin {
         self.ask(Route::RollbackPlan(id), &query.to_string()).await
     }
 
-    /// Asks for it.
-    pub(crate) async fn rollback(&self, id: VolumeId, query: &RollbackQuery) -> Result<RollbackRequested, Failure> {
-        self.ask(Route::Rollback(id), &query.to_string()).await
+    /// Asks for it. With a failure comes whether it was refused: otherwise it may be recorded all the same.
+    pub(crate) async fn rollback(
+        &self,
+        id: VolumeId,
+        query: &RollbackQuery,
+    ) -> Result<RollbackRequested, (Failure, bool)> {
+        let route = Route::Rollback(id);
+        let request = request(route, Some(&query.to_string()), line::nothing()).map_err(|failure| (failure, true))?;
+        let answer = within(BEGIN, self.line.ask(route, request).map_err(Trouble::Other)).await;
+        let answer = answer.map_err(|trouble| (trouble.into(), false))?;
+        let refused = answer.status().is_client_error();
+        let answer = good(answer).await.map_err(|trouble| (trouble.into(), refused))?;
+        read(answer).await.map_err(|failure| (failure, false))
     }
 
-    /// Takes it back.
-    pub(crate) async fn cancel_rollback(&self, id: VolumeId) -> Result<RollbackRequested, Failure> {
-        self.ask(Route::CancelRollback(id), "").await
+    /// Takes it back, or one request alone.
+    pub(crate) async fn cancel_rollback(&self, id: VolumeId, one: Option<Uuid>) -> Result<RollbackRequested, Failure> {
+        let query = one.map(|one| format!("id={one}")).unwrap_or_default();
+        self.ask(Route::CancelRollback(id), &query).await
     }
 
     /// Begins to send: the stream, and how long it will be by ZFS's estimate.

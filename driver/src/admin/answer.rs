@@ -90,6 +90,8 @@ impl AdminError {
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Query(_) | Self::Broken { .. } => StatusCode::BAD_REQUEST,
             Self::Refused(Refused::Missing | Refused::Denied) => StatusCode::UNAUTHORIZED,
+            // Not known, or not now: whoever has asked for something can't take it for refused.
+            Self::Volume(VolumeError::Catalog(_) | VolumeError::CutShort(_)) => StatusCode::SERVICE_UNAVAILABLE,
             Self::NotRunning { .. } | Self::Busy(_) | Self::Volume(_) => StatusCode::CONFLICT,
             Self::Refused(Refused::Unknown(_)) | Self::Silent { .. } | Self::Full(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Guest(GuestError::Timeout { .. }) => StatusCode::GATEWAY_TIMEOUT,

@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use zpod_admin::{RollbackQuery, Route, SendQuery, TOKEN_HEADER};
+use zpod_admin::{RollbackQuery, Route, SendQuery, TOKEN_HEADER, canceled};
 
 use super::answer::{Answer, Told, json};
 use super::transfer::Transfers;
@@ -230,7 +230,10 @@ impl Service {
             }
             Route::RollbackPlan(id) => Ok(json(&admin.rollback_plan(id, &back(&request)?).await?)),
             Route::Rollback(id) => Ok(json(&admin.rollback(id, back(&request)?).await?)),
-            Route::CancelRollback(id) => Ok(json(&admin.cancel_rollback(id).await?)),
+            Route::CancelRollback(id) => {
+                let one = canceled(request.uri().query().unwrap_or_default()).map_err(AdminError::Query)?;
+                Ok(json(&admin.cancel_rollback(id, one).await?))
+            }
             Route::Send(id) => {
                 let query = SendQuery::parse(request.uri().query().unwrap_or_default()).map_err(AdminError::Query)?;
                 self.transfers.send(admin, id, &query).await

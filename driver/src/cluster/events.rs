@@ -150,6 +150,13 @@ impl Observer for PoolEvents {
         }
     }
 
+    fn rollback_changed(&self, volume: &Observed, rollback: &Rollback, asked: bool) {
+        let change = change::rollback(volume, rollback, asked);
+        if self.volumes().entry(volume.id).or_default().may_say(change.reason, Instant::now()) {
+            self.tell(volume, &change);
+        }
+    }
+
     fn rolled_back(&self, volume: &Observed, rollback: &Rollback, outcome: &RollbackOutcome) {
         let change = change::rolled_back(volume, rollback, outcome);
         if self.volumes().entry(volume.id).or_default().may_say(change.reason, Instant::now()) {
@@ -386,6 +393,15 @@ mod tests {
         let (events, mut waiting) = PoolEvents::new("n1");
         let rollback = Rollback { id: uuid::Uuid::from_u128(1), snapshot: "before".into(), destroy_newer: false };
         let outcome = |refused: Option<&str>| RollbackOutcome { refused: refused.map(str::to_owned), at: 1 };
+        for (asked, reason) in [(true, "RollbackRequested"), (false, "RollbackCanceled")] {
+            events.rollback_changed(&observed(), &rollback, asked);
+            for kind in ["PersistentVolumeClaim", "Pod"] {
+                let note = waiting.notes.try_recv().unwrap();
+                assert_eq!(note.regarding.kind.as_deref(), Some(kind));
+                assert_eq!((note.change.reason, note.change.warning), (reason, false));
+                assert!(note.change.note.contains("snapshot before"), "{note:?}");
+            }
+        }
         events.rolled_back(&observed(), &rollback, &outcome(None));
         events.rolled_back(&observed(), &rollback, &outcome(Some("it has no snapshot before")));
         let mut told = Vec::new();

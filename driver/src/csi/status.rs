@@ -70,6 +70,7 @@ fn code(error: &VolumeError) -> Code {
         | VolumeError::HalfLost { .. }
         | VolumeError::AccessForbidden { .. }
         | VolumeError::RollbackGiven { .. }
+        | VolumeError::RollbackPodChanged { .. }
         | VolumeError::NoRollback { .. }
         | VolumeError::PodRefused { .. } => Code::FailedPrecondition,
         // Whatever it was: not final for kubelet, which then calls again or unpublishes.
@@ -202,6 +203,7 @@ mod tests {
                 Code::DeadlineExceeded,
             ),
             (VolumeError::RollbackGiven { id, snapshot: s("x"), holder: s("pod a/b") }, Code::FailedPrecondition),
+            (VolumeError::RollbackPodChanged { id }, Code::FailedPrecondition),
             (VolumeError::NoRollback { id }, Code::FailedPrecondition),
             (VolumeError::NodeRefused { reason: s("r"), no_room: true }, Code::ResourceExhausted),
             (VolumeError::NodeRefused { reason: s("r"), no_room: false }, Code::FailedPrecondition),
@@ -324,7 +326,7 @@ mod tests {
         OtherNode NotReady Published PublishedOtherwise StillPublished TargetTaken BeyondHeadroom BoundReached GuestSilent NoNode NodeSilent
         NodeRefused NodeAtWork PodRefused PodUnknown SnapshotNotFound SnapshotExists SnapshotNotReady InGroup GroupNotFound
         GroupExists GroupMember SourceElsewhere NoCopyWhileRunning JustRestored MarkLost Copying BeingCopied NoMirrors
-        HalfLost AccessForbidden RollbackGiven NoRollback Guest Backing Catalog Kata CutShort);
+        HalfLost AccessForbidden RollbackGiven RollbackPodChanged NoRollback Guest Backing Catalog Kata CutShort);
     variants!(GUEST, guest_error, GuestError: Unreachable Timeout Refused DiskTooSmall);
     variants!(BACKING, backing_error, BackingError: NoRoom Restricted TooLarge Gone HalfMade InUse Missing Mismatch CannotShare SnapshotMissing
         Stopped Io);

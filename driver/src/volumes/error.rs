@@ -427,7 +427,7 @@ pub enum VolumeError {
     /// A guest has been told to go back to a snapshot, and has not said what came of it.
     #[error(
         "volume {id} goes back to snapshot {snapshot} with the start of {holder}, which was told so already: wait until its \
-         guest says what came of it, or end that pod"
+         guest says what came of it, or scale its owner to 0, then take it back (kubectl zpod rollback --cancel)"
     )]
     RollbackGiven {
         /// The volume.
@@ -436,6 +436,14 @@ pub enum VolumeError {
         snapshot: String,
         /// The pod.
         holder: String,
+    },
+    /// Another pod has the volume than when a rollback was said yes to.
+    #[error(
+        "volume {id} is not to go back: the pod that has it changed meanwhile, and what the new one wrote would be lost too; look          again and ask again"
+    )]
+    RollbackPodChanged {
+        /// The volume.
+        id: VolumeId,
     },
     /// No rollback is asked for.
     #[error("volume {id} is not to go back to any snapshot: there is nothing to take back")]

@@ -95,6 +95,11 @@ pub trait Observer: Send + Sync + fmt::Debug {
         let _ = (volume, change);
     }
 
+    /// A rollback was asked for, or that was taken back.
+    fn rollback_changed(&self, volume: &Observed, rollback: &Rollback, asked: bool) {
+        let _ = (volume, rollback, asked);
+    }
+
     /// What came of a rollback that was asked for is recorded. Told once.
     fn rolled_back(&self, volume: &Observed, rollback: &Rollback, outcome: &RollbackOutcome) {
         let _ = (volume, rollback, outcome);
@@ -126,6 +131,10 @@ impl Observer for Vec<Arc<dyn Observer>> {
 
     fn snapshot_changed(&self, volume: &Observed, change: &SnapshotChange) {
         self.iter().for_each(|observer| observer.snapshot_changed(volume, change));
+    }
+
+    fn rollback_changed(&self, volume: &Observed, rollback: &Rollback, asked: bool) {
+        self.iter().for_each(|observer| observer.rollback_changed(volume, rollback, asked));
     }
 
     fn rolled_back(&self, volume: &Observed, rollback: &Rollback, outcome: &RollbackOutcome) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 use zpod_storage::backing::{BackingError, Exclusive, Outcome};
-use zpod_storage::catalog::{ClaimRef, PodRef, Publication, Volume};
+use zpod_storage::catalog::{ClaimRef, PodRef, Publication, RollbackRecord, Volume};
 use zpod_storage::crash;
 use zpod_volume::{MountFlag, TokenDigest, VolumeId, VolumeMode, VolumeSpec};
 
@@ -16,6 +16,7 @@ use super::inline::{InlineLimits, InlineVolumes};
 use super::keys::{self, KeyPair, Keys};
 use super::observer::Observer;
 use super::pods::{AnyPod, PodCheck};
+use super::rollback::{for_publication, now};
 use super::spec::{discard, volume_spec};
 use super::withdraw::Place;
 use super::{Context, VolumeError, mount_options};
@@ -327,20 +328,22 @@ impl NodeVolumes {
         };
         let (written, proof) = self.context.with_device(&volume, prepare).await?;
         let token = Uuid::new_v4();
+        let pending = volume.pending_rollback().is_some();
+        let (given, rollback) =
+            for_publication(volume.rollback.clone(), request.pod.as_ref(), request.read_only, now());
         let publication = Publication {
             target_path: target.as_path().to_owned(),
             token_digest: TokenDigest::of(token),
             read_only: request.read_only,
             fs_group: request.fs_group,
             mount_flags: mount_options::names(&request.flags),
-            // Whoever can't write can't go back: that is for the next one.
-            rollback: volume.pending_rollback().filter(|_| !request.read_only).map(|rollback| rollback.id),
+            rollback: given,
             pod: request.pod,
             claim,
             boot_id: self.context.boot_id.clone(),
         };
         let table_capacity = volume.capacity;
-        let record = Volume { written, table_capacity, publication: Some(publication.clone()), ..volume };
+        let record = Volume { written, table_capacity, publication: Some(publication.clone()), rollback, ..volume };
         let proof = match record.mode {
             VolumeMode::Block => self.leave_note(&record, &publication, token, proof).await?,
             VolumeMode::Filesystem => proof,
@@ -348,6 +351,9 @@ impl NodeVolumes {
         let volume = self.context.catalog.update(record).await?;
         self.context.published.insert(&volume, &publication);
         self.context.published.keep_token(volume.id, token);
+        if pending && let Some(RollbackRecord { request, outcome: Some(outcome), .. }) = &volume.rollback {
+            self.tell_rolled_back(volume.id, request, outcome);
+        }
         // Held until the record keeps others out; let go before the shim may open the device.
         drop(proof);
         Ok((volume, publication, token))

@@ -126,7 +126,7 @@ impl NodeVolumes {
         Ok(())
     }
 
-    fn tell_rolled_back(&self, id: VolumeId, rollback: &Rollback, outcome: &RollbackOutcome) {
+    pub(super) fn tell_rolled_back(&self, id: VolumeId, rollback: &Rollback, outcome: &RollbackOutcome) {
         match &outcome.refused {
             None => tracing::info!(volume = %id, "its guest went back to snapshot {}", rollback.snapshot),
             Some(reason) => {

@@ -229,6 +229,9 @@ pub struct RollbackRecord {
     pub request: Rollback,
     /// When it was asked for, in seconds since 1970.
     pub requested: u64,
+    /// A publication had it once: its guest may have gone back, and have ended before it was heard.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub given: bool,
     /// What came of it; none as long as no guest has told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<RollbackOutcome>,

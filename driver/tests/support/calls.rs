@@ -92,14 +92,18 @@ impl Calls {
     }
 
     pub(crate) async fn publish(&mut self, id: &str, target: &Path) -> Result<(), Status> {
-        let request = csi::NodePublishVolumeRequest {
+        self.publish_as(Self::publication(id, target)).await
+    }
+
+    /// A writable publication without a pod.
+    pub(crate) fn publication(id: &str, target: &Path) -> csi::NodePublishVolumeRequest {
+        csi::NodePublishVolumeRequest {
             volume_id: id.into(),
             target_path: text(target),
             staging_target_path: "/staging".into(),
             volume_capability: Some(capability()),
             ..Default::default()
-        };
-        self.publish_as(request).await
+        }
     }
 
     pub(crate) async fn publish_as(&mut self, request: csi::NodePublishVolumeRequest) -> Result<(), Status> {

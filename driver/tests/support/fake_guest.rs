@@ -62,6 +62,8 @@ pub(crate) struct State {
     /// How often it was dialled, and by how many its reports are listened to now.
     pub(crate) dialled: AtomicUsize,
     pub(crate) watches: AtomicUsize,
+    /// Reports that were sent to them.
+    pub(crate) reports: AtomicUsize,
 }
 
 /// A sandbox; gone when dropped.
@@ -185,6 +187,7 @@ impl Guest for Service {
         tokio::spawn(async move {
             service.state.watches.fetch_add(1, Ordering::SeqCst);
             while sender.send(Ok(service.report())).await.is_ok() {
+                service.state.reports.fetch_add(1, Ordering::SeqCst);
                 if service.behaviour != Behaviour::Flood {
                     tokio::time::sleep(Duration::from_millis(300)).await;
                 }

@@ -109,7 +109,8 @@ pub(crate) async fn a_volume_goes_back_to_a_snapshot_with_its_next_pod(cluster: 
     let asked = json(cluster, &["rollback", "data@one", "--yes"]).await?;
     cluster.apply(WRITER).await?;
     cluster.wait_for_writer().await?;
-    ensure!(cluster.sh("writer", "cat /data/file").await?.trim() != "mine");
+    let file = cluster.sh("writer", "cat /data/file").await?;
+    ensure!(file.trim() == "one", "{file}");
     ensure!(asked["state"] == "Pending", "{asked}");
     cluster
         .wait("what came of it is recorded", async || {

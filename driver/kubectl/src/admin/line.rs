@@ -62,6 +62,14 @@ impl Line {
         })
     }
 
+    /// The same socket once more.
+    pub(crate) fn socket(&self) -> Option<Self> {
+        match self {
+            Self::Unix(path) => Some(Self::Unix(path.clone())),
+            Self::Pod { .. } => None,
+        }
+    }
+
     /// Asks, and gives the answer as soon as its head is there. The request is one of that route.
     pub(crate) async fn ask(&self, route: Route, mut request: Request<Out>) -> Result<Response<Incoming>, Failure> {
         match self {

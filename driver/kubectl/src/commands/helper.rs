@@ -6,13 +6,13 @@ use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 use serde_json::{Value, json};
 use tokio::time::Instant;
+use zpod_admin::HELPER_PREFIX;
 use zpod_kubernetes::crd::ZfsVolume;
 
 use crate::cluster::Cluster;
 use crate::options::HelperOptions;
 use crate::{Failure, progress};
 
-const PREFIX: &str = "zpod-transfer-";
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A pod that nobody removed ends by itself.
 const LONGEST: u32 = 7 * 24 * 3600;
@@ -29,13 +29,13 @@ impl<'a> Helper<'a> {
     /// Of that claim. Nothing is made yet.
     pub(super) fn new(cluster: &Cluster, namespace: String, claim: String, options: &'a HelperOptions) -> Self {
         let now = Timestamp::now();
-        let name = format!("{PREFIX}{:x}-{:x}", now.as_millisecond(), std::process::id());
+        let name = format!("{HELPER_PREFIX}{:x}-{:x}", now.as_millisecond(), std::process::id());
         Self { cluster: Cluster { namespace, ..cluster.clone() }, claim, name, options }
     }
 
     /// Whether a pod is one of these.
     pub(super) fn is_one(pod: &str) -> bool {
-        pod.starts_with(PREFIX)
+        zpod_admin::is_helper(pod)
     }
 
     fn pods(&self) -> Api<Pod> {
@@ -169,7 +169,7 @@ mod tests {
             (writes[1].method.as_str(), writes[1].path.as_str()),
             ("DELETE", &*format!("{pods}/{}", helper.name))
         );
-        assert!(Helper::is_one(&helper.name));
+        assert!(Helper::is_one(&helper.name) && !Helper::is_one("zpod-transfer-db-0"));
     }
 
     #[tokio::test]

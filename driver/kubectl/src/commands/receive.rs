@@ -139,7 +139,7 @@ mod tests {
     fn nothing_is_replaced_under_a_programs_hands() {
         let failure = free(&used_by("db-0"), "copy").unwrap_err();
         assert!(failure.to_string().contains("pod prod/db-0 uses copy"), "{failure}");
-        assert!(free(&used_by("zpod-transfer-1-2"), "copy").is_ok());
+        assert!(free(&used_by("zpod-transfer-19ad2c3f1b0-2"), "copy").is_ok());
     }
 
     #[test]

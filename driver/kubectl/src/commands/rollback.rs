@@ -1,28 +1,35 @@
 use std::io::{BufRead as _, IsTerminal as _};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::{DeleteParams, Preconditions};
 use serde::Serialize;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
 use zpod_admin::{RollbackPlan, RollbackQuery, RollbackRequested};
 use zpod_kubernetes::crd::{Pod as PodStatus, RollbackState, RollbackStatus, ZfsVolume};
 use zpod_volume::VolumeId;
 
 use super::helper::Helper;
-use super::transfer::{Reached, Way, with_guest};
+use super::transfer::{Reached, Way, until_signal, with_guest};
 use crate::admin::{Admin, Line};
 use crate::cluster::Cluster;
 use crate::options::{Format, Named, Rollback};
 use crate::output::show;
 use crate::text::size;
-use crate::{Failure, progress};
+use crate::{Failure, Kind, progress};
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Newer snapshots that a question names.
 const NAMED: usize = 20;
+/// How long it is tried to take back what may have been asked for.
+const TAKING_BACK: Duration = Duration::from_secs(20);
+/// Who makes a pod anew that is ended. A Job does not always, and what others do is not known.
+const MAKERS: [(&str, &str); 4] =
+    [("apps/v1", "ReplicaSet"), ("apps/v1", "StatefulSet"), ("apps/v1", "DaemonSet"), ("v1", "ReplicationController")];
 
 /// What was asked for, and what came of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -52,8 +59,83 @@ impl Outcome {
         match self.state.as_str() {
             "Pending" => format!("{name} goes back to snapshot {snapshot} at its next start\n"),
             "RolledBack" => format!("{name} is at snapshot {snapshot} again\n"),
+            "Canceled" if self.requested.given => format!(
+                "{name} does not go back to snapshot {snapshot} any more; a pod that has ended may have gone back already: look \
+                 at the data\n"
+            ),
             "Canceled" => format!("{name} does not go back to snapshot {snapshot}\n"),
             _ => format!("{name} did not go back to snapshot {snapshot}, and is as it was\n"),
+        }
+    }
+}
+
+/// A request, from before it is sent.
+#[derive(Debug)]
+struct Request {
+    id: Uuid,
+    /// The UID of the pod that had the volume when it was looked at.
+    pod: Mutex<Option<String>>,
+    /// Of which volume, once it may have reached the node.
+    sent: OnceLock<VolumeId>,
+    refused: AtomicBool,
+    asked: OnceLock<Outcome>,
+}
+
+impl Request {
+    fn new() -> Self {
+        let (pod, sent, refused, asked) = Default::default();
+        Self { id: Uuid::new_v4(), pod, sent, refused, asked }
+    }
+
+    /// Notes who has the volume.
+    fn saw(&self, volume: &ZfsVolume) {
+        let publication = volume.status.as_ref().and_then(|status| status.publication.as_ref());
+        let uid = publication.and_then(|publication| publication.pod.as_ref()).map(|pod| pod.uid.clone());
+        *self.pod.lock().unwrap_or_else(PoisonError::into_inner) = Some(uid.unwrap_or_default());
+    }
+
+    fn seen(&self) -> Option<String> {
+        self.pod.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The failure of a request, which may be recorded all the same: then it is taken back.
+    async fn failed(
+        &self,
+        line: impl Future<Output = Result<Line, Failure>>,
+        named: &Named,
+        failure: Failure,
+    ) -> Failure {
+        match self.sent.get().filter(|_| !self.refused.load(Ordering::Relaxed)) {
+            Some(id) => take_back(line, *id, self.id, named, failure).await,
+            None => failure,
+        }
+    }
+}
+
+fn how_to_cancel(named: &Named) -> String {
+    match named {
+        Named::Claim(claim) => format!("`kubectl zpod rollback {claim} --cancel` takes it back"),
+        Named::Id(id) => format!("`kubectl zpod rollback --volume {id} --cancel` takes it back"),
+    }
+}
+
+/// Takes a request back behind a failure, and says how that went.
+async fn take_back(
+    line: impl Future<Output = Result<Line, Failure>>,
+    id: VolumeId,
+    request: Uuid,
+    named: &Named,
+    failure: Failure,
+) -> Failure {
+    let canceled = until_signal(async { Admin::new(line.await?).cancel_rollback(id, Some(request)).await });
+    match timeout(TAKING_BACK, canceled).await {
+        Ok(Ok(_)) => Failure::new(
+            failure.kind,
+            format!("{}; the rollback was taken back", failure.what()),
+            "look again and ask again",
+        ),
+        Ok(Err(_)) | Err(_) => {
+            Failure::new(failure.kind, format!("{}; it may be asked for", failure.what()), how_to_cancel(named))
         }
     }
 }
@@ -74,31 +156,61 @@ pub(super) async fn run(cluster: &Cluster, options: &Rollback, format: Format) -
         Some(pod) => Some(replaceable(cluster, pod).await?),
         None => None,
     };
-    let asked = OnceLock::new();
+    let request = Request::new();
     let ends = pod.as_ref().and_then(|pod| pod.metadata.name.as_deref());
-    with_guest(
+    let done = with_guest(
         Way::Cluster(cluster),
         &named,
         &options.helper,
-        |now| match user_of(now).filter(|user| ends != Some(user.name.as_str())) {
+        |now| match user_of(now).filter(|user| !pod.as_ref().is_some_and(|pod| is_same(pod, user))) {
             // Another one has come since.
             Some(other) => Err(in_use(&named, other)),
-            None => Ok(()),
+            None => {
+                request.saw(now);
+                Ok(())
+            }
         },
-        |reached| ask(reached, options, ends, &asked),
+        |reached| ask(reached, options, ends, &request),
     )
-    .await?;
-    let Some(mut outcome) = asked.into_inner() else { return Ok(()) };
+    .await;
+    if let Err(failure) = done {
+        return Err(request.failed(Line::to_node(cluster, &volume.spec.node_name), &named, failure).await);
+    }
+    let Some(mut outcome) = request.asked.into_inner() else { return Ok(()) };
+    let mut refused = false;
     if let Some(pod) = pod {
-        end(cluster, &pod).await?;
-        let told = wait(cluster, &outcome, options.timeout).await?;
+        let told = restart(cluster, &pod, &outcome, &named, options.timeout).await?;
+        refused = told.state != RollbackState::RolledBack;
         (outcome.state, outcome.message) = (format!("{:?}", told.state), told.message);
     }
     show(format, &outcome, || outcome.text(&named.to_string()))?;
-    match outcome.message.is_empty() {
-        true => Ok(()),
-        false => Err(Failure::failed(outcome.message, "mend that, and ask once more")),
+    if !refused {
+        return Ok(());
     }
+    let why =
+        if outcome.message.is_empty() { "the guest refused, and has not said why".into() } else { outcome.message };
+    Err(Failure::failed(why, "mend that, and ask once more"))
+}
+
+/// Ends the pod, and waits for what comes of the next one.
+async fn restart(
+    cluster: &Cluster,
+    pod: &Pod,
+    outcome: &Outcome,
+    named: &Named,
+    patience: Duration,
+) -> Result<RollbackStatus, Failure> {
+    let told = until_signal(async {
+        end(cluster, pod, outcome, named).await?;
+        wait(cluster, outcome, patience).await
+    });
+    told.await.map_err(|failure| match failure.kind {
+        Kind::Interrupted => {
+            let what = format!("{}; the rollback is asked for, and the next pod's start does it", failure.what());
+            Failure::new(Kind::Interrupted, what, format!("until then, {}", how_to_cancel(named)))
+        }
+        _ => failure,
+    })
 }
 
 /// The same without a cluster.
@@ -111,15 +223,18 @@ pub(super) async fn of_socket(line: Line, options: &Rollback, format: Format) ->
         return cancel(line, named.on_one_machine()?, &named, format).await;
     }
     let (named, _) = options.meant()?;
-    let asked = OnceLock::new();
-    with_guest(Way::Socket(line), &named, &options.helper, |_| Ok(()), |reached| ask(reached, options, None, &asked))
-        .await?;
-    let Some(outcome) = asked.into_inner() else { return Ok(()) };
+    let (request, again) = (Request::new(), line.socket());
+    let work = |reached| ask(reached, options, None, &request);
+    if let Err(failure) = with_guest(Way::Socket(line), &named, &options.helper, |_| Ok(()), work).await {
+        let again = async { again.ok_or_else(|| Failure::failed("there is no socket", "")) };
+        return Err(request.failed(again, &named, failure).await);
+    }
+    let Some(outcome) = request.asked.into_inner() else { return Ok(()) };
     show(format, &outcome, || outcome.text(&named.to_string()))
 }
 
 async fn cancel(line: Line, id: VolumeId, named: &Named, format: Format) -> Result<(), Failure> {
-    let requested = Admin::new(line).cancel_rollback(id).await?;
+    let requested = Admin::new(line).cancel_rollback(id, None).await?;
     let (volume, state, message) = (id.to_string(), "Canceled".to_owned(), String::new());
     let outcome = Outcome { volume, requested, plan: None, state, message };
     show(format, &outcome, || outcome.text(&named.to_string()))
@@ -143,15 +258,21 @@ fn in_use(named: &Named, pod: &PodStatus) -> Failure {
     )
 }
 
+/// Whether a pod is that which uses the volume.
+fn is_same(pod: &Pod, user: &PodStatus) -> bool {
+    let uid = user.uid.is_empty() || pod.metadata.uid.as_deref() == Some(user.uid.as_str());
+    uid && pod.metadata.name.as_deref() == Some(user.name.as_str())
+}
+
 /// The pod, if somebody makes it anew.
 async fn replaceable(cluster: &Cluster, user: &PodStatus) -> Result<Pod, Failure> {
     let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), &user.namespace);
     let pod = pods.get(&user.name).await.map_err(|error| Failure::api("the pod that uses it", &error))?;
-    let same = user.uid.is_empty() || pod.metadata.uid.as_deref() == Some(user.uid.as_str());
-    let owners = pod.metadata.owner_references.iter().flatten();
-    // The kubelet that shows a static pod makes no other one for its mirror.
-    let owned = owners.into_iter().any(|owner| owner.controller == Some(true) && owner.kind != "Node");
-    match (same, owned) {
+    let mut owners = pod.metadata.owner_references.iter().flatten();
+    let owned = owners.any(|owner| {
+        owner.controller == Some(true) && MAKERS.contains(&(owner.api_version.as_str(), owner.kind.as_str()))
+    });
+    match (is_same(&pod, user), owned) {
         (true, true) => Ok(pod),
         (false, _) => Err(Failure::failed(
             format!("pod {}/{} is another one than that which uses the volume", user.namespace, user.name),
@@ -165,21 +286,25 @@ async fn replaceable(cluster: &Cluster, user: &PodStatus) -> Result<Pod, Failure
 }
 
 /// Has the guest look, asks whoever is there, and then the node.
-async fn ask(
-    reached: Reached,
-    options: &Rollback,
-    ends: Option<&str>,
-    asked: &OnceLock<Outcome>,
-) -> Result<(), Failure> {
+async fn ask(reached: Reached, options: &Rollback, ends: Option<&str>, request: &Request) -> Result<(), Failure> {
     let (named, snapshot) = options.meant()?;
-    let query = RollbackQuery { snapshot, destroy_newer: options.destroy_newer };
+    let query = RollbackQuery { snapshot, destroy_newer: options.destroy_newer, id: None, pod: None };
     let plan = reached.admin.rollback_plan(reached.id, &query).await?;
     if !options.yes {
         confirm(&question(&named.to_string(), &plan, ends)).await?;
     }
-    let requested = reached.admin.rollback(reached.id, &query).await?;
-    let _ = asked.set(Outcome::asked(reached.id, requested, plan));
-    Ok(())
+    let query = RollbackQuery { id: Some(request.id), pod: request.seen(), ..query };
+    let _ = request.sent.set(reached.id);
+    match reached.admin.rollback(reached.id, &query).await {
+        Ok(requested) => {
+            let _ = request.asked.set(Outcome::asked(reached.id, requested, plan));
+            Ok(())
+        }
+        Err((failure, refused)) => {
+            request.refused.store(refused, Ordering::Relaxed);
+            Err(failure)
+        }
+    }
 }
 
 fn question(name: &str, plan: &RollbackPlan, ends: Option<&str>) -> String {
@@ -217,15 +342,16 @@ async fn confirm(question: &str) -> Result<(), Failure> {
 }
 
 /// Ends a pod as `kubectl delete pod` does: that one, and no other of its name.
-async fn end(cluster: &Cluster, pod: &Pod) -> Result<(), Failure> {
+async fn end(cluster: &Cluster, pod: &Pod, outcome: &Outcome, named: &Named) -> Result<(), Failure> {
     let (name, namespace) = (pod.metadata.name.clone().unwrap_or_default(), pod.metadata.namespace.clone());
     let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), namespace.as_deref().unwrap_or_default());
     let preconditions = Preconditions { uid: pod.metadata.uid.clone(), ..Preconditions::default() };
     let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
     match pods.delete(&name, &params).await {
         Ok(_) => Ok(()),
-        // It has ended by itself: another one of the name is a start already.
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
+            replaced(cluster, &name, outcome, named).await
+        }
         Err(error) => {
             let what = format!("the rollback is asked for, and pod {name} can't be ended");
             let failure = Failure::api(&what, &error);
@@ -234,17 +360,57 @@ async fn end(cluster: &Cluster, pod: &Pod) -> Result<(), Failure> {
     }
 }
 
+/// Goes on where the pod that has come in its place was started with the request. Otherwise that one may write what nobody has
+/// said yes to lose.
+async fn replaced(cluster: &Cluster, pod: &str, outcome: &Outcome, named: &Named) -> Result<(), Failure> {
+    let what = format!("pod {pod} has ended meanwhile, or is another one by now");
+    let id = |id: &str| id.parse::<Uuid>().unwrap_or_default();
+    let request = id(&outcome.requested.id);
+    let volume = cluster.volumes().get(&outcome.volume).await;
+    let status = volume.as_ref().ok().and_then(|volume| volume.status.as_ref());
+    let told = status.and_then(|status| status.publication.as_ref()?.rollback) == Some(request);
+    let done = status.and_then(|status| status.rollback.as_ref());
+    if told || done.is_some_and(|done| done.id == request && done.state != RollbackState::Pending) {
+        return Ok(());
+    }
+    let failure = Failure::failed(what, "");
+    match (volume, outcome.volume.parse()) {
+        (Ok(volume), Ok(id)) => {
+            let line = Line::to_node(cluster, &volume.spec.node_name);
+            Err(take_back(line, id, request, named, failure).await)
+        }
+        _ => Err(Failure::failed(format!("{}; the rollback is asked for", failure.what()), how_to_cancel(named))),
+    }
+}
+
 async fn wait(cluster: &Cluster, outcome: &Outcome, patience: Duration) -> Result<RollbackStatus, Failure> {
     let bar = progress::waiting("waiting for the next pod");
-    let begun = Instant::now();
+    let (begun, mut failed) = (Instant::now(), false);
     loop {
-        let volume = cluster.volumes().get(&outcome.volume).await;
-        let volume = volume.map_err(|error| Failure::api("the volume", &error))?;
-        let told = volume.status.and_then(|status| status.rollback);
-        let told = told.filter(|told| told.id.to_string() == outcome.requested.id);
-        if let Some(told) = told.filter(|told| told.state != RollbackState::Pending) {
-            bar.finish_and_clear();
-            return Ok(told);
+        match cluster.volumes().get(&outcome.volume).await {
+            Ok(volume) => {
+                failed = false;
+                let told = volume.status.and_then(|status| status.rollback);
+                match told.filter(|told| told.id.to_string() == outcome.requested.id) {
+                    Some(told) if told.state != RollbackState::Pending => {
+                        bar.finish_and_clear();
+                        return Ok(told);
+                    }
+                    Some(_) => {}
+                    None => {
+                        bar.finish_and_clear();
+                        let what = "the rollback was taken back meanwhile, or another one was asked for in its place";
+                        return Err(Failure::failed(what, "`kubectl zpod status` says what is asked for now"));
+                    }
+                }
+            }
+            // Once, it may be the API server that starts anew.
+            Err(_) if !std::mem::replace(&mut failed, true) => {}
+            Err(error) => {
+                bar.finish_and_clear();
+                let failure = Failure::api("the rollback is asked for; the volume can't be read", &error);
+                return Err(Failure::failed(failure.what(), "`kubectl zpod status` says what came of it"));
+            }
         }
         if begun.elapsed() >= patience {
             bar.finish_and_clear();

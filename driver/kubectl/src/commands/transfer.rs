@@ -128,7 +128,7 @@ async fn reach(cluster: &Cluster, volume: &ZfsVolume, patience: Duration) -> Res
 }
 
 /// Ends the work at Ctrl-C, so that what was made for it can be removed.
-async fn until_signal(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+pub(super) async fn until_signal<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let signals = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
     let (Ok(mut interrupt), Ok(mut terminate)) = signals else { return work.await };
     tokio::select! {

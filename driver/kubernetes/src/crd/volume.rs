@@ -283,6 +283,9 @@ pub struct RollbackStatus {
     pub destroy_newer: bool,
     /// When it was asked for.
     pub requested_at: Time,
+    /// A pod was started with it: its guest may have gone back, and have ended before it was heard.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub given: bool,
     /// `Pending` until its next guest has told what came of it.
     pub state: RollbackState,
     /// When its node heard of that.

@@ -277,7 +277,7 @@ fn rollback_of(status: &RollbackStatus) -> RollbackRecord {
         RollbackState::RolledBack => Some(RollbackOutcome { refused: None, at }),
         RollbackState::Refused => Some(RollbackOutcome { refused: Some(status.message.clone()), at }),
     };
-    RollbackRecord { request, requested: seconds(&status.requested_at), outcome }
+    RollbackRecord { request, requested: seconds(&status.requested_at), given: status.given, outcome }
 }
 
 fn rollback_status(rollback: &RollbackRecord) -> RollbackStatus {
@@ -288,6 +288,7 @@ fn rollback_status(rollback: &RollbackRecord) -> RollbackStatus {
         snapshot: request.snapshot.clone(),
         destroy_newer: request.destroy_newer,
         requested_at: time(rollback.requested),
+        given: rollback.given,
         state: match (outcome, &refused) {
             (None, _) => RollbackState::Pending,
             (Some(_), None) => RollbackState::RolledBack,
@@ -392,6 +393,7 @@ mod tests {
             rollback: Some(RollbackRecord {
                 request: Rollback { id: Uuid::from_u128(3), snapshot: "before".into(), destroy_newer: true },
                 requested: 1_764_000_000,
+                given: true,
                 outcome: None,
             }),
             revision: 4,

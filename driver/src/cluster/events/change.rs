@@ -42,6 +42,21 @@ pub(super) fn snapshot(volume: &Observed, change: &SnapshotChange) -> Change {
     Change { reason, warning: false, note }
 }
 
+/// Somebody has asked for a rollback, or has taken that back.
+pub(super) fn rollback(volume: &Observed, rollback: &Rollback, asked: bool) -> Change {
+    let (name, snapshot) = (name(volume), &rollback.snapshot);
+    let (reason, note) = match asked {
+        true => (
+            "RollbackRequested",
+            format!(
+                "{name} goes back to snapshot {snapshot} with the start of its next pod, as was asked for; kubectl zpod                  rollback --cancel takes it back"
+            ),
+        ),
+        false => ("RollbackCanceled", format!("{name} does not go back to snapshot {snapshot}: that was taken back")),
+    };
+    Change { reason, warning: false, note }
+}
+
 /// What came of a rollback.
 pub(super) fn rolled_back(volume: &Observed, rollback: &Rollback, outcome: &RollbackOutcome) -> Change {
     let (name, snapshot) = (name(volume), &rollback.snapshot);
