@@ -88,7 +88,7 @@ impl Admin {
     }
 
     async fn rollback_plan(&self, id: VolumeId, query: &RollbackQuery) -> Result<RollbackPlan, AdminError> {
-        Ok(self.guest(id).await?.check_rollback(id, &query.snapshot, query.destroy_newer).await?)
+        Ok(self.guest(id).await?.check_rollback(id, &query.snapshot, query.destroy_newer).await?.0)
     }
 
     async fn rollback(&self, id: VolumeId, query: RollbackQuery) -> Result<RollbackRequested, AdminError> {

@@ -288,12 +288,14 @@ pub struct Fault {
     pub text: String,
     /// Somebody still uses it: it may work later.
     pub busy: bool,
+    /// It was not waited for any longer: the kernel may still do it.
+    pub given_up: bool,
 }
 
 impl Fault {
     /// A failure.
     pub fn new(text: impl Into<String>) -> Self {
-        Self { text: text.into(), busy: false }
+        Self { text: text.into(), busy: false, given_up: false }
     }
 }
 

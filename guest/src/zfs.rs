@@ -148,14 +148,15 @@ impl Tools {
         };
         let work = async { tokio::join!(fed, bounded(stdout), bounded(stderr), child.wait()) };
         let Ok(((), stdout, stderr, status)) = tokio::time::timeout(deadline, work).await else {
-            return Err(Fault::new(format!("{}: not done after {} s, given up", name(), deadline.as_secs())));
+            let text = format!("{}: not done after {} s, given up", name(), deadline.as_secs());
+            return Err(Fault { given_up: true, ..Fault::new(text) });
         };
         let status = status.map_err(|error| Fault::new(format!("{}: {error}", name())))?;
         if status.success() {
             return Ok(stdout);
         }
         let text = plain(&stderr);
-        Err(Fault { busy: text.contains("busy"), text: format!("{}: {status}: {text}", name()) })
+        Err(Fault { busy: text.contains("busy"), ..Fault::new(format!("{}: {status}: {text}", name())) })
     }
 
     async fn zpool<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<Vec<u8>, Fault> {

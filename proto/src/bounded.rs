@@ -217,7 +217,7 @@ mod tests {
         let all = SnapshotsResponse { snapshots: vec![snapshot; SNAPSHOTS], left_out: u64::MAX };
         assert!(walked(&all) && all.encoded_len() <= SnapshotsResponse::BYTES, "{}", all.encoded_len());
         let (newer, left_out, written_bytes) = (vec!["n".repeat(234); SNAPSHOTS], u64::MAX, u64::MAX);
-        let all = CheckRollbackResponse { newer, left_out, written_bytes };
+        let all = CheckRollbackResponse { newer, left_out, written_bytes, guid: u64::MAX };
         assert!(walked(&all) && all.encoded_len() <= CheckRollbackResponse::BYTES, "{}", all.encoded_len());
         let chunk = SendResponse { data: vec![0; CHUNK], estimated_bytes: u64::MAX };
         assert!(chunk.encoded_len() <= SendResponse::BYTES);

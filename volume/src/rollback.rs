@@ -16,9 +16,16 @@ pub struct Rollback {
     pub id: Uuid,
     /// What stands behind the @.
     pub snapshot: String,
+    /// Its GUID, since one that is taken again under its name is another instant. 0 where it is not known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub guid: u64,
     /// Snapshots that were taken later may be destroyed for it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub destroy_newer: bool,
+}
+
+fn is_zero(guid: &u64) -> bool {
+    *guid == 0
 }
 
 impl Rollback {

@@ -329,7 +329,12 @@ mod tests {
             fs_group: Some(2000),
             mount_flags: vec![MountFlag::Nosuid],
             snapshot_schedule: Some("hourly=24 daily=7".parse().unwrap()),
-            rollback: Some(Rollback { id: Uuid::from_u128(3), snapshot: "before".into(), destroy_newer: true }),
+            rollback: Some(Rollback {
+                id: Uuid::from_u128(3),
+                snapshot: "before".into(),
+                guid: 0,
+                destroy_newer: true,
+            }),
             ..VolumeSpec::new(id, Uuid::from_u128(7), Create::Fresh, Bytes::gib(1))
         }
     }

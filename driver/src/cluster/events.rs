@@ -391,7 +391,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn claim_and_pod_are_told_what_came_of_a_rollback() {
         let (events, mut waiting) = PoolEvents::new("n1");
-        let rollback = Rollback { id: uuid::Uuid::from_u128(1), snapshot: "before".into(), destroy_newer: false };
+        let rollback =
+            Rollback { id: uuid::Uuid::from_u128(1), snapshot: "before".into(), guid: 0, destroy_newer: false };
         let outcome = |refused: Option<&str>| RollbackOutcome { refused: refused.map(str::to_owned), at: 1 };
         for (asked, reason) in [(true, "RollbackRequested"), (false, "RollbackCanceled")] {
             events.rollback_changed(&observed(), &rollback, asked);

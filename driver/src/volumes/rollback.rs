@@ -99,9 +99,9 @@ impl NodeVolumes {
         let heard = self.context.published.heard(id);
         let heard = heard.ok_or_else(|| VolumeError::GuestSilent { id, node: self.context.node.clone() })?;
         let checked = heard.guest.check_rollback(id, &query.snapshot, query.destroy_newer).await;
-        checked.map_err(|source| VolumeError::Guest { id, source })?;
+        let (_, guid) = checked.map_err(|source| VolumeError::Guest { id, source })?;
         let (snapshot, destroy_newer) = (query.snapshot.to_string(), query.destroy_newer);
-        let request = Rollback { id: query.id.unwrap_or_else(Uuid::new_v4), snapshot, destroy_newer };
+        let request = Rollback { id: query.id.unwrap_or_else(Uuid::new_v4), snapshot, guid, destroy_newer };
         let record = RollbackRecord { request: request.clone(), requested: now(), given: false, outcome: None };
         let volume = Volume { rollback: Some(record.clone()), ..volume };
         check_room(&volume)?;
@@ -210,7 +210,7 @@ mod tests {
     }
 
     fn volume(outcome: Option<RollbackOutcome>) -> Volume {
-        let request = Rollback { id: Uuid::from_u128(1), snapshot: "before".into(), destroy_newer: true };
+        let request = Rollback { id: Uuid::from_u128(1), snapshot: "before".into(), guid: 0, destroy_newer: true };
         Volume {
             initialized: true,
             rollback: Some(RollbackRecord { request, requested: 1, given: false, outcome }),
@@ -291,7 +291,7 @@ mod tests {
     #[test]
     fn a_request_that_the_note_of_a_block_device_has_no_room_for_is_refused() {
         let block = |name: &str| {
-            let request = Rollback { id: Uuid::from_u128(1), snapshot: name.into(), destroy_newer: true };
+            let request = Rollback { id: Uuid::from_u128(1), snapshot: name.into(), guid: 0, destroy_newer: true };
             let rollback = Some(RollbackRecord { request, requested: 1, given: false, outcome: None });
             Volume { mode: VolumeMode::Block, publication: Some(publication(None)), rollback, ..volume(None) }
         };

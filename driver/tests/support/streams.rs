@@ -47,7 +47,7 @@ pub(crate) fn check_rollback(
             newer.join(", ")
         )));
     }
-    Ok(Response::new(CheckRollbackResponse { newer, left_out: 0, written_bytes: 4096 }))
+    Ok(Response::new(CheckRollbackResponse { newer, left_out: 0, written_bytes: 4096, guid: u64::MAX }))
 }
 
 /// Sends as many MiB as the snapshot's name says: `zpod-send-<MiB>`. `zpod-send-<MiB>-breaks` fails then.

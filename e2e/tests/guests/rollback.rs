@@ -34,7 +34,7 @@ async fn check(
 }
 
 fn to(snapshot: &str, destroy_newer: bool) -> Option<Rollback> {
-    Some(Rollback { id: Uuid::new_v4(), snapshot: snapshot.into(), destroy_newer })
+    Some(Rollback { id: Uuid::new_v4(), snapshot: snapshot.into(), guid: 0, destroy_newer })
 }
 
 /// What the guest says came of a request.
@@ -127,6 +127,48 @@ async fn a_file_system_goes_back_once_and_what_is_in_the_way_is_named_and_kept()
     next(&mut second, &mut copy, back.clone()).await?;
     ensure!(second.sh("app", "cat /data/file").await? == "one");
     second.stop().await
+}
+
+#[tokio::test]
+async fn a_snapshot_of_a_full_volume_is_gone_back_to_and_one_taken_again_under_its_name_is_another() -> Result<()> {
+    let dir = Workdir::new()?;
+    let mut image = Image::new(&dir, "pvc-back-full", SIZE)?;
+    let (id, dataset) = (image.spec.id, image.spec.dataset());
+    let mut pod = pod(&dir).await?;
+    pod.run(Container::debug("tools")).await?;
+    pod.run(Container::new("app", [image.mount("/data")])).await?;
+    pod.sh("app", "cat /dev/urandom > /data/blob 2>/dev/null; sync; test -s /data/blob").await?;
+    take(&pod, id, "full").await?;
+    let sizes = format!("zfs get -Hpo value referenced,refquota {dataset}");
+    let full = pod.zfs_tool("tools", &sizes).await?;
+    println!("full: {full}");
+    pod.sh("app", "rm /data/blob; echo later > /data/file; sync").await?;
+    take(&pod, id, "later").await?;
+    // Its owner has lowered the bound since, far below what the snapshot refers to.
+    pod.zfs_tool("tools", &format!("zfs set refquota=64M {dataset}")).await?;
+    let guid = check(&pod, id, "full", true).await?.guid;
+    let back = to("full", true).map(|back| Rollback { guid, ..back });
+    next(&mut pod, &mut image, back.clone()).await?;
+    ensure!(pod.sh("app", "ls /data").await? == "blob");
+    ensure!(outcome(&pod, &back).await?.state() == State::Done);
+    let sizes = pod.zfs_tool("tools", &sizes).await?;
+    println!("back: {sizes}");
+    let bytes = |text: &str| text.lines().filter_map(|line| line.parse().ok()).collect::<Vec<u64>>();
+    let (was, is) = (bytes(&full), bytes(&sizes));
+    ensure!(is[0] == was[0] && is[1] == SIZE.0.max(is[0]), "{was:?} {is:?}");
+
+    // Another instant under the same name.
+    pod.zfs_tool("tools", &format!("zfs destroy {dataset}@full")).await?;
+    pod.sh("app", "rm /data/blob; echo mine > /data/file; sync").await?;
+    take(&pod, id, "full").await?;
+    pod.sh("app", "echo last > /data/file; sync").await?;
+    ensure!(check(&pod, id, "full", true).await?.guid != guid);
+    let other = to("full", true).map(|back| Rollback { guid, ..back });
+    next(&mut pod, &mut image, other.clone()).await?;
+    ensure!(pod.sh("app", "cat /data/file").await? == "last");
+    let told = outcome(&pod, &other).await?;
+    ensure!(told.state() == State::Refused && told.message.contains("taken under its name"), "{told:?}");
+    pod.stop().await
 }
 
 #[tokio::test]

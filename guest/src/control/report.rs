@@ -19,6 +19,8 @@ use crate::volumes::status::Snapshot;
 const VOLUMES: usize = 64;
 /// Bytes of a text for a person. The node shows no more.
 const TEXT: usize = 512;
+/// Bytes that are left of each, however many there are.
+const LEAST: usize = 32;
 /// Bytes of a version.
 const VERSION: usize = 64;
 /// Containers of a volume that are told, and bytes of the name of each: as long as containerd's are.
@@ -37,7 +39,7 @@ pub(super) async fn state<M: Machine>(volumes: &Volumes<M>, age: Duration) -> St
 /// With texts no longer than there is room for.
 fn fitting(mut report: StatusResponse) -> StatusResponse {
     let mut most = TEXT;
-    while report.encoded_len() > LONG && most > 0 {
+    while report.encoded_len() > LONG && most > LEAST {
         most /= 2;
         for volume in &mut report.volumes {
             let rolled_back = volume.rolled_back.as_mut().map(|rolled_back| &mut rolled_back.message);
@@ -205,5 +207,9 @@ mod tests {
         println!("{} bytes", report.encoded_len());
         assert!(report.encoded_len() <= LONG, "{} bytes", report.encoded_len());
         assert!(report.volumes[0].message.len() >= TEXT / 4, "{}", report.volumes[0].message.len());
+        // Something is left of each, whatever else there is.
+        let pool = "p".repeat(LONG);
+        let report = fitting(StatusResponse { volumes: vec![VolumeStatus { pool, ..status.clone() }], ..all(0) });
+        assert_eq!(report.volumes[0].rolled_back.as_ref().unwrap().message, "é".repeat(LEAST / 2));
     }
 }

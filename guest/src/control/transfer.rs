@@ -41,7 +41,7 @@ pub(super) async fn check_rollback<M: Machine>(
     let losses = volumes.check_rollback(id, &request.snapshot, request.destroy_newer).await?;
     let left_out = losses.newer.len().saturating_sub(SNAPSHOTS) as u64;
     let newer = losses.newer.into_iter().take(SNAPSHOTS).collect();
-    Ok(CheckRollbackResponse { newer, left_out, written_bytes: losses.written })
+    Ok(CheckRollbackResponse { newer, left_out, written_bytes: losses.written, guid: losses.guid })
 }
 
 fn told(snapshot: streams::SendPoint) -> SendPoint {

@@ -92,7 +92,8 @@ async fn blocking<T: Send + 'static>(
     match tokio::time::timeout(deadline, tokio::task::spawn_blocking(work)).await {
         Ok(Ok(Ok(value))) => Ok(value),
         Ok(Ok(Err(error))) => {
-            Err(Fault { busy: error.kind() == io::ErrorKind::ResourceBusy, text: format!("{what}: {error}") })
+            let busy = error.kind() == io::ErrorKind::ResourceBusy;
+            Err(Fault { busy, ..Fault::new(format!("{what}: {error}")) })
         }
         Ok(Err(_)) => Err(Fault::new(format!("{what}: cut off"))),
         Err(_) => Err(Fault::new(format!("{what}: not done after {} s", deadline.as_secs()))),

@@ -21,6 +21,17 @@ pub(crate) enum Kill {
     After(u32),
 }
 
+/// How going back goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Amiss {
+    /// Later snapshots are destroyed, and then it fails.
+    HalfWay,
+    /// It is done, and the tool was given up before.
+    GivenUpDone,
+    /// The tool was given up before anything was done.
+    GivenUp,
+}
+
 #[derive(Debug, Default, Clone)]
 pub(crate) struct SimDisk {
     pub(crate) name: String,
@@ -190,6 +201,10 @@ pub(crate) struct SimMachine {
     pub(crate) pinned: Mutex<BTreeSet<String>>,
     /// Where a receive broke off.
     pub(crate) resume_token: Mutex<Option<String>>,
+    /// Bytes that each snapshot refers to.
+    pub(crate) referenced: Mutex<u64>,
+    /// How going back goes wrong.
+    pub(crate) amiss: Mutex<Option<Amiss>>,
     /// Bookmarks that are later than each snapshot.
     pub(crate) bookmarks: Mutex<Vec<String>>,
     /// Datasets below that of each volume.
@@ -222,6 +237,8 @@ impl SimMachine {
             held_by_snapshots: Mutex::new(1 << 40),
             pinned: Mutex::default(),
             resume_token: Mutex::default(),
+            referenced: Mutex::default(),
+            amiss: Mutex::default(),
             bookmarks: Mutex::default(),
             children: Mutex::default(),
         }
@@ -803,7 +820,7 @@ impl Machine for SimMachine {
 
     async fn destroy_snapshot(&self, dataset: &str, name: &str) -> Result<(), Fault> {
         if self.pinned.lock().unwrap().contains(name) {
-            return Err(Fault { text: "dataset is busy".into(), busy: true });
+            return Err(Fault { busy: true, ..Fault::new("dataset is busy") });
         }
         self.pool_step("destroy snapshot".into(), pool_of(dataset), |pool, _| {
             let before = pool.snapshots.len();
@@ -874,7 +891,7 @@ impl Machine for SimMachine {
         self.step("export", |kernel, disks| {
             let mounted = kernel.mounts.values().any(|(dataset, _)| pool_of(dataset) == pool.as_str());
             if mounted || kernel.lingering {
-                return Err(Fault { text: "pool is busy".into(), busy: true });
+                return Err(Fault { busy: true, ..Fault::new("pool is busy") });
             }
             let read_only = kernel.read_only.remove(pool.as_str());
             let (index, _) = kernel.imported.remove(pool.as_str()).ok_or_else(|| Fault::new("no such pool"))?;
@@ -933,7 +950,7 @@ impl Machine for SimMachine {
         let held = self.held.lock().unwrap().contains(target);
         self.step(format!("unmount {}", target.display()), |kernel, _| {
             if held && !lazy {
-                return Err(Fault { text: "target is busy".into(), busy: true });
+                return Err(Fault { busy: true, ..Fault::new("target is busy") });
             }
             kernel.lingering |= held;
             kernel.mounts.retain(|at, _| at == target || !at.starts_with(target));

@@ -12,7 +12,8 @@ use zpod_volume::{Bytes, QuotaMode, VolumeSpec};
 
 use crate::machine::Properties;
 
-const QUOTAS: [&str; 2] = ["refquota", "quota"];
+const REFQUOTA: &str = "refquota";
+const QUOTAS: [&str; 2] = [REFQUOTA, "quota"];
 const KEPT: &str = "refreservation";
 
 /// What bounds a volume, and what is kept for it.
@@ -57,6 +58,16 @@ impl Bounds {
     /// The property that bounds it.
     pub(super) const fn key(&self) -> Option<&'static str> {
         self.key
+    }
+
+    /// What is in the way of going back to a snapshot, and is set aside for it. ZFS wants all that is kept to be free for a
+    /// moment (`dsl_dataset_clone_swap_check_impl`), and what the snapshot refers to within `refquota`, which a full volume may
+    /// have exceeded a little, and its owner may have lowered since. That is only raised: without any, it could not be set
+    /// again.
+    pub(super) fn out_of_the_way(now: &Properties, referenced: u64) -> Vec<(String, String)> {
+        let bound = number(now, REFQUOTA);
+        let raised = (1..referenced).contains(&bound).then(|| (REFQUOTA.to_owned(), referenced.to_string()));
+        (number(now, KEPT) > 0).then(Self::nothing_kept).into_iter().chain(raised).collect()
     }
 
     /// What is set for nothing to be kept.
@@ -165,6 +176,20 @@ mod tests {
         assert_eq!((more.first, more.then.unwrap().1), (vec![], (768 << 20).to_string()));
         let too_much = bounds(QuotaMode::Refquota, Some(9999)).changes(&now);
         assert_eq!(too_much.then.unwrap().1, (1u64 << 30).to_string());
+    }
+
+    #[test]
+    fn what_is_in_the_way_of_a_snapshot_is_set_aside_and_nothing_else() {
+        let none = ("refreservation".to_owned(), "none".to_owned());
+        let raised = ("refquota".to_owned(), (200u64 << 20).to_string());
+        for (now, want) in [
+            (&[("refquota", 200), ("quota", 1)][..], vec![]),
+            (&[("refquota", 0)], vec![]),
+            (&[("refquota", 199)], vec![raised.clone()]),
+            (&[("refquota", 100), ("refreservation", 100)], vec![none, raised]),
+        ] {
+            assert_eq!(Bounds::out_of_the_way(&properties(now), 200 << 20), want, "{now:?}");
+        }
     }
 
     #[test]

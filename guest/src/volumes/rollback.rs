@@ -7,8 +7,10 @@
 //! note can't be read or written the volume is not brought up, since a later start would go back over what containers have
 //! written.
 //!
-//! What can't be done is noted as refused, with its reason, and not tried again: the volume starts as it is. Nothing is
-//! destroyed then, for all that is in the way is looked for before.
+//! What can't be done is noted as refused, with its reason, and not tried again: the volume starts as it is. All that is in
+//! the way is looked for before. `zfs rollback -r` still can fail half way, since it destroys later snapshots one by one before
+//! it goes back: so what there is then is looked at. Where some are gone, or the tool was given up and the kernel may go on,
+//! nothing is noted and this start fails; the next one goes on.
 //!
 //! **Whose word.** The node's, for what to go back to and whether newer snapshots may go. A tenant with CAP_SYS_ADMIN can
 //! forge the note: what it gains is that its own volume goes back once more, or not at all.
@@ -43,6 +45,7 @@ pub struct RolledBack {
 
 impl RolledBack {
     fn refused(id: Uuid, reason: &str) -> Self {
+        let reason = if reason.trim().is_empty() { "no reason was given" } else { reason };
         let plain: String = reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         let end = (0..=REASON.min(plain.len())).rev().find(|end| plain.is_char_boundary(*end)).unwrap_or_default();
         Self { id, refused: Some(plain[..end].trim().to_owned()) }
@@ -75,19 +78,38 @@ pub struct Losses {
     pub newer: Vec<String>,
     /// Bytes that were written since.
     pub written: u64,
+    /// Of the snapshot.
+    pub guid: u64,
 }
 
-/// What is later than a snapshot, or why it can't be gone back to. What the node marks an instant with goes by itself.
-async fn newer<M: Machine>(
+/// A snapshot that can be gone back to.
+struct Found {
+    guid: u64,
+    /// Bytes it refers to.
+    referenced: u64,
+    /// What is later.
+    newer: Vec<String>,
+}
+
+/// What is later than a snapshot, or why it can't be gone back to. What the node marks an instant with goes by itself. `guid`
+/// is 0 where any of the name will do.
+async fn find<M: Machine>(
     machine: &M,
     dataset: &str,
     snapshot: &str,
+    guid: u64,
     destroy_newer: bool,
-) -> Result<Result<Vec<String>, String>, Fault> {
+) -> Result<Result<Found, String>, Fault> {
     let all = machine.send_points(dataset).await?;
     let Some(place) = all.iter().position(|there| there.name == snapshot) else {
         return Ok(Err(format!("it has no snapshot {snapshot}; `kubectl zpod snapshots` lists those that it has")));
     };
+    if guid != 0 && all[place].guid != guid {
+        return Ok(Err(format!(
+            "snapshot {snapshot} is not the one that was asked for, which was destroyed; this one was taken under its name \
+             since: ask once more if it is meant"
+        )));
+    }
     if machine.resume_token(dataset).await?.is_some() {
         return Ok(Err("a stream that was received into it broke off and can be gone on with, which would not be \
                        possible any more: receive it to its end first"
@@ -109,7 +131,7 @@ async fn newer<M: Machine>(
     let mut newer: Vec<_> = later.iter().map(|there| there.name.clone()).collect();
     newer.extend(machine.bookmarks_after(dataset, snapshot).await?.iter().map(|name| format!("#{name}")));
     if newer.is_empty() || destroy_newer {
-        return Ok(Ok(newer));
+        return Ok(Ok(Found { guid: all[place].guid, referenced: all[place].referenced, newer }));
     }
     let mut named = newer.iter().take(NAMED).cloned().collect::<Vec<_>>().join(", ");
     if newer.len() > NAMED {
@@ -146,14 +168,15 @@ impl<M: Machine> Volumes<M> {
         let (_, active) = self.known(id)?;
         active.must_be_writable(id)?;
         let dataset = active.request.spec.dataset();
-        let newer = newer(&self.machine, &dataset, snapshot, destroy_newer).await.map_err(failed)?.map_err(refused)?;
+        let found = find(&self.machine, &dataset, snapshot, 0, destroy_newer).await.map_err(failed)?;
+        let Found { guid, newer, .. } = found.map_err(refused)?;
         // What lies in memory is lost too.
         if active.is_block() {
             self.machine.flush_volume(&dataset).await.map_err(failed)?;
         }
         self.machine.sync(&active.request.spec.pool).await.map_err(failed)?;
         let written = self.machine.written_since(&dataset, snapshot).await.map_err(failed)?;
-        Ok(Losses { newer, written })
+        Ok(Losses { newer, written, guid })
     }
 }
 
@@ -174,7 +197,7 @@ impl<M: Machine> Activation<'_, M> {
         }
         self.progress.stage("going back to a snapshot, as was asked for");
         self.remove_leftover_marks(&now).await;
-        let outcome = self.go_back(rollback).await.map_err(self.failed("going back to a snapshot"))?;
+        let outcome = self.go_back(rollback, &now).await.map_err(self.failed("going back to a snapshot"))?;
         let noted = self.machine.note(&spec.pool, ROLLED_BACK, &outcome.note()).await;
         noted.map_err(self.failed("noting that it went back to a snapshot"))?;
         match &outcome.refused {
@@ -188,29 +211,57 @@ impl<M: Machine> Activation<'_, M> {
         self.dataset().await
     }
 
-    async fn go_back(&self, rollback: &Rollback) -> Result<RolledBack, Fault> {
-        let (spec, id, snapshot) = (&self.request.spec, rollback.id, rollback.snapshot.as_str());
-        let dataset = spec.dataset();
-        if let Err(reason) = newer(self.machine, &dataset, snapshot, rollback.destroy_newer).await? {
-            return Ok(RolledBack::refused(id, &reason));
-        }
-        if spec.reservation.is_some() {
-            // ZFS wants all of it free for a moment (`dsl_dataset_clone_swap_check_impl`). It is kept again below.
-            self.machine.set_dataset(&dataset, &[Bounds::nothing_kept()]).await?;
+    async fn go_back(&self, rollback: &Rollback, now: &Properties) -> Result<RolledBack, Fault> {
+        let (id, snapshot, guid) = (rollback.id, rollback.snapshot.as_str(), rollback.guid);
+        let dataset = self.request.spec.dataset();
+        let found = match find(self.machine, &dataset, snapshot, guid, rollback.destroy_newer).await? {
+            Ok(found) => found,
+            Err(reason) => return Ok(RolledBack::refused(id, &reason)),
+        };
+        // It is settled again by what follows, and where this start fails by the next one.
+        let set_aside = Bounds::out_of_the_way(now, found.referenced);
+        if !set_aside.is_empty() {
+            self.machine.set_dataset(&dataset, &set_aside).await?;
         }
         let later = if rollback.destroy_newer { Later::Destroyed } else { Later::Kept };
         match self.machine.rollback(&dataset, snapshot, later).await {
             Ok(()) => Ok(RolledBack { id, refused: None }),
-            // The tool may have been given up when the kernel was done.
-            Err(_) if self.is_at(&dataset, snapshot).await => Ok(RolledBack { id, refused: None }),
-            Err(fault) => Ok(RolledBack::refused(id, &fault.text)),
+            Err(fault) => self.after(rollback, &found.newer, fault).await,
         }
     }
 
-    /// Whether the contents are those of a snapshot, with nothing later.
-    async fn is_at(&self, dataset: &str, snapshot: &str) -> bool {
-        let newest = newer(self.machine, dataset, snapshot, false).await.is_ok_and(|newer| newer.is_ok());
-        newest && self.machine.written_since(dataset, snapshot).await == Ok(0)
+    /// What came of a rollback that failed, as far as anybody knows.
+    async fn after(&self, rollback: &Rollback, before: &[String], fault: Fault) -> Result<RolledBack, Fault> {
+        let (spec, id, snapshot) = (&self.request.spec, rollback.id, rollback.snapshot.as_str());
+        let dataset = spec.dataset();
+        // What the kernel has begun is done then.
+        if self.machine.sync(&spec.pool).await.is_err() {
+            return Err(fault);
+        }
+        let Ok(Ok(Found { newer: left, .. })) = find(self.machine, &dataset, snapshot, rollback.guid, true).await
+        else {
+            return Err(fault);
+        };
+        if left.is_empty() && self.machine.written_since(&dataset, snapshot).await == Ok(0) {
+            return Ok(RolledBack { id, refused: None });
+        }
+        let gone = before.iter().filter(|name| !left.contains(name)).count();
+        if gone > 0 {
+            let text = format!(
+                "it went only part of the way to snapshot {snapshot}: of {} that are newer {gone} are destroyed, as \
+                 --destroy-newer allows, and then: {fault}; the next start goes on",
+                before.len()
+            );
+            return Err(Fault { text, ..fault });
+        }
+        if fault.given_up {
+            return Err(fault);
+        }
+        let text = match rollback.destroy_newer && before.is_empty() {
+            true => format!("newer ones that an earlier start may have destroyed for it are gone; {fault}"),
+            false => fault.text,
+        };
+        Ok(RolledBack::refused(id, &text))
     }
 }
 

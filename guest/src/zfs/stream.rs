@@ -38,7 +38,7 @@ fn end(name: &'static str, mut child: Child) -> JoinSet<Result<(), Fault>> {
             return Ok(());
         }
         let text: String = String::from_utf8_lossy(&stderr).trim().chars().take(ERROR_TEXT).collect();
-        Err(Fault { busy: text.contains("busy"), text: format!("{name}: {status}: {text}") })
+        Err(Fault { busy: text.contains("busy"), ..Fault::new(format!("{name}: {status}: {text}")) })
     });
     end
 }

@@ -278,6 +278,9 @@ pub struct RollbackStatus {
     pub id: Uuid,
     /// What stands behind the @.
     pub snapshot: String,
+    /// Its GUID: one that is taken again under its name is another. Kubernetes has no numbers as large.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub guid: String,
     /// Newer snapshots may be destroyed for it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub destroy_newer: bool,

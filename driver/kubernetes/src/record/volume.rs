@@ -270,7 +270,12 @@ fn time(seconds: u64) -> Time {
 }
 
 fn rollback_of(status: &RollbackStatus) -> RollbackRecord {
-    let request = Rollback { id: status.id, snapshot: status.snapshot.clone(), destroy_newer: status.destroy_newer };
+    let request = Rollback {
+        id: status.id,
+        snapshot: status.snapshot.clone(),
+        guid: status.guid.parse().unwrap_or_default(),
+        destroy_newer: status.destroy_newer,
+    };
     let at = status.end_time.as_ref().map_or(0, seconds);
     let outcome = match status.state {
         RollbackState::Pending => None,
@@ -286,6 +291,7 @@ fn rollback_status(rollback: &RollbackRecord) -> RollbackStatus {
     RollbackStatus {
         id: request.id,
         snapshot: request.snapshot.clone(),
+        guid: if request.guid == 0 { String::new() } else { request.guid.to_string() },
         destroy_newer: request.destroy_newer,
         requested_at: time(rollback.requested),
         given: rollback.given,
@@ -391,7 +397,12 @@ mod tests {
             behind: Some(Half::Second),
             disk_limit: Some(Bytes::gib(16)),
             rollback: Some(RollbackRecord {
-                request: Rollback { id: Uuid::from_u128(3), snapshot: "before".into(), destroy_newer: true },
+                request: Rollback {
+                    id: Uuid::from_u128(3),
+                    snapshot: "before".into(),
+                    guid: u64::MAX,
+                    destroy_newer: true,
+                },
                 requested: 1_764_000_000,
                 given: true,
                 outcome: None,

@@ -16,7 +16,7 @@ const NO_ROLLBACKS: &str = "this guest was started from an earlier image and kno
 const MAX_NAME: usize = 256;
 
 impl GuestClient {
-    /// What going back to a snapshot would take. Nothing is changed.
+    /// What going back to a snapshot would take, and the snapshot's GUID. Nothing is changed.
     ///
     /// # Errors
     /// When the guest does not answer in time, is of an earlier version, or says that it could not be done.
@@ -25,7 +25,7 @@ impl GuestClient {
         id: VolumeId,
         snapshot: &SnapshotName,
         destroy_newer: bool,
-    ) -> Result<RollbackPlan, GuestError> {
+    ) -> Result<(RollbackPlan, u64), GuestError> {
         let mut stub = self.stub::<CheckRollbackResponse>();
         let request = CheckRollbackRequest { volume_id: id.to_string(), snapshot: snapshot.to_string(), destroy_newer };
         let answer = self.call("CheckRollback", CHECK_DEADLINE, stub.check_rollback(request)).await;
@@ -36,11 +36,12 @@ impl GuestClient {
             error => error,
         })?;
         let newer = answer.newer.iter().take(SNAPSHOTS).map(|name| clean(name, MAX_NAME)).collect();
-        Ok(RollbackPlan {
+        let plan = RollbackPlan {
             snapshot: snapshot.to_string(),
             newer,
             left_out: answer.left_out,
             written_bytes: answer.written_bytes,
-        })
+        };
+        Ok((plan, answer.guid))
     }
 }

@@ -3,23 +3,27 @@
 use async_trait::async_trait;
 
 use super::{SimMachine, pool_of};
+use crate::machine::Fault;
 use crate::machine::streams::{Inward, Outward, SendPoint, Streams, What};
-use crate::machine::{Fault, Machine as _};
 
 #[async_trait]
 impl Streams for SimMachine {
     async fn send_points(&self, dataset: &str) -> Result<Vec<SendPoint>, Fault> {
-        let names = self.snapshots(dataset).await?;
-        let pinned = self.pinned.lock().unwrap();
-        let point = |name: String| SendPoint {
-            pinned: pinned.contains(&name),
-            name,
-            guid: 0,
-            created: 0,
-            referenced: 0,
-            used: 0,
-        };
-        Ok(names.into_iter().map(point).collect())
+        let (pinned, referenced) = (self.pinned.lock().unwrap().clone(), *self.referenced.lock().unwrap());
+        self.look(|kernel, disks| {
+            let (index, _) = *kernel.imported.get(pool_of(dataset)).ok_or_else(|| Fault::new("no such pool"))?;
+            let all = disks[index].pool.as_ref().unwrap().snapshots.iter();
+            let point = |(name, data): &(String, String)| SendPoint {
+                pinned: pinned.contains(name),
+                name: name.clone(),
+                // One that is taken again when something else is in it has another.
+                guid: name.bytes().chain(data.bytes()).fold(1, |sum: u64, byte| sum % (1 << 56) * 31 + u64::from(byte)),
+                created: 0,
+                referenced,
+                used: 0,
+            };
+            Ok(all.map(point).collect())
+        })
     }
 
     async fn resume_token(&self, _dataset: &str) -> Result<Option<String>, Fault> {

@@ -91,8 +91,12 @@ async fn a_mirror_goes_back_to_a_snapshot_on_both_halves_and_the_half_that_is_le
     volumes.take_snapshot(id(), "before").await.unwrap();
     volumes.machine().container_writes(&wanted.spec.pool, "later");
     volumes.release_container("c1").await;
-    let rollback =
-        zpod_volume::Rollback { id: uuid::Uuid::from_u128(1), snapshot: "before".into(), destroy_newer: false };
+    let rollback = zpod_volume::Rollback {
+        id: uuid::Uuid::from_u128(1),
+        snapshot: "before".into(),
+        guid: 0,
+        destroy_newer: false,
+    };
     wanted.spec.rollback = Some(rollback);
     let volumes = machine(&disks, Kill::Never);
     let _ = prepare(&volumes, "c1", wanted.clone()).await.unwrap();

@@ -1,7 +1,8 @@
 use super::super::Wanted;
 use super::super::tests::{count, disks, guest, prepare, wanted};
 use super::*;
-use crate::machine::simulated::{Disks, Kill, SimMachine};
+use crate::machine::simulated::{Amiss, Disks, Kill, SimMachine};
+use crate::machine::streams::Streams as _;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -9,7 +10,8 @@ use zpod_volume::{Bytes, Create, Mark, SnapshotId, VolumeMode};
 
 fn with(nth: u128, snapshot: &str, destroy_newer: bool) -> Wanted {
     let mut wanted = wanted("a", Create::Never, "/m1");
-    wanted.spec.rollback = Some(Rollback { id: Uuid::from_u128(nth), snapshot: snapshot.into(), destroy_newer });
+    wanted.spec.rollback =
+        Some(Rollback { id: Uuid::from_u128(nth), snapshot: snapshot.into(), guid: 0, destroy_newer });
     wanted
 }
 
@@ -55,6 +57,7 @@ fn a_note_is_read_as_it_was_written_and_what_is_none_is_of_no_request() {
     let long = RolledBack::refused(id, &format!("a\nb{}", "é".repeat(1000)));
     let reason = long.refused.unwrap();
     assert!(reason.len() <= REASON && reason.starts_with("a bé"), "{reason}");
+    assert_eq!(RolledBack::refused(id, "\n").refused.as_deref(), Some("no reason was given"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -162,7 +165,8 @@ async fn a_send_point_is_not_destroyed_and_a_mark_that_was_left_behind_is_not_in
     let _ = prepare(&volumes, "c1", wanted("a", Create::Never, "/m1")).await.unwrap();
     volumes.mark(id, &Mark::for_snapshot(SnapshotId::from_name("s"))).await.unwrap();
     let losses = volumes.check_rollback(id, "one", true).await.unwrap();
-    assert_eq!(losses, Losses { newer: vec!["two".into()], written: 4096 });
+    let guid = volumes.machine().send_points(&dataset).await.unwrap()[0].guid;
+    assert_eq!(losses, Losses { newer: vec!["two".into()], written: 4096, guid });
     assert_eq!(volumes.check_rollback(id, "two", false).await.unwrap().newer, Vec::<String>::new());
     for name in ["", "a,b", "one%two", Mark::for_snapshot(SnapshotId::from_name("s")).as_str()] {
         let error = volumes.check_rollback(id, name, true).await.unwrap_err();
@@ -188,6 +192,9 @@ async fn a_start_that_is_cut_short_anywhere_is_completed_and_nothing_of_a_contai
         let mut alive = 0;
         for kill in [Kill::Before(number), Kill::After(number)] {
             let disks = written().await;
+            disks.lock().unwrap()[0].pool.as_mut().unwrap().datasets.values_mut().for_each(|dataset| {
+                dataset.insert("refreservation".into(), "1073741824".into());
+            });
             let request = || {
                 let mut wanted = with(1, "one", true);
                 wanted.spec.reservation = Some(Bytes::gib(1));
@@ -228,4 +235,112 @@ async fn a_volume_whose_note_can_not_be_written_is_not_given_to_a_container() {
     let _ = prepare(&volumes, "c1", with(1, "two", false)).await.unwrap();
     is(&disks, "two", &["one", "two"]);
     assert_eq!(count(&volumes, "rollback"), 2);
+}
+
+async fn fails(volumes: &Arc<Volumes<SimMachine>>, wanted: Wanted) -> String {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    volumes.prepare("c1", &[wanted], deadline).await.unwrap_err().to_string()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rollback_that_fails_half_way_is_never_said_to_have_changed_nothing_and_the_next_start_goes_on() {
+    let disks = written().await;
+    let first = guest(&disks);
+    *first.machine().amiss.lock().unwrap() = Some(Amiss::HalfWay);
+    let error = fails(&first, with(1, "one", true)).await;
+    assert!(error.contains("of 1 that are newer 1 are destroyed") && error.contains("dataset is in use"), "{error}");
+    is(&disks, "three", &["one"]);
+    assert_eq!((count(&first, "mount /"), count(&first, "note")), (0, 0));
+    let next = guest(&disks);
+    let _ = prepare(&next, "c1", with(1, "one", true)).await.unwrap();
+    is(&disks, "one", &["one"]);
+    assert_eq!(told(&next).await.unwrap().refused, None);
+    next.machine().container_writes(&with(1, "", true).spec.pool, "mine");
+    next.release_all().await;
+    // Where it fails for good there is nothing left to destroy, and the reason says what may have been.
+    let last = guest(&disks);
+    *last.machine().amiss.lock().unwrap() = Some(Amiss::HalfWay);
+    let _ = prepare(&last, "c1", with(2, "one", true)).await.unwrap();
+    is(&disks, "mine", &["one"]);
+    let refused = told(&last).await.unwrap().refused.unwrap();
+    assert!(refused.contains("an earlier start may have destroyed") && refused.contains("in use"), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tool_that_was_given_up_is_believed_where_it_is_done_and_nothing_is_noted_where_it_is_not() {
+    let disks = written().await;
+    let first = guest(&disks);
+    *first.machine().amiss.lock().unwrap() = Some(Amiss::GivenUp);
+    let error = fails(&first, with(1, "one", true)).await;
+    assert!(error.contains("given up") && count(&first, "note") == 0, "{error}");
+    is(&disks, "three", &["one", "two"]);
+    *first.machine().amiss.lock().unwrap() = Some(Amiss::GivenUpDone);
+    let _ = prepare(&first, "c1", with(1, "one", true)).await.unwrap();
+    is(&disks, "one", &["one"]);
+    assert_eq!(told(&first).await, Some(RolledBack { id: Uuid::from_u128(1), refused: None }));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_of_a_full_volume_is_gone_back_to_and_the_volume_is_bounded_all_the_time() {
+    let disks = written().await;
+    let capacity = with(1, "", true).spec.capacity.0;
+    for (nth, referenced, low, want) in [(1, capacity + 4096, capacity, capacity + 4096), (2, 4096, 1024, capacity)] {
+        disks.lock().unwrap()[0].pool.as_mut().unwrap().datasets.values_mut().for_each(|dataset| {
+            dataset.insert("refquota".into(), low.to_string());
+        });
+        let volumes = guest(&disks);
+        *volumes.machine().referenced.lock().unwrap() = referenced;
+        let _ = prepare(&volumes, "c1", with(nth, "one", true)).await.unwrap();
+        is(&disks, "one", &["one"]);
+        assert_eq!(told(&volumes).await.unwrap().refused, None);
+        let bound = volumes.properties(with(1, "", true).spec.id).await.unwrap().0["refquota"].clone();
+        assert_eq!(bound, want.to_string());
+        volumes.release_all().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_that_was_taken_again_under_its_name_is_not_gone_back_to() {
+    let disks = written().await;
+    let volumes = guest(&disks);
+    let (id, dataset) = (with(1, "", false).spec.id, with(1, "", false).spec.dataset());
+    let _ = prepare(&volumes, "c1", wanted("a", Create::Never, "/m1")).await.unwrap();
+    let mut asked = with(1, "two", false);
+    asked.spec.rollback.as_mut().unwrap().guid = volumes.check_rollback(id, "two", false).await.unwrap().guid;
+    volumes.machine().destroy_snapshot(&dataset, "two").await.unwrap();
+    volumes.machine().snapshot(&dataset, "two").await.unwrap();
+    volumes.machine().container_writes(&asked.spec.pool, "four");
+    let again = volumes.check_rollback(id, "two", false).await.unwrap().guid;
+    volumes.release_all().await;
+    let next = guest(&disks);
+    let _ = prepare(&next, "c1", asked.clone()).await.unwrap();
+    is(&disks, "four", &["one", "two"]);
+    let refused = told(&next).await.unwrap().refused.unwrap();
+    assert!(refused.contains("taken under its name"), "{refused}");
+    next.release_all().await;
+    let rollback = asked.spec.rollback.as_mut().unwrap();
+    (rollback.id, rollback.guid) = (Uuid::from_u128(2), again);
+    let _ = prepare(&guest(&disks), "c1", asked).await.unwrap();
+    is(&disks, "three", &["one", "two"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_may_only_read_does_not_go_back_and_the_next_one_that_can_write_does() {
+    let disks = written().await;
+    let read_only = |read_only| {
+        let disk = &mut disks.lock().unwrap()[0];
+        (disk.sequence, disk.read_only) = (disk.sequence + 1, read_only);
+    };
+    read_only(true);
+    let reader = guest(&disks);
+    let mut wanted = with(1, "one", true);
+    wanted.flags.read_only = true;
+    let _ = prepare(&reader, "c1", wanted).await.unwrap();
+    is(&disks, "three", &["one", "two"]);
+    assert_eq!((count(&reader, "rollback"), count(&reader, "note"), told(&reader).await), (0, 0, None));
+    reader.release_all().await;
+    read_only(false);
+    let next = guest(&disks);
+    let _ = prepare(&next, "c1", with(1, "one", true)).await.unwrap();
+    is(&disks, "one", &["one"]);
 }

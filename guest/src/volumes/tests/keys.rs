@@ -64,7 +64,8 @@ async fn a_volume_goes_back_to_a_snapshot_once_its_key_is_there() {
     volumes.machine().container_writes(&a(Create::Never).spec.pool, "later");
     volumes.release_container("c1").await;
     let mut wanted = a(Create::Never);
-    let rollback = zpod_volume::Rollback { id: Uuid::from_u128(1), snapshot: "before".into(), destroy_newer: false };
+    let rollback =
+        zpod_volume::Rollback { id: Uuid::from_u128(1), snapshot: "before".into(), guid: 0, destroy_newer: false };
     wanted.spec.rollback = Some(rollback);
     let next = guest(&disks);
     let running = {
