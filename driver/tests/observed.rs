@@ -26,7 +26,7 @@ use zpod_storage::catalog::dir::DirCatalog;
 use zpod_storage::catalog::{
     Catalog, CatalogError, ClaimRef, Created, Page, PodRef, RollbackOutcome, RollbackRecord, Volume,
 };
-use zpod_volume::{Bytes, Rollback, VolumeId};
+use zpod_volume::{Bytes, Rollback, VolumeId, VolumeSpec};
 
 /// A catalog that counts how often it is read, and may fail behind what it has written.
 #[derive(Debug)]
@@ -161,6 +161,12 @@ impl World {
         Provisioner::new(self.context.clone()).create(request).await.unwrap().id
     }
 
+    /// What a published volume's guest is told.
+    fn spec(&self, target: &Path) -> VolumeSpec {
+        let direct = DirectVolumes::open(&self.dir.path().join("direct-volumes")).unwrap();
+        direct.spec(&TargetPath::resolve(target).unwrap()).unwrap().unwrap()
+    }
+
     async fn publish(&self, id: VolumeId, target: &Path, pod: &str) -> Result<(), VolumeError> {
         let pod = Some(PodRef { namespace: "ns".into(), name: pod.into(), uid: "u-1".into() });
         let request = PublishRequest { pod, ..PublishRequest::new(id, target) };
@@ -173,8 +179,7 @@ async fn what_a_believed_guest_says_reaches_the_observer_and_stats_ask_no_catalo
     let world = World::new().await;
     let (id, target) = (world.volume().await, world.dir.path().join("pod"));
     world.publish(id, &target, "good").await.unwrap();
-    let direct = DirectVolumes::open(&world.dir.path().join("direct-volumes")).unwrap();
-    let token = direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap().token;
+    let token = world.spec(&target).token;
     let said = |token: String, health: WireHealth| VolumeStatus {
         volume_id: id.to_string(),
         token,
@@ -243,8 +248,7 @@ async fn a_container_that_runs_without_its_volume_is_found_and_told_until_a_gues
     assert!(condition().await.abnormal);
     assert_eq!(told(), 2);
 
-    let direct = DirectVolumes::open(&world.dir.path().join("direct-volumes")).unwrap();
-    let token = direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap().token.to_string();
+    let token = world.spec(&target).token.to_string();
     let said =
         VolumeStatus { volume_id: id.to_string(), token, health: WireHealth::Online.into(), ..Default::default() };
     let kata = world.dir.path().join("kata");
@@ -346,8 +350,7 @@ async fn a_rollback_is_asked_for_by_who_saw_this_pod_and_what_is_answered_is_wha
     let world = World::new().await;
     let (id, target) = (world.volume().await, world.dir.path().join("pod"));
     world.publish(id, &target, "good").await.unwrap();
-    let direct = DirectVolumes::open(&world.dir.path().join("direct-volumes")).unwrap();
-    let token = direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap().token.to_string();
+    let token = world.spec(&target).token.to_string();
     let said =
         VolumeStatus { volume_id: id.to_string(), token, health: WireHealth::Online.into(), ..Default::default() };
     let kata = world.dir.path().join("kata");
@@ -392,6 +395,6 @@ async fn a_rollback_is_asked_for_by_who_saw_this_pod_and_what_is_answered_is_wha
     world.publish(id, &target, "good").await.unwrap();
     let outcome = recorded().await.unwrap().outcome.unwrap();
     assert!(outcome.refused.as_ref().unwrap().contains("more than 24 h ago"), "{outcome:?}");
-    assert_eq!(direct.spec(&TargetPath::resolve(&target).unwrap()).unwrap().unwrap().rollback, None);
+    assert_eq!(world.spec(&target).rollback, None);
     assert_eq!(*world.notes.outcomes.lock().unwrap(), [outcome]);
 }

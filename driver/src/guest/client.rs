@@ -179,6 +179,9 @@ impl GuestClient {
         match status.code() {
             Code::Unavailable | Code::Cancelled | Code::Unknown => GuestError::Unreachable { sandbox, reason: message },
             Code::OutOfRange if call == "Grow" => GuestError::DiskTooSmall { sandbox, message },
+            Code::Unimplemented if call == rollback::CHECK => {
+                GuestError::Refused { sandbox, call, message: rollback::NO_ROLLBACKS.into() }
+            }
             code => GuestError::Refused { sandbox, call, message: format!("{code:?}: {message}") },
         }
     }
